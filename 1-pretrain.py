@@ -1,0 +1,35 @@
+"""Stage 1: learn to continue text. Raw text in, a base model out.
+
+  in    --data_path FILE...   rows of {"text": ...}; a .txt file is one document
+  out   out/pretrain_<dim>.pth  (weights, config, tokenizer), .jsonl (every step), .png (curve)
+
+Every token of every document is learned from the tokens before it. Documents are packed into rows without padding and
+do not see each other.
+
+  python 1-pretrain.py                                        the embedded sample, or dataset/pretrain_hq.jsonl
+  python 1-pretrain.py --data_path my.jsonl --epochs 2        your text
+  torchrun --nproc_per_node 2 1-pretrain.py --batch_size 32   two GPUs
+"""
+
+from trainer import dist
+from trainer.cli import parse, run_main, stage_parser
+from trainer.loop import train
+from trainer.losses import language_model
+from trainer.start import prepare
+
+MINIMIND_FILES = ("pretrain_hq.jsonl", "pretrain_t2t_mini.jsonl", "pretrain_t2t.jsonl", "pretrain_data.csv")
+
+
+def main(argv=None) -> dict:
+    parser = stage_parser("pretrain", __doc__, learning_rate=2e-3, optimizer="muon", from_weight="none")
+    args = parse(parser, argv)
+    start = prepare(args, MINIMIND_FILES, sample="pretrain.jsonl")
+    world = dist.start(args)
+    rows = start.packed("text", world)
+    result = train(start, rows, language_model, world)
+    dist.stop(world)
+    return result
+
+
+if __name__ == "__main__":
+    run_main(main)

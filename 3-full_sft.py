@@ -1,0 +1,38 @@
+"""Stage 3: learn to answer. Conversations in, a chat model out.
+
+  in    --data_path FILE...   rows of {"conversations": [{"role", "content"}, ...]}, or MiniMind v1's CSV columns
+        --from_weight         a base model; default: the newest pretrain_* in --out_dir or out/
+  out   out/full_sft_<dim>.pth  (weights, config, tokenizer), .jsonl (every step), .png (curve)
+
+Only what the assistant says is learned, and the token that ends its turn. A conversation longer than a row goes on in
+the next one at the border of a turn.
+
+  python 3-full_sft.py                                        the embedded sample, or dataset/sft_mini_512.jsonl
+  python 3-full_sft.py --data_path chats.jsonl --epochs 3     your conversations
+MiniMind v1's two steps, short questions first:
+  python 3-full_sft.py --data_path single.csv --out_dir out/single_chat
+  python 3-full_sft.py --data_path multi.csv --from_weight out/single_chat/full_sft_512.pth
+"""
+
+from trainer import dist
+from trainer.cli import parse, run_main, stage_parser
+from trainer.loop import train
+from trainer.losses import language_model
+from trainer.start import prepare
+
+MINIMIND_FILES = ("sft_mini_512.jsonl", "sft_t2t_mini.jsonl", "sft_512.jsonl", "sft_data_single.csv", "sft_data.csv")
+
+
+def main(argv=None) -> dict:
+    parser = stage_parser("full_sft", __doc__, learning_rate=5e-4, epochs=2.0, weight_decay=0.01)
+    args = parse(parser, argv)
+    start = prepare(args, MINIMIND_FILES, sample="sft.jsonl", before=("pretrain",))
+    world = dist.start(args)
+    rows = start.packed("chat", world)
+    result = train(start, rows, language_model, world)
+    dist.stop(world)
+    return result
+
+
+if __name__ == "__main__":
+    run_main(main)

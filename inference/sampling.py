@@ -1,0 +1,217 @@
+"""From logits to the next token: what a request may ask for, and the functions that do it.
+
+Legend: B rows (sequences generated side by side), V vocabulary. Every function takes and returns logits (B, V), and
+one number a row, so rows with different wishes share a batch.
+"""
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class SamplingParams:
+    """What one request asks for. Raises ValueError, in a sentence, for values that mean nothing.
+
+    max_tokens          tokens to generate at most; None: what fits into the context
+    temperature         logits are divided by it; 0: always the best token (greedy), the filters below then idle
+    top_k               only the k best tokens; 0: all
+    top_p               only the best tokens that together hold this probability (nucleus, arXiv 1904.09751)
+    min_p               only tokens at least this fraction as probable as the best (arXiv 2407.01082)
+    repetition_penalty  tokens of prompt and answer so far: logits divided by it if positive, multiplied if negative
+                        (CTRL, arXiv 1909.05858); 1: none
+    presence_penalty    subtracted from the logits of tokens the answer has (OpenAI's definition)
+    frequency_penalty   subtracted as often as the answer has the token
+    logit_bias          {token id: number added to its logit}
+    seed                same seed, same answer, whatever else is in the batch; None: a new one each time
+    stop                strings that end the answer; they and what follows are not part of its text
+    stop_token_ids      tokens that end the answer, besides the model's own
+    logprobs            report the log-probability of each token and of so many best ones; None: do not. They are the
+                        model's own, before temperature, penalties and filters
+    n                   answers to the one prompt
+    ignore_eos          the model's own end token does not end the answer
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+    logprobs: int | None = None
+    n: int = 1
+    ignore_eos: bool = False
+
+    def __post_init__(self):
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        self.top_k = self.top_k or 0
+        faults = []
+
+        def check(name: str, what: str, holds) -> None:
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or not holds(value):
+                faults.append(f"{name} must be {what}, not {value!r}")
+
+        if self.max_tokens is not None:
+            check("max_tokens", "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1)
+        check("temperature", "0 or more", lambda x: x >= 0)
+        check("top_k", "a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0)
+        check("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1)
+        check("min_p", "from 0 to 1", lambda x: 0 <= x <= 1)
+        check("repetition_penalty", "above 0", lambda x: x > 0)
+        check("presence_penalty", "a number", lambda x: True)
+        check("frequency_penalty", "a number", lambda x: True)
+        check("n", "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1)
+        if self.seed is not None:
+            check("seed", "a whole number", lambda x: isinstance(x, int))
+        if self.logprobs is not None:
+            check("logprobs", "a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0)
+        if not all(isinstance(s, str) and s for s in self.stop):
+            faults.append(f"stop must be strings of at least one character, not {self.stop!r}")
+        if not all(isinstance(b, int | float) and math.isfinite(b) for b in self.logit_bias.values()):
+            faults.append("logit_bias must map token ids to numbers")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """ValueError where a token id the request names does not exist."""
+        for name in ("logit_bias", "stop_token_ids"):
+            for token in getattr(self, name):
+                if not isinstance(token, int) or not 0 <= token < vocab_size:
+                    raise ValueError(f"{name} names token {token!r}; ids run from 0 to {vocab_size - 1}")
+
+
+# ------------------------------------------------------------------------------------------------- on logits (B, V)
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """seen (B, V) bool, penalty (B, 1). Both signs move down: dividing a negative logit would raise it."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def penalise_counts(logits: Tensor, counts: Tensor, presence: Tensor, frequency: Tensor) -> Tensor:
+    """counts (B, V): how often the answer has each token; presence, frequency (B, 1)."""
+    return logits - presence * (counts > 0) - frequency * counts
+
+
+def keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
+    """All but the k best logits of each row become -inf; k (B, 1), 0 keeps all. Equals of the k-th best stay."""
+    V = logits.shape[-1]
+    k = torch.where(k > 0, k.clamp(max=V), V)
+    best = logits.topk(int(k.max()), dim=-1).values
+    return logits.masked_fill(logits < best.gather(-1, k - 1), float("-inf"))
+
+
+def keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
+    """Keeps a token if those more probable than it hold less than p together; p (B, 1).
+
+    The kept tokens are usually few, so the best 256 are looked at first: sorting a whole vocabulary of 6,400 takes
+    several times longer.
+    """
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    for width in (min(256, logits.shape[-1]), logits.shape[-1]):
+        best = logits.topk(width, dim=-1)
+        chance = (best.values - total).exp()
+        before = chance.cumsum(dim=-1) - chance
+        if bool(((before[:, -1:] >= p) | (p >= 1)).all()):
+            break
+    keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best.indices, before < p)
+    return logits.masked_fill(~(keep | (p >= 1)), float("-inf"))
+
+
+def keep_min_p(logits: Tensor, p: Tensor) -> Tensor:
+    """Keeps tokens whose probability is at least p times the best one's; p (B, 1)."""
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + p.log(), float("-inf"))
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One token a row from softmax(logits), by inverting the distribution function at `uniform` (B, 1) in [0, 1).
+
+    One random number a token: a row's draw depends on its own numbers alone, not on the shape of the batch.
+    """
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V), the last one 1 up to rounding
+    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return token.clamp(max=logits.shape[-1] - 1).squeeze(-1)
+
+
+# --------------------------------------------------------------------------------------------------- a row's sampler
+class Sampler:
+    """The state one sequence's sampling needs: its random numbers, and which tokens it has had."""
+
+    def __init__(self, params: SamplingParams, prompt: list[int], sample: int, vocab_size: int):
+        self.params, self.vocab_size = params, vocab_size
+        seed = None if params.seed is None else f"{params.seed}:{sample}"
+        self.random = random.Random(seed)
+        self.seen = self.counts = None
+        if params.repetition_penalty != 1:
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool)
+            self.seen[prompt] = True
+        if params.presence_penalty or params.frequency_penalty:
+            self.counts = torch.zeros(vocab_size)
+
+    def accept(self, token: int) -> None:
+        if self.seen is not None:
+            self.seen[token] = True
+        if self.counts is not None:
+            self.counts[token] += 1
+
+
+def choose(logits: Tensor, samplers: list[Sampler]) -> list[int]:
+    """The next token of each row of logits (B, V), fp32."""
+    params = [sampler.params for sampler in samplers]
+    logits = _adjust(logits, samplers)
+    best = logits.argmax(dim=-1).tolist()
+    free = [i for i, p in enumerate(params) if p.temperature > 0]  # the others are greedy
+    if not free:
+        return best
+
+    def column(values) -> Tensor:
+        return torch.tensor(values, device=logits.device).unsqueeze(-1)
+
+    rows = [params[i] for i in free]
+    logits = logits[free] / column([p.temperature for p in rows])
+    if any(p.top_k for p in rows):
+        logits = keep_top_k(logits, column([p.top_k for p in rows]))
+    if any(p.top_p < 1 for p in rows):
+        logits = keep_top_p(logits, column([p.top_p for p in rows]))
+    if any(p.min_p > 0 for p in rows):
+        logits = keep_min_p(logits, column([p.min_p for p in rows]))
+    uniform = torch.tensor([[samplers[i].random.random()] for i in free], dtype=torch.float64, device=logits.device)
+    for i, token in zip(free, draw(logits, uniform).tolist(), strict=True):
+        best[i] = token
+    return best
+
+
+def _adjust(logits: Tensor, samplers: list[Sampler]) -> Tensor:
+    """Penalties and biases, for the rows that have any."""
+    params = [sampler.params for sampler in samplers]
+    logits = logits.clone() if any(p.logit_bias for p in params) else logits
+    rows = [i for i, sampler in enumerate(samplers) if sampler.seen is not None]
+    if rows:
+        seen = torch.stack([samplers[i].seen for i in rows]).to(logits.device)
+        penalty = torch.tensor([[params[i].repetition_penalty] for i in rows], device=logits.device)
+        logits = logits.index_copy(0, _index(rows, logits), penalise_repetition(logits[rows], seen, penalty))
+    rows = [i for i, sampler in enumerate(samplers) if sampler.counts is not None]
+    if rows:
+        counts = torch.stack([samplers[i].counts for i in rows]).to(logits.device)
+        presence = torch.tensor([[params[i].presence_penalty] for i in rows], device=logits.device)
+        frequency = torch.tensor([[params[i].frequency_penalty] for i in rows], device=logits.device)
+        changed = penalise_counts(logits[rows], counts, presence, frequency)
+        logits = logits.index_copy(0, _index(rows, logits), changed)
+    for i, p in enumerate(params):
+        if p.logit_bias:
+            tokens = torch.tensor(list(p.logit_bias), device=logits.device)
+            logits[i, tokens] += torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+    return logits
+
+
+def _index(rows: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, device=like.device)

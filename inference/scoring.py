@@ -1,0 +1,72 @@
+"""Is a generated text right? A rule by string matching, for questions with one short gold answer.
+
+Right means: the gold answer stands in the text, and no rival does. A rival is another value of the same kind (another
+capital where a capital was asked), so a text that names three cities to be safe is wrong. How a value must stand in
+the text depends on its script:
+
+- digits as whole numbers: 12 is found neither in 312 nor in 12.5 nor in -12; 1,000 reads as 1000;
+- Latin words as whole words, upper and lower case alike: "cat" is not found in "concatenate";
+- Chinese as a substring, since Chinese has no spaces between words.
+"""
+import re
+import unicodedata
+
+ANSWER_BLOCK = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
+
+
+def final_answer(text):
+    """The part of a generated text that counts as its answer.
+
+    A reasoning model thinks aloud first: only what stands in <answer>...</answer> counts then (the last block of
+    several), or else what follows </think>. A thought that never ends has no answer. Other texts are returned whole.
+    """
+    blocks = ANSWER_BLOCK.findall(text)
+    if blocks:
+        return blocks[-1]
+    if "</think>" in text:
+        return text.rsplit("</think>", 1)[1]
+    return "" if "<think>" in text else text
+
+
+def normalise(text):
+    """Full-width letters and digits to plain ones (NFKC), thousands commas removed, lower case, single spaces."""
+    text = unicodedata.normalize("NFKC", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def value_pattern(value):
+    """A compiled pattern that finds `value` (normalised) in a normalised text, by the rules at the top."""
+    # Guards stand only at those ends of the value that are digits or Latin letters: "5月1日" must not follow a digit.
+    before = after = ""
+    if re.match(r"\d", value):
+        before = r"(?<!\d)(?<!\d\.)(?<!(?<![\d)a-z])-)"  # the last one: a minus sign that subtracts nothing
+    elif re.match(r"[a-z]", value):
+        before = r"(?<![a-z\d])"
+    if re.search(r"\d$", value):
+        after = r"(?!\d)(?!\.\d)"
+    elif re.search(r"[a-z]$", value):
+        after = r"(?![a-z\d])"
+    if re.search(r"[a-z]", value):  # h2o: a formula is one word, digits and letters together
+        before, after = before and r"(?<![a-z\d])", after and r"(?![a-z\d])"
+    return re.compile(before + re.escape(value) + after)
+
+
+def is_right(text, answer, rivals=()):
+    """True if `answer` stands in `text` and none of `rivals` does.
+
+    text: what the model generated, markers of the chat template removed.
+    answer: the gold value. rivals: values that must not appear; one equal to the answer is ignored, and one that is
+    part of the answer ("English" beside "English breakfast") counts only where it stands on its own.
+    """
+    text, answer = normalise(final_answer(text)), normalise(answer)
+    if not answer:
+        raise ValueError("the gold answer is empty: nothing can be scored against it")
+    without_answer, found = value_pattern(answer).subn("\n", text)  # \n: what stood left and right stays apart
+    if not found:
+        return False
+    for rival in {normalise(rival) for rival in rivals} - {answer, ""}:
+        pattern = value_pattern(rival)
+        if pattern.search(without_answer if pattern.search(answer) else text):
+            return False
+    return True

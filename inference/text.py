@@ -1,0 +1,65 @@
+"""Tokens to text as they come: whole characters only, and an end where a stop string begins."""
+
+
+class TextStream:
+    """The text of a growing list of tokens, in pieces whose concatenation is the text of the whole list.
+
+    A token of byte-level BPE may hold a part of a character; what it says is held back until the rest arrives. So is
+    the end of the text where it could be the beginning of a stop string. Special tokens say nothing.
+    """
+
+    def __init__(self, tokenizer, stop: list[str] = ()):
+        self.backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self.stop = list(stop)
+        self.before: list[int] = []  # the tokens before `window`: some vocabularies write a blank by what came before
+        self.window: list[int] = []  # tokens since the text last ended with a whole character
+        self.said = 0  # characters of the window's text that are in `held` or given out
+        self.held = ""  # whole characters that may belong to a stop string
+        self.stopped = False
+
+    def feed(self, token: int) -> str:
+        """The text that this token makes certain, "" where nothing is. After a stop string `stopped` is set."""
+        self.window.append(token)
+        text = self._window_text()
+        # A replacement character at the end may be the first bytes of a character; any earlier one stays for good.
+        certain = text[:-1] if text.endswith("\ufffd") else text
+        self.held += certain[self.said :]
+        self.said = max(self.said, len(certain))
+        if len(certain) == len(text):
+            self.before, self.window, self.said = self.window, [], 0
+        return self._release(final=False)
+
+    def finish(self) -> str:
+        """What was held back, once no token will follow: bytes that are no character become U+FFFD."""
+        if self.stopped:
+            return ""
+        self.held += self._window_text()[self.said :]
+        self.window, self.said = [], 0
+        return self._release(final=True)
+
+    def _window_text(self) -> str:
+        if not self.before:
+            return self._decode(self.window)
+        return self._decode(self.before + self.window)[len(self._decode(self.before)) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.backend.decode(tokens, skip_special_tokens=True)
+
+    def _release(self, final: bool) -> str:
+        """Gives out of `held` what cannot be part of a stop string any more."""
+        found = [at for at in (self.held.find(s) for s in self.stop) if at >= 0]
+        if found:
+            self.stopped = True
+            piece, self.held = self.held[: min(found)], ""
+            return piece
+        keep = 0 if final else max((overlap(self.held, s) for s in self.stop), default=0)
+        piece, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return piece
+
+
+def overlap(text: str, stop: str) -> int:
+    """How many of the last characters of `text` are the first of `stop`."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0

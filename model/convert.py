@@ -1,0 +1,198 @@
+"""State dicts made elsewhere, renamed and reshaped into ours: MiniMind v1, v2, v3 and transformers' classes.
+
+Ours: Llama's names; the experts of a layer stacked into two tensors; shared experts as one block.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from model.LMConfig import PRESETS, LMConfig
+
+_DROPPED = ("pos_cis", "freqs_cos", "freqs_sin", "mask", "rotary_emb.inv_freq")  # tables, recomputed here
+_V1_NAMES = [
+    ("tok_embeddings.", "model.embed_tokens."), ("output.", "lm_head."), ("attention.wq", "self_attn.q_proj"),
+    ("attention.wk", "self_attn.k_proj"), ("attention.wv", "self_attn.v_proj"), ("attention.wo", "self_attn.o_proj"),
+    ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"), ("feed_forward.", "mlp."),
+    (".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj."),
+]  # fmt: skip
+_FOREIGN_FIELDS = {"hidden_act", "flash_attn", "inference_rope_scaling", "attention_bias", "attention_dropout",
+                   "mlp_bias", "pretraining_tp", "max_window_layers", "sliding_window", "use_sliding_window",
+                   "layer_types", "decoder_sparse_step", "mlp_only_layers", "output_router_logits", "auto_map",
+                   "architectures", "model_type", "num_local_experts", "shared_intermediate_size", "base_model_prefix",
+                   "embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier",
+                   "rope_scaling", "router_jitter_noise", "position_embedding_type"}  # fmt: skip
+
+
+def state_dict_of(content, path) -> dict[str, Tensor]:
+    """The tensors of a loaded file by name, wrappers' prefixes and tables dropped; ValueError if it is none."""
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):  # a resume file: {"model": ..., ...}
+        content = content["model"]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no state dict")
+    state = {}
+    for name, tensor in content.items():
+        name = re.sub(r"^(_orig_mod\.|module\.)+", "", name)
+        if isinstance(tensor, Tensor) and not name.endswith(_DROPPED):
+            state[name] = tensor
+    return state
+
+
+def from_minimind(state: dict[str, Tensor], preset: str | None = None) -> tuple[LMConfig, dict[str, Tensor]]:
+    """A bare MiniMind state dict of any version -> (config, our state dict).
+
+    The number of heads cannot be read off the shapes, so the config is the one preset that fits them; where none or
+    several do, `preset` must say it.
+    """
+    interleaved = "tok_embeddings.weight" in state
+    if interleaved:
+        state = {_v1_name(name): tensor for name, tensor in state.items()}
+    if "model.embed_tokens.weight" not in state:
+        raise ValueError(f"these are no MiniMind weights: no embedding among {', '.join(list(state)[:3])}, ...")
+    state = stack_experts(state)
+    seen = _seen_shape(state)
+    if preset is not None:
+        fitting = [preset]
+    else:
+        fitting = [name for name in PRESETS if _fits(LMConfig.from_preset(name), seen)]
+    if len(fitting) != 1:
+        which = "no preset fits" if not fitting else f"the presets {', '.join(fitting)} fit"
+        raise ValueError(f"{which} weights of {seen}; name the shape with --preset")
+    config = LMConfig.from_preset(fitting[0], vocab_size=seen["vocab_size"])
+    if not _fits(config, seen):
+        raise ValueError(f"weights of {seen} are not of the shape {fitting[0]}")
+    if interleaved:
+        for name in state:
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                state[name] = interleaved_to_halves(state[name], config.head_dim)
+    return config, state
+
+
+def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, dict[str, Tensor]]:
+    """config.json and state dict of a transformers folder -> (config, our state dict).
+
+    Llama, Qwen3, Qwen3Moe, GraniteMoeShared and MiniMind's own class are known; ValueError names any other.
+    """
+    kind = raw.get("model_type")
+    if kind not in ("minimind", "llama", "qwen3", "qwen3_moe", "granitemoeshared"):
+        raise ValueError(f"a transformers model of type {kind!r} has no counterpart here")
+    if raw.get("attention_bias") or raw.get("mlp_bias"):
+        raise ValueError("a model with bias terms has no counterpart here")
+    fields = {key: value for key, value in raw.items() if key not in _FOREIGN_FIELDS and value is not None}
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    if rope:
+        rope.setdefault("rope_type", rope.pop("type", "default"))
+        rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+        fields["rope_parameters"] = rope
+    elif kind != "minimind":
+        fields.setdefault("rope_theta", 10000.0)
+    fields["qk_norm"] = any(name.endswith("q_norm.weight") for name in state)
+    fields.setdefault("tie_word_embeddings", kind == "minimind")
+    if kind in ("qwen3_moe", "granitemoeshared"):
+        fields["use_moe"] = True
+    if kind == "qwen3_moe":
+        fields.setdefault("num_experts_per_tok", 8)
+        fields["norm_topk_prob"] = bool(raw.get("norm_topk_prob", False))
+        fields["n_shared_experts"] = 0
+    if kind == "granitemoeshared":
+        fields["n_routed_experts"] = raw["num_local_experts"]
+        fields["moe_hidden_dim"] = raw["intermediate_size"]
+        fields["n_shared_experts"] = raw.get("shared_intermediate_size", 0) // raw["intermediate_size"]
+        state = _from_granite(state)
+    if kind == "minimind" and fields.get("use_moe") and "n_shared_experts" not in fields:
+        fields["n_shared_experts"] = int(any(".shared_experts." in name for name in state))
+    state = stack_experts(state)
+    known = {k: v for k, v in fields.items() if k in LMConfig.__annotations__ or k in LMConfig.attribute_map}
+    return LMConfig(**known), state
+
+
+def stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """mlp.experts.E.{gate,up,down}_proj.weight -> mlp.experts.{gate_up_proj, down_proj}; shared experts joined."""
+    out, experts, shared = {}, {}, {}
+    for name, tensor in state.items():
+        routed = re.fullmatch(r"(.+\.mlp\.)experts\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        one_shared = re.fullmatch(r"(.+\.mlp\.)shared_experts\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        if routed:
+            experts.setdefault(routed[1], {})[int(routed[2]), routed[3]] = tensor
+        elif one_shared:
+            shared.setdefault(one_shared[1], {})[int(one_shared[2]), one_shared[3]] = tensor
+        else:
+            out[name] = tensor
+    for prefix, parts in experts.items():
+        n = 1 + max(index for index, _ in parts)
+        gate_up = [torch.cat([parts[e, "gate"], parts[e, "up"]]) for e in range(n)]
+        out[f"{prefix}experts.gate_up_proj"] = torch.stack(gate_up)  # (E, 2I, D)
+        out[f"{prefix}experts.down_proj"] = torch.stack([parts[e, "down"] for e in range(n)])  # (E, D, I)
+    for prefix, parts in shared.items():
+        n = 1 + max(index for index, _ in parts)
+        for which, axis in (("gate", 0), ("up", 0), ("down", 1)):
+            joined = torch.cat([parts[e, which] for e in range(n)], dim=axis)
+            out[f"{prefix}shared_experts.{which}_proj.weight"] = joined
+    return out
+
+
+def interleaved_to_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorders the rows of a q or k projection from pairs (0,1), (2,3), ... to pairs (0, h/2), (1, h/2+1), ...
+
+    MiniMind v1 rotates neighbouring numbers, transformers' Llama numbers half a head apart; after this both do the
+    same to their own order.
+    """
+    rows = weight.view(-1, head_dim // 2, 2, weight.shape[1])  # (heads, pair, which of the pair, D)
+    return rows.transpose(1, 2).reshape(weight.shape)
+
+
+def _v1_name(name: str) -> str:
+    for old, new in _V1_NAMES:
+        name = name.replace(old, new)
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+
+
+def _from_granite(state):
+    """GraniteMoeShared's block_sparse_moe and shared_mlp under our names; its fused gate-and-up split again."""
+    out = {}
+    for name, tensor in state.items():
+        if name.endswith("block_sparse_moe.router.layer.weight"):
+            out[name.replace("block_sparse_moe.router.layer", "mlp.gate")] = tensor
+        elif name.endswith("block_sparse_moe.input_linear.weight"):
+            out[name.replace("block_sparse_moe.input_linear.weight", "mlp.experts.gate_up_proj")] = tensor
+        elif name.endswith("block_sparse_moe.output_linear.weight"):
+            out[name.replace("block_sparse_moe.output_linear.weight", "mlp.experts.down_proj")] = tensor
+        elif name.endswith("shared_mlp.input_linear.weight"):
+            gate, up = tensor.chunk(2)
+            prefix = name.replace("shared_mlp.input_linear.weight", "mlp.shared_experts.")
+            out[f"{prefix}gate_proj.weight"], out[f"{prefix}up_proj.weight"] = gate, up
+        elif name.endswith("shared_mlp.output_linear.weight"):
+            out[name.replace("shared_mlp.output_linear", "mlp.shared_experts.down_proj")] = tensor
+        else:
+            out[name] = tensor
+    return out
+
+
+def _seen_shape(state) -> dict:
+    """What the tensors' shapes tell of the config."""
+    layers = 1 + max(int(match[1]) for name in state if (match := re.match(r"model\.layers\.(\d+)\.", name)))
+    vocab_size, dim = state["model.embed_tokens.weight"].shape
+    first = "model.layers.0."
+    seen = {"dim": dim, "n_layers": layers, "vocab_size": vocab_size,
+            "kv_width": state[f"{first}self_attn.k_proj.weight"].shape[0],
+            "use_moe": f"{first}mlp.experts.down_proj" in state,
+            "qk_norm": f"{first}self_attn.q_norm.weight" in state}  # fmt: skip
+    if seen["use_moe"]:
+        n_experts, _, hidden = state[f"{first}mlp.experts.down_proj"].shape
+        shared = state.get(f"{first}mlp.shared_experts.down_proj.weight")
+        seen |= {"n_experts": n_experts, "hidden": hidden, "shared": 0 if shared is None else shared.shape[1] // hidden}
+    else:
+        seen |= {"hidden": state[f"{first}mlp.gate_proj.weight"].shape[0]}
+    return seen
+
+
+def _fits(config: LMConfig, seen: dict) -> bool:
+    mine = {"dim": config.dim, "n_layers": config.n_layers, "kv_width": config.n_kv_heads * config.head_dim,
+            "use_moe": config.use_moe, "qk_norm": config.qk_norm}  # fmt: skip
+    if config.use_moe:
+        mine |= {"n_experts": config.n_routed_experts, "hidden": config.moe_hidden_dim,
+                 "shared": config.n_shared_experts}  # fmt: skip
+    else:
+        mine |= {"hidden": config.hidden_dim}
+    return all(seen[key] == value for key, value in mine.items())

@@ -1,0 +1,319 @@
+"""The decoder, dense or with experts, as a transformers PreTrainedModel.
+
+Legend: B rows, T tokens of a row, S tokens a query may look back on (cache included), H query heads, G key/value
+heads, h width of a head, D width of the model, V vocabulary.
+
+Parameter names and mathematics are transformers' Llama (Qwen3 with `qk_norm`), so a dense state dict moves between
+the two without renaming. Nothing about training lives here.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+from model.LMConfig import LMConfig
+from model.moe import Experts, FeedForward, MoEFeedForward
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+# ------------------------------------------------------------------------------------------------ rotary positions
+def inverse_frequencies(config: LMConfig) -> tuple[Tensor, float]:
+    """Angle a position turns each pair of a head's numbers, in radians (h/2,), and a factor on cos and sin.
+
+    RoFormer (Su et al. 2021, arXiv 2104.09864). For rows longer than those trained on: "linear" divides all angles
+    (Chen et al. 2023, arXiv 2306.15595); "yarn" divides those of long wavelengths only and sharpens attention
+    (Peng et al. 2023, arXiv 2309.00071).
+    """
+    rope, width = config.rope_parameters, config.head_dim
+    frequency = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+    if rope["rope_type"] == "default":
+        return frequency, 1.0
+    factor = rope["factor"]
+    if rope["rope_type"] == "linear":
+        return frequency / factor, 1.0
+
+    trained = rope.get("original_max_position_embeddings") or config.max_seq_len
+
+    def dimension_of(rotations: float) -> float:  # the pair that turns so many times within the trained length
+        return width * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    low = max(math.floor(dimension_of(rope.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(dimension_of(rope.get("beta_slow") or 1)), width - 1)
+    ramp = (torch.arange(width // 2, dtype=torch.float32) - low) / (max(high - low, 0) or 0.001)
+    ramp = ramp.clamp(0, 1)  # 0: many turns, left alone; 1: less than one turn, interpolated
+    scale = rope.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
+    return frequency * (1 - ramp) + frequency / factor * ramp, scale
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of every position's angles. Recomputed at each forward: exact for any length, nothing to save."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.config = config
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """position_ids (B or 1, T) -> cos, sin (B or 1, 1, T, h/2)."""
+        frequency, scale = inverse_frequencies(self.config)
+        angle = position_ids[:, None, :, None].float() * frequency.to(position_ids.device)
+        return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (x_i, x_{i + h/2}) of each head by their position's angle; x (B, H, T, h)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+class Attention(nn.Module):
+    """Causal attention in which n_heads / n_kv_heads queries share a key (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+    def __init__(self, config: LMConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask, cache=None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, h)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, G, h)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, h), (B, G, T, h)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)  # (B, G, S, h)
+        out = attend(q, k, v, mask)  # (B, H, T, h)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+    """softmax(q k' / sqrt(h)) v. mask: None (causal), a tensor broadcast to (B, H, T, S), or DocumentLengths."""
+    if isinstance(mask, DocumentLengths):
+        return mask.attend(q, k, v)
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+
+def packed_mask(segment_ids: Tensor) -> Tensor:
+    """segment_ids (B, T) -> (B, 1, T, T), True where a query may look: its own document, up to itself.
+
+    Padding (0) looks at padding only, so no row of the softmax is empty.
+    """
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return same.tril()
+
+
+def packed_positions(segment_ids: Tensor) -> Tensor:
+    """segment_ids (B, T) -> position of each token in its document, (B, T)."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+class DocumentLengths:
+    """The documents of a packed batch as cumulative lengths, for torch's variable-length attention on a GPU.
+
+    It skips the pairs of tokens that `packed_mask` would compute and throw away. Flash attention underneath: half
+    precision and compute capability 8 or more; `of` returns None where that is missing and the mask is used.
+    """
+
+    def __init__(self, segment_ids: Tensor):
+        T = segment_ids.shape[1]
+        starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True).flatten()
+        begin = starts.nonzero().flatten().to(torch.int32)
+        self.cumulative = F.pad(begin, (0, 1), value=segment_ids.numel())
+        self.longest = T  # an upper bound serves and needs no look at the values
+
+    @classmethod
+    def of(cls, segment_ids: Tensor, dtype: torch.dtype, head_dim: int) -> "DocumentLengths | None":
+        half = dtype in (torch.bfloat16, torch.float16)
+        if not (segment_ids.is_cuda and half and head_dim <= 256 and head_dim % 8 == 0):
+            return None
+        if torch.cuda.get_device_capability(segment_ids.device) < (8, 0) or torch.version.hip:
+            return None
+        try:
+            from torch.nn.attention.varlen import varlen_attn  # noqa: F401  (torch 2.10 and later)
+        except ImportError:
+            return None
+        return cls(segment_ids)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        B, H, T, h = q.shape
+        flat = [x.transpose(1, 2).reshape(B * T, -1, h) for x in (q, k.to(q.dtype), v.to(q.dtype))]
+        out = varlen_attn(*flat, self.cumulative, self.cumulative, self.longest, self.longest,
+                          window_size=(-1, 0), enable_gqa=H != k.shape[1])  # fmt: skip  (look back only: causal)
+        return out.view(B, T, H, h).transpose(1, 2)
+
+
+# --------------------------------------------------------------------------------------------------------- decoder
+class DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm residual layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: LMConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config.dim, config.hidden_dim)
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask=None, cache=None, documents: Tensor | None = None):
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache), self.dropout, self.training)
+        update, aux_loss = self.mlp(self.post_attention_layernorm(x)), None
+        if isinstance(self.mlp, MoEFeedForward):
+            update, aux_loss = update
+        return x + F.dropout(update, self.dropout, self.training), aux_loss
+
+
+class MiniMindPreTrainedModel(PreTrainedModel):
+    config_class = LMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """N(0, 0.02); the two projections that write into the residual stream smaller by sqrt(2 layers) (GPT-2)."""
+        std = self.config.initializer_range
+        narrow = std / math.sqrt(2 * self.config.n_layers)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(module, Attention):
+            nn.init.normal_(module.o_proj.weight, std=narrow)
+        elif isinstance(module, FeedForward):
+            nn.init.normal_(module.down_proj.weight, std=narrow)
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.gate_up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=narrow)
+
+
+class MiniMindModel(MiniMindPreTrainedModel):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
+                segment_ids=None, inputs_embeds=None, **kwargs) -> MoeModelOutputWithPast:  # fmt: skip
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None and segment_ids is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None and segment_ids is not None:
+            position_ids = packed_positions(segment_ids)
+        elif position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0) + past
+        mask = self._mask(x, attention_mask, position_ids, past_key_values, segment_ids)
+        documents = self._documents(attention_mask, segment_ids) if self.config.use_moe and self.training else None
+
+        cos, sin = self.rotary_emb(position_ids, x.dtype)
+        aux_loss = None
+        for layer in self.layers:
+            x, layer_loss = layer(x, cos, sin, mask=mask, cache=past_key_values, documents=documents)
+            if layer_loss is not None:
+                aux_loss = layer_loss if aux_loss is None else aux_loss + layer_loss
+        out = MoeModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        out["aux_loss"] = aux_loss
+        return out
+
+    def _mask(self, x, attention_mask, position_ids, cache, segment_ids):
+        """What `attend` takes, built once for all layers. A 4-D attention_mask is used as it is."""
+        if segment_ids is not None:
+            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            return DocumentLengths.of(segment_ids, dtype, self.config.head_dim) or packed_mask(segment_ids)
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return attention_mask
+        return create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache,
+            position_ids=position_ids,
+        )  # fmt: skip
+
+    def _documents(self, attention_mask, segment_ids):
+        """(B, T) number of each token's document within the batch, -1 for padding: for the balance loss."""
+        if segment_ids is not None:
+            T = segment_ids.shape[1]
+            row = torch.arange(segment_ids.shape[0], device=segment_ids.device).unsqueeze(-1) * T
+            return torch.where(segment_ids > 0, row + segment_ids - 1, -1)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            row = torch.arange(attention_mask.shape[0], device=attention_mask.device).unsqueeze(-1)
+            return torch.where(attention_mask > 0, row, -1)
+        return None
+
+
+class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
+    """The decoder with its vocabulary head, whose matrix is the embedding's where the config ties them."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LMConfig):
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, labels=None,
+                use_cache=None, logits_to_keep=0, segment_ids=None, **kwargs) -> MoeCausalLMOutputWithPast:  # fmt: skip
+        """
+        input_ids       (B, T)
+        attention_mask  (B, S) with 0 at padding, or (B, 1, T, S) ready for attention
+        position_ids    (B, T); by default they count on from the cache, and restart with each document of segment_ids
+        labels          (B, T), at their own token's position, -100 where nothing is learned: `loss` is then the mean
+                        cross-entropy in nats (or the sum / num_items_in_batch), in training with aux_loss added
+        logits_to_keep  logits of the last so many positions only (0: all), or of the positions in a tensor
+        segment_ids     (B, T) packed rows: 0 padding, 1.. the document a token belongs to
+        Returns loss, logits (B, T, V), past_key_values, and aux_loss: the experts' balance loss summed over layers, a
+        mean over real tokens, None without experts or outside training.
+        """
+        hidden = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, use_cache=use_cache, segment_ids=segment_ids, **kwargs,
+        )  # fmt: skip
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden.last_hidden_state[:, keep])
+        loss, aux_loss = None, hidden["aux_loss"]
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = loss if aux_loss is None else loss + aux_loss
+        return MoeCausalLMOutputWithPast(
+            loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=hidden.past_key_values
+        )

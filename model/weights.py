@@ -1,0 +1,158 @@
+"""Reads weights of every kind and writes one.
+
+Ours is a single file, `out/pretrain_512.pth`: a dict of config, tokenizer, training record and state dict, made of
+plain containers and tensors so that it loads with `weights_only=True` and runs no code. It is written whole or not at
+all. Also read: transformers folders and MiniMind's releases (see model/convert.py).
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from model import convert
+from model.LMConfig import LMConfig
+from model.model import MiniMindForCausalLM
+from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_to_dict
+
+FORMAT = "minimind-weights-1"
+STATE_SUFFIX = "_resume"  # <name>_resume.pth beside the weights holds what a resumed run needs
+
+
+def load_model(path, preset=None):
+    """-> (model in eval mode, fp32, on the CPU; tokenizer or None; training record, {} where there is none).
+
+    path: one of our files, a transformers folder, or a MiniMind state dict (`preset` names the shape where several
+    shapes fit its tensors). The tokenizer is the one in the file or beside it.
+    Raises ValueError, in a sentence, for anything that cannot be read or does not fit.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"no weights at {path}")
+    if path.is_dir():
+        return _load_folder(path)
+    content = _read_file(path)
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        config, state = LMConfig(**content["config"]), content["model"]
+        tokenizer = tokenizer_from_dict(content["tokenizer"]) if content["tokenizer"] else None
+        record = content["record"]
+    else:
+        state = convert.state_dict_of(content, path)
+        config, state = convert.from_minimind(state, preset)
+        tokenizer, record = _tokenizer_beside(path.parent), {}
+    return build_model(config, state, path), tokenizer, record
+
+
+def build_model(config: LMConfig, state: dict, path="these weights") -> MiniMindForCausalLM:
+    """A model of this shape holding these weights; ValueError names what does not fit."""
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(config)
+    if config.tie_word_embeddings:
+        state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight"))
+    wanted, found = model.state_dict(), {name: t.float() for name, t in state.items() if t is not None}
+    faults = [f"{n} is missing" for n in wanted if n not in found]
+    faults += [f"{n} is not part of the model" for n in found if n not in wanted]
+    faults += [f"{n} is {tuple(found[n].shape)}, the model needs {tuple(wanted[n].shape)}"
+               for n in wanted if n in found and found[n].shape != wanted[n].shape]  # fmt: skip
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ValueError(f"{path} does not fit a model of {describe(config)}: {faults[0]}{more}")
+    model.load_state_dict(found, assign=True)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+def describe(config: LMConfig) -> str:
+    """A shape in words: "dim 512, 8 layers, 8/2 heads"."""
+    text = f"dim {config.dim}, {config.n_layers} layers, {config.n_heads}/{config.n_kv_heads} heads"
+    return text + (f", {config.n_routed_experts} experts" if config.use_moe else "")
+
+
+def save_weights(path, model, tokenizer, record: dict) -> None:
+    """Writes model, config, tokenizer (or None) and training record (plain values) as one file, atomically."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    content = {
+        "format": FORMAT,
+        "config": model.config.fields(),
+        "tokenizer": tokenizer_to_dict(tokenizer) if tokenizer is not None else None,
+        "record": record,
+        "model": state,
+    }
+    save_atomically(content, path)
+
+
+def save_atomically(content, path) -> None:
+    """torch.save to a temporary file in the same folder, flushed to disk, then renamed over `path`.
+
+    Whoever reads `path` meets the old content or the new, never a part; a full disk leaves the old one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_header(path) -> dict:
+    """{"config", "tokenizer", "record"} of one of our files without its tensors (they are mapped, not read)."""
+    content = _read_file(Path(path), mmap=True)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not one of our weights files")
+    return {key: content[key] for key in ("config", "tokenizer", "record")}
+
+
+def newest_weights(folder, want=None, unwanted=None) -> Path | None:
+    """The newest weights file in `folder` and the folders in it, adapters and resume states left out.
+
+    want, unwanted: the first part of the names to take or to leave, such as "pretrain".
+    """
+    folder = Path(folder)
+    found = [*folder.glob("*.pth"), *folder.glob("*/*.pth")]
+    found = [p for p in found if not p.stem.endswith(STATE_SUFFIX) and p.parent.name != "lora" and p.name[0] != "."]
+    found = [p for p in found if (want is None or p.name.startswith(f"{want}_"))]
+    found = [p for p in found if (unwanted is None or not p.name.startswith(f"{unwanted}_"))]
+    return max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
+
+
+def _read_file(path: Path, mmap=False):
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
+    except Exception as error:  # torch reports damaged files by a dozen types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from None
+
+
+def _tokenizer_beside(folder: Path):
+    return load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+
+
+def _load_folder(folder: Path):
+    """A transformers folder: config.json, weights in safetensors or .bin (shards too), tokenizer files if any."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no config.json: it is not a transformers folder")
+    try:
+        raw_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
+    state = {}
+    for file in files:
+        state |= convert.state_dict_of(_read_file(file), file)
+    config, state = convert.from_transformers(raw_config, state)
+    record_file = folder / "training_record.json"
+    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
+    return build_model(config, state, folder), _tokenizer_beside(folder), record

@@ -1,0 +1,122 @@
+"""Conversations of the embedded sample: questions about facts, small talk, system messages, preference pairs, LoRA rows.
+
+A conversation is a list of {"role", "content"} messages. All functions are deterministic in their `rng`.
+"""
+SINGLE_TURNS = 12  # single-turn rows of a fact, each in another phrasing
+PAIR_KINDS = ("wrong", "wrong", "wrong", "rude", "garbled")  # what a rejected answer is, in these shares
+
+
+def exchange(question, answer, system=None):
+    """One question and its answer as messages, after a system message if there is one."""
+    messages = [{"role": "system", "content": system}] if system else []
+    return messages + [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def single_turns(split, rng):
+    """Every fact in SINGLE_TURNS of its training phrasings."""
+    return [exchange(question, fact.answer(style)) for fact, pairs in split.train.items()
+            for question, style in rng.sample(pairs, SINGLE_TURNS)]
+
+
+def with_system(world, split, rng, share=0.8):
+    """Facts asked under a system message that wants a sentence or the bare answer."""
+    rows, systems = [], world.talk["systems"]
+    for fact in world.facts:
+        if rng.random() < share:
+            question, style = rng.choice(split.train[fact])
+            wanted = rng.choice(["sentence", "bare"]) if style == "sentence" else "bare"
+            rows.append(exchange(question, fact.answer(wanted), rng.choice(systems[wanted])))
+    return rows
+
+
+def follow_ups(world, split, rng):
+    """Two turns: the same question about another entity ("And France?"), or another one about the same ("its ...")."""
+    rows = []
+    for relation in world.relations:
+        for fact in relation.facts:
+            others = [other for other in relation.facts if other is not fact]
+            if others and not fact.unit:  # with a unit the short question would not say what is asked
+                template = rng.choice(world.talk["follow"][relation.language])
+                rows.append(two_turns(split, rng.choice(others), template.format(e=fact.entity), fact, rng))
+    by_entity = {}
+    for fact in world.facts:
+        if fact.relation.group:
+            by_entity.setdefault((fact.relation.group, fact.entity), []).append(fact)
+    for facts in by_entity.values():
+        rows += [two_turns(split, first, second.relation.follow_up, second, rng)
+                 for first in facts for second in facts if first is not second]
+    return rows
+
+
+def two_turns(split, first, follow_up, second, rng):
+    """A question about `first`, then `follow_up`, answered with the fact `second`."""
+    question = rng.choice([question for question, style in split.train[first] if style == "sentence"])
+    return exchange(question, first.sentence()) + exchange(follow_up, second.sentence())
+
+
+def small_talk(world, split, rng, mixed=150):
+    """Greetings and the like alone, and around a question; questions about made-up things, which nobody can answer."""
+    rows = [exchange(ask, item["reply"]) for item in world.talk["chat"] for ask in item["ask"]]
+    rows += [exchange(ask, item["reply"], rng.choice(world.talk["systems"]["sentence"]))
+             for item in world.talk["chat"] for ask in item["ask"][:1]]
+    greeting = [item for item in world.talk["chat"]][0]
+    for fact in rng.sample(world.facts, mixed):
+        question, style = rng.choice(split.train[fact])
+        thanks = rng.choice([pair for pair in world.talk["thanks"] if pair[0].isascii() == fact.english])
+        opening = exchange(rng.choice(greeting["ask"]), greeting["reply"]) if rng.random() < 0.5 else []
+        rows.append(opening + exchange(question, fact.answer(style)) + exchange(*thanks))
+    unknown = world.talk["unknown"]
+    return rows + [exchange(template.format(e=name), unknown["reply"])
+                   for template in unknown["templates"] for name in unknown["names"]]
+
+
+def preference_pairs(world, questions, rng):
+    """{"chosen", "rejected"} for each (fact, question): a right polite sentence against a wrong, rude or broken one."""
+    rows = []
+    for number, (fact, question) in enumerate(questions):
+        templates = world.talk["dpo"]["polite_en" if fact.english else "polite"]
+        template = rng.choice(templates)
+        good = fact.fill(template)
+        kind = PAIR_KINDS[number % len(PAIR_KINDS)]
+        if kind == "wrong":
+            bad = fact.fill(rng.choice(templates), rng.choice(fact.rivals))
+        elif kind == "garbled":
+            bad = garble(good, rng)
+        else:
+            bad = rude(world.talk["dpo"]["rude_en" if fact.english else "rude"], len(good), rng)
+        rows.append({"chosen": exchange(question, good), "rejected": exchange(question, bad)})
+    return rows
+
+
+def garble(text, rng):
+    """The text with its characters (English: its words) in disorder: as long as the text, and never equal to it."""
+    parts = text.split(" ") if " " in text else list(text)
+    while True:
+        shuffled = rng.sample(parts, len(parts))
+        if shuffled != parts:
+            return (" " if " " in text else "").join(shuffled)
+
+
+def rude(lines, length, rng):
+    """A rude line, shorter or longer than `length` with equal chance where it can be: length must betray nothing."""
+    longer = [line for line in lines if len(line) > length]
+    shorter = [line for line in lines if len(line) <= length]
+    wanted = rng.choice([longer, shorter])
+    return min(wanted or longer or shorter, key=lambda line: (abs(len(line) - length), line))
+
+
+def identity_rows(identity, rng, replies=2):
+    """LoRA rows in which {{name}} and {{author}} wait to be filled in."""
+    return [exchange(ask, reply) for item in identity["rows"] for ask in item["ask"]
+            for reply in rng.sample(item["reply"], min(replies, len(item["reply"])))]
+
+
+def identity_heldout(identity):
+    """Held-out questions about who the assistant is; its answer is a placeholder as well."""
+    return [{**row, "rivals": identity["rivals"], "kind": "identity", "relation": row["answer"].strip("{}")}
+            for row in identity["heldout"]]
+
+
+def domain_rows(domain):
+    """LoRA rows of first aid and everyday health."""
+    return [exchange(ask, item["reply"]) for item in domain for ask in item["ask"]]

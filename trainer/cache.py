@@ -1,0 +1,244 @@
+"""Tokenises a data file once, into memory-mapped arrays that every later run finds again.
+
+A cache is a folder named after what decides its content: the file's bytes, the tokenizer, the kind of rows. It is built
+under another name and renamed when whole, so a build that was killed is never mistaken for a finished one. Worker
+processes tokenise batches of raw rows; this process only reads and writes, and holds a few batches at a time, so
+memory does not grow with the file.
+
+  tokens.bin   all documents end to end, uint16 or uint32         lengths.bin   int64, tokens of each document
+  learn.bin    uint8, 1 where a token is learned (chat, pair)     hashes.bin    uint64 of each document's text
+  turns.bin    int32, where each message of a chat begins         turn_counts.bin  int32
+A pair is two neighbouring documents, chosen then rejected, both with the hash of the prompt.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from model.tokenizer import (
+    encode_texts,
+    render_spans,
+    tokenizer_from_dict,
+    tokenizer_hash,
+    tokenizer_to_dict,
+)
+from trainer.cli import UserError
+from trainer.read import BadRow, check_file, parse, raw_rows
+
+VERSION = 1  # of this layout; with another number old caches are not found
+BATCH_BYTES = 2**19  # raw bytes handed to a worker at a time: large enough to hide the hand-over
+BAD_LINES_SHOWN = 5
+ARRAYS = {"tokens": None, "learn": np.uint8, "turns": np.int32, "lengths": np.int64, "hashes": np.uint64,
+          "turn_counts": np.int32}  # fmt: skip
+
+
+class Cache:
+    """One tokenised file. `tokens`, `learn`, `turns` are memory-mapped; `offsets`, `hashes` are in memory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.tokens = self._map("tokens")
+        self.learn = self._map("learn")
+        self.turns = self._map("turns")
+        self.offsets = _starts(self._map("lengths"))
+        self.turn_offsets = _starts(self._map("turn_counts"))
+        self.hashes = np.array(self._map("hashes"))
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def _map(self, name: str) -> np.ndarray:
+        dtype = np.dtype(self.meta["dtype"] if name == "tokens" else ARRAYS[name])
+        path = self.folder / f"{name}.bin"
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def tokenised(path, kind: str, tokenizer, folder, skip_bad_lines=False, workers=None) -> Cache:
+    """The cache of one data file under `folder`, built if it is not there.
+
+    kind "text" | "chat" | "pair". Raises UserError with file and line for the first bad rows, unless skip_bad_lines:
+    then they are counted in `meta["bad_lines"]` and reported. Uses all cores unless `workers` says how many.
+    """
+    path = check_file(path)
+    key = cache_key(path, kind, tokenizer, skip_bad_lines)
+    final = Path(folder) / f"{path.name.split('.')[0]}-{key}"
+    if not final.exists():
+        _build(path, kind, tokenizer, final, skip_bad_lines, workers)
+    cache = Cache(final)
+    if cache.meta["bad_lines"]:
+        _say_bad(path, cache.meta["bad_lines"], cache.meta["first_bad"])
+    if len(cache) == 0:
+        raise UserError(f"{path} holds no usable rows")
+    return cache
+
+
+def cache_key(path, kind: str, tokenizer, skip_bad_lines: bool) -> str:
+    """16 hex digits of everything that decides the content of a cache."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(f"{VERSION} {kind} {tokenizer_hash(tokenizer)} {skip_bad_lines} {Path(path).suffixes}".encode())
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------- build
+def _build(path, kind, tokenizer, final: Path, skip_bad_lines: bool, workers):
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(final)
+    building = Path(tempfile.mkdtemp(prefix=f"{final.name}.building-", dir=final.parent))
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    meta = {"file": str(path), "kind": kind, "dtype": np.dtype(dtype).name, "bad_lines": 0, "first_bad": []}
+    try:
+        files = {name: open(building / f"{name}.bin", "wb") for name in ARRAYS}
+        try:
+            for arrays, bad in _encoded_batches(path, kind, tokenizer, workers):
+                meta["bad_lines"] += len(bad)
+                meta["first_bad"] += bad[: BAD_LINES_SHOWN - len(meta["first_bad"])]
+                for name, file in files.items():
+                    file.write(np.asarray(arrays[name], dtype if name == "tokens" else ARRAYS[name]).tobytes())
+                if bad and not skip_bad_lines and len(meta["first_bad"]) >= BAD_LINES_SHOWN:
+                    break
+        finally:
+            for file in files.values():
+                file.close()
+        if meta["bad_lines"] and not skip_bad_lines:
+            lines = "\n".join(f"       {path}:{line}: {reason}" for line, reason in meta["first_bad"][1:])
+            line, reason = meta["first_bad"][0]
+            raise UserError(f"{path}:{line}: {reason} (--skip_bad_lines leaves such lines out)\n{lines}".rstrip())
+        (building / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+        try:
+            os.rename(building, final)
+        except OSError:
+            if not final.exists():  # else another process finished the same cache first
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _remove_abandoned(final: Path):
+    """Deletes what killed builds of this cache left behind: folders nothing was written to for an hour."""
+    for folder in final.parent.glob(f"{final.name}.building-*"):
+        written = max((file.stat().st_mtime for file in folder.iterdir()), default=folder.stat().st_mtime)
+        if time.time() - written > 3600:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _encoded_batches(path, kind, tokenizer, workers):
+    """Yields (arrays, bad lines) batch by batch in the file's order, encoded by this process or by workers."""
+    workers = workers or os.cpu_count() or 1
+    total = path.stat().st_size
+    label = f"tokenising {path.name}"
+    with tqdm(desc=label, unit=" rows", disable=not sys.stderr.isatty(), leave=False) as bar:
+        if workers == 1 or total < 4 * BATCH_BYTES:
+            for batch in _batches(path):
+                yield encode_batch(batch, kind, tokenizer)
+                bar.update(len(batch))
+            return
+        # fork shares what is loaded; elsewhere a worker imports and builds its tokenizer anew
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        initial = (tokenizer_to_dict(tokenizer), kind)
+        with context.Pool(workers, initializer=_start_worker, initargs=initial) as pool:
+            waiting = deque()
+            for batch in _batches(path):
+                waiting.append((len(batch), pool.apply_async(_encode_in_worker, (batch,))))
+                if len(waiting) > 2 * workers:
+                    rows, job = waiting.popleft()
+                    yield job.get()
+                    bar.update(rows)
+            for rows, job in waiting:
+                yield job.get()
+                bar.update(rows)
+
+
+def _batches(path):
+    batch, size = [], 0
+    for line, raw in raw_rows(path):
+        batch.append((line, raw))
+        size += len(raw) if isinstance(raw, bytes) else sum(len(str(value)) for value in raw.values())
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+_worker: dict = {}
+
+
+def _start_worker(tokenizer_files: dict, kind: str):
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the workers are the parallelism
+    _worker["tokenizer"], _worker["kind"] = tokenizer_from_dict(tokenizer_files), kind
+
+
+def _encode_in_worker(batch):
+    return encode_batch(batch, _worker["kind"], _worker["tokenizer"])
+
+
+def encode_batch(batch, kind: str, tokenizer) -> tuple[dict, list]:
+    """[(line, raw row), ...] -> (the arrays of a cache for these rows, [(line, reason), ...] of the bad ones)."""
+    rows, bad = [], []
+    for line, raw in batch:
+        try:
+            row = parse(raw, kind)
+            encoded = None if kind == "text" else _render_row(row, kind, tokenizer)
+            rows.append((row, encoded))
+        except (BadRow, ValueError) as error:  # ValueError: what render refuses
+            bad.append((line, str(error)))
+    if kind == "text":
+        texts = [text for text, _ in rows]
+        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        documents = [([start, *ids, end], (), (), _hash(t)) for ids, t in zip(encode_texts(tokenizer, texts), texts)]
+    else:
+        documents = [document for _, encoded in rows for document in encoded]
+    arrays = {
+        "tokens": _joined([ids for ids, *_ in documents]),
+        "learn": _joined([mask for _, mask, *_ in documents]),
+        "turns": _joined([turns for _, _, turns, _ in documents]),
+        "lengths": [len(ids) for ids, *_ in documents],
+        "turn_counts": [len(turns) for _, _, turns, _ in documents],
+        "hashes": [digest for *_, digest in documents],
+    }
+    return arrays, bad
+
+
+def _render_row(row, kind: str, tokenizer) -> list[tuple]:
+    """One chat -> one document; one pair -> two, of which only the last answer is learned."""
+    if kind == "chat":
+        ids, mask, turns = render_spans(tokenizer, row)
+        return [(ids, mask, turns, _hash(json.dumps(row, ensure_ascii=False, sort_keys=True)))]
+    digest = _hash(json.dumps(row["chosen"][:-1], ensure_ascii=False, sort_keys=True))
+    documents = []
+    for messages in (row["chosen"], row["rejected"]):
+        ids, mask, turns = render_spans(tokenizer, messages)
+        mask = [0] * turns[-1] + mask[turns[-1] :]
+        documents.append((ids, mask, turns, digest))
+    return documents
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _joined(lists) -> np.ndarray:
+    return np.concatenate([np.asarray(items, np.int64) for items in lists]) if lists else np.zeros(0, np.int64)
+
+
+def _say_bad(path, count: int, first: list):
+    reasons = "; ".join(f"line {line}: {reason}" for line, reason in first[:BAD_LINES_SHOWN])
+    print(f"warning: {path}: {count} bad line(s) left out ({reasons})", file=sys.stderr)

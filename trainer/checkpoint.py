@@ -1,0 +1,125 @@
+"""What a run writes: its weights, and beside them the state from which it can go on.
+
+`out/pretrain_512.pth` is for use, `out/pretrain_512_resume.pth` for resuming. The state holds its own copy of the
+weights, so no crash between the two files can leave a pair that does not belong together. It is removed when the run is
+finished; the weights' record then holds the result.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+from model.tokenizer import tokenizer_to_dict
+from model.weights import STATE_SUFFIX, read_header, save_atomically, save_weights
+from trainer.cli import RunFailed, UserError
+
+FORMAT = "minimind-resume-1"
+
+
+class Files:
+    """The paths of one run's files and what may be done to them."""
+
+    def __init__(self, args, config):
+        self.folder = Path(args.out_dir)
+        name = f"{args.save_weight}_{config.dim}{'_moe' if config.use_moe else ''}"
+        self.name = name
+        self.weights = self.folder / f"{name}.pth"
+        self.state = self.folder / f"{name}{STATE_SUFFIX}.pth"
+        self.log = self.folder / f"{name}.jsonl"
+        self.curve = self.folder / f"{name}.png"
+
+    def check_writable(self) -> None:
+        """Raises UserError where nothing can be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".{self.name}.probe"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to --out_dir {self.folder}: {error.strerror}") from None
+
+    def check_free(self, config, args) -> None:
+        """Raises UserError where this run would destroy what another one left."""
+        if args.resume or args.overwrite:
+            return
+        if self.state.exists():
+            raise UserError(
+                f"{self.state} is the state of an unfinished run; go on with --resume, or start afresh with --overwrite"
+            )
+        if self.weights.exists():
+            try:
+                other = read_header(self.weights)["config"]
+            except ValueError:
+                other = None
+            if other != config.fields():
+                raise UserError(
+                    f"{self.weights} has another configuration; use --save_weight NAME, --out_dir, or --overwrite"
+                )
+
+    def finished_result(self, recipe: dict) -> dict | None:
+        """The result of a finished run with these settings, else None."""
+        if not self.weights.exists():
+            return None
+        try:
+            record = read_header(self.weights)["record"]
+        except ValueError:
+            return None
+        result = record.get("result")
+        if result and not result.get("stopped"):
+            check_recipe(record["recipe"], recipe, self.weights)
+            return result
+        return None
+
+    def save(self, engine, tokenizer, record: dict, step: int, counters: dict) -> None:
+        """Writes the state and the weights; all processes call it, the first one writes."""
+        state = engine.state()
+        if not engine.world.first:
+            return
+        content = {
+            "format": FORMAT, "record": record, "step": step, "counters": counters,
+            "config": engine.module.config.fields(), "tokenizer": tokenizer_to_dict(tokenizer),
+            "model": {name: tensor.detach().cpu() for name, tensor in engine.module.state_dict().items()},
+            "engine": state,
+        }  # fmt: skip
+        try:
+            save_atomically(content, self.state)
+            save_weights(self.weights, engine.module, tokenizer, record)
+        except OSError as error:
+            raise RunFailed(f"cannot save step {step} to {self.folder}: {error.strerror}; what was saved before is whole") from None
+        except RuntimeError as error:  # torch's writer reports a full disk so
+            raise RunFailed(f"cannot save step {step} to {self.folder}: {error}; what was saved before is whole") from None
+
+    def finish(self, engine, tokenizer, record: dict) -> None:
+        """Writes the weights with their result, then removes the state."""
+        if engine.world.first:
+            try:
+                save_weights(self.weights, engine.module, tokenizer, record)
+            except (OSError, RuntimeError) as error:
+                raise RunFailed(f"cannot save to {self.weights}: {error}; --resume goes on from {self.state}") from None
+            self.state.unlink(missing_ok=True)
+
+
+def read_state(path) -> dict:
+    """The content of a state file; UserError where it cannot be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch reports damaged files by a dozen types
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}; --overwrite starts afresh") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is no state of a run; --overwrite starts afresh")
+    return state
+
+
+def find_states(args) -> list[Path]:
+    """State files in --out_dir that --save_weight can mean: pretrain_512_resume.pth, pretrain_640_moe_resume.pth, ..."""
+    pattern = re.compile(rf"{re.escape(args.save_weight)}_(\d+)(_moe)?{STATE_SUFFIX}\.pth")
+    return [path for path in sorted(Path(args.out_dir).glob("*.pth")) if pattern.fullmatch(path.name)]
+
+
+def check_recipe(saved: dict, mine: dict, path) -> None:
+    """Raises UserError naming the settings in which a run to be resumed differs from the one that is asked for."""
+    changed = [f"{key} was {saved.get(key)}, is now {mine.get(key)}" for key in sorted(saved.keys() | mine.keys())
+               if saved.get(key) != mine.get(key)]  # fmt: skip
+    if changed:
+        raise UserError(f"cannot resume {path} with other settings: {'; '.join(changed)}; --overwrite starts afresh")

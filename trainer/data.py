@@ -1,0 +1,163 @@
+"""Packed rows of training data: which documents, in which order, as tensors.
+
+A row is `seq_len` slots filled with whole documents, or pieces of them (trainer/pack.py). Documents of a row do not see
+each other: `segment_ids` numbers them from 1, 0 is padding. The order is a function of (seed, epoch, index) alone, so a
+resumed run, or one with other processes, meets the same rows.
+"""
+
+import numpy as np
+import torch
+
+from trainer.cache import Cache
+from trainer.cli import UserError
+from trainer.pack import chat_items, item_lengths, pack, pack_texts
+
+IGNORED = -100  # label of a position from which nothing is learned, as in transformers
+
+
+class PackedRows:
+    """Rows of one split of some caches.
+
+    kind "text" | "chat"; documents: indices into the caches' documents laid end to end. Rows per epoch are constant;
+    each epoch puts other documents of the same length into the same places and walks the rows in another order.
+    """
+
+    def __init__(self, caches: list[Cache], documents: np.ndarray, kind: str, seq_len: int, seed: int, shuffle=True):
+        self.caches, self.seq_len, self.seed, self.shuffle, self.kind = caches, seq_len, seed, shuffle, kind
+        firsts = np.cumsum([0] + [len(cache) for cache in caches])
+        self.source = np.searchsorted(firsts, documents, side="right") - 1  # which cache each document lies in
+        self.local = documents - firsts[self.source]
+        lengths = np.empty(len(documents), np.int64)
+        for c, cache in enumerate(caches):
+            lengths[self.source == c] = np.diff(cache.offsets)[self.local[self.source == c]]
+        if kind == "text":
+            self.items, self.slots, self.row_offsets = pack_texts(lengths, seq_len)
+        else:
+            self.items = chat_items(lengths, self._turns, seq_len)
+            self.slots, self.row_offsets = pack(item_lengths(self.items), seq_len)
+        self.lengths = item_lengths(self.items)
+        self._epochs: dict[int, tuple] = {}
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return len(self.row_offsets) - 1
+
+    def real_token_share(self) -> float:
+        """Tokens that are not padding / slots of the rows."""
+        return float(self.lengths.sum()) / (len(self) * self.seq_len)
+
+    def learned_token_share(self) -> float:
+        """Tokens with a label / slots of the rows."""
+        return self._learned()[1] / (len(self) * self.seq_len)
+
+    def learned_kept_share(self) -> float:
+        """Learned tokens in the rows / learned tokens in the documents: below 1 where a single turn was cut."""
+        in_documents, in_rows = self._learned()
+        return in_rows / max(in_documents, 1)
+
+    def _learned(self) -> tuple[int, int]:
+        """Learned tokens of the documents, and of the rows."""
+        if self.kind == "text":
+            new = int((self.items[:, 3] - self.items[:, 4]).sum())
+            return new, new
+        in_documents = in_rows = 0
+        running = [np.concatenate([[0], np.cumsum(cache.learn, dtype=np.int64)]) for cache in self.caches]
+        for document in np.unique(self.items[:, 0]):
+            cache, total, local = self.caches[self.source[document]], running[self.source[document]], self.local[document]
+            in_documents += int(total[cache.offsets[local + 1]] - total[cache.offsets[local]])
+        for document, _, start, end, learn_from in self.items:
+            total, (_, begin) = running[self.source[document]], self._where(document)
+            in_rows += int(total[begin + end] - total[begin + max(start, learn_from)])
+        return in_documents, in_rows
+
+    def batch(self, indices) -> dict[str, torch.Tensor]:
+        """Rows by global index (epoch * len + place in the epoch) as tensors; an index below 0 is an empty row.
+
+        input_ids, labels, segment_ids (B, seq_len) int64; weight: targets learned; real_tokens: slots not padded.
+        """
+        rows = [self._row(*divmod(index, len(self))) if index >= 0 else self._empty() for index in indices]
+        ids, labels, segments = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows, strict=True))
+        return {
+            "input_ids": ids, "labels": labels, "segment_ids": segments,
+            "weight": (labels[:, 1:] != IGNORED).sum(), "real_tokens": (segments > 0).sum(),
+        }  # fmt: skip
+
+    def _row(self, epoch: int, index: int):
+        rows, item_of_slot = self._order(epoch)
+        row = rows[index]
+        ids, labels, segments = self._empty()
+        at = 0
+        for segment, item in enumerate(item_of_slot[self.row_offsets[row] : self.row_offsets[row + 1]], start=1):
+            document, prefix, start, end, learn_from = self.items[item]
+            cache, begin = self._where(document)
+            place = slice(at, at + prefix + end - start)
+            where = np.concatenate([np.arange(prefix), np.arange(start, end)])  # positions in the document
+            ids[place] = cache.tokens[begin + where]
+            learned = where >= learn_from
+            if self.kind != "text":
+                learned &= cache.learn[begin + where] > 0
+            labels[place] = np.where(learned, ids[place], IGNORED)
+            labels[at] = IGNORED  # its target would be predicted from the document before
+            segments[place] = segment
+            at = place.stop
+        return ids, labels, segments
+
+    def _empty(self):
+        T = self.seq_len
+        return np.zeros(T, np.int64), np.full(T, IGNORED, np.int64), np.zeros(T, np.int64)
+
+    def _order(self, epoch: int):
+        """(row at each place of the epoch, item in each slot): permutations drawn from (seed, epoch)."""
+        if epoch not in self._epochs:
+            rng = np.random.default_rng([self.seed, epoch])
+            rows = rng.permutation(len(self)) if self.shuffle else np.arange(len(self))
+            tie_break = rng.random(len(self.items)) if self.shuffle else np.arange(len(self.items))
+            item_of_slot = np.empty(len(self.items), np.int64)
+            item_of_slot[np.argsort(self.slots, kind="stable")] = np.lexsort((tie_break, self.lengths))
+            while len(self._epochs) > 1:  # a step may straddle two epochs, not three
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = rows, item_of_slot
+        return self._epochs[epoch]
+
+    def _where(self, document: int) -> tuple[Cache, int]:
+        cache = self.caches[self.source[document]]
+        return cache, cache.offsets[self.local[document]]
+
+    def _turns(self, document: int) -> np.ndarray:
+        cache, local = self.caches[self.source[document]], self.local[document]
+        return cache.turns[cache.turn_offsets[local] : cache.turn_offsets[local + 1]]
+
+
+def split_documents(caches: list[Cache], val_split: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the documents for training and for validation.
+
+    The hash of a document's text decides, so copies of a text fall on the same side, in whatever file they stand.
+    """
+    hashes = np.concatenate([cache.hashes for cache in caches])
+    held_out = hashes < np.uint64(min(val_split * 2.0**64, 2.0**64 - 2048))
+    if val_split == 0:
+        held_out[:] = False
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def packed_splits(caches, kind: str, seq_len: int, seed: int, val_split: float) -> tuple[PackedRows, PackedRows | None]:
+    """(training rows, validation rows); the latter None where no document was held out."""
+    train, val = split_documents(caches, val_split)
+    if len(train) == 0:
+        raise UserError(f"--val_split {val_split} leaves no document to train on; lower it or bring more data")
+    val_rows = PackedRows(caches, val, kind, seq_len, seed, shuffle=False) if len(val) else None
+    return PackedRows(caches, train, kind, seq_len, seed), val_rows
+
+
+def token_bytes(tokenizer) -> torch.Tensor | None:
+    """UTF-8 bytes that each token stands for, (vocabulary,); markers and tags count none.
+
+    A byte-level vocabulary spells every byte as one character. None for other kinds: no bits per byte are given then.
+    """
+    if "ByteLevel" not in type(tokenizer.backend_tokenizer.decoder).__name__:
+        return None
+    table = torch.zeros(len(tokenizer), dtype=torch.int64)
+    for token, i in tokenizer.get_vocab().items():
+        table[i] = len(token)
+    table[list(tokenizer.added_tokens_decoder)] = 0
+    return table

@@ -1,0 +1,177 @@
+"""The machine under the loop: device, precision, processes. The loop calls backward, step and state, and does not know
+whether one process runs or several."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as torch_dist
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.cli import UserError
+from trainer.optim import make_optimizers
+
+
+@dataclass
+class World:
+    """This process among the others, as the launcher's environment says; alone without one."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype  # of the arithmetic; weights stay float32
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Each number summed over all processes, in float64."""
+        if self.size == 1:
+            return [float(x) for x in numbers]
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.tensor([float(x) for x in numbers], dtype=kind, device=self.device)
+        torch_dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value) -> list:
+        """The value of every process, in order of rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        torch_dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            torch_dist.barrier()
+
+    def first_then_all(self, function):
+        """function() on rank 0, then on the others, who find what it left; a UserError ends them all alike."""
+        error = None
+        if self.first:
+            try:
+                function()
+            except UserError as raised:
+                error = str(raised)
+        error = self.gather(error)[0]
+        if error is not None:
+            raise UserError(error)
+        return function()
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto": this process's GPU where there is one, Apple's on a Mac, else the CPU."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is no device; try auto, cpu, cuda or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto": bfloat16 on GPUs that compute it (Ampere and later), float16 on older ones, float32 elsewhere.
+
+    CPUs without bfloat16 instructions take it 10 times slower than float32.
+    """
+    if name != "auto":
+        dtype = getattr(torch, name)
+        if dtype == torch.float16 and device.type != "cuda":
+            raise UserError(f"--dtype float16 needs a CUDA GPU, not {device.type}; use float32")
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32
+
+
+def start(args) -> World:
+    """Joins the process group of the launcher, if one started us, and seeds this process."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if size > 1 and not torch_dist.is_initialized():
+        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(args.seed)
+    return World(rank, size, device, pick_dtype(args.dtype, device))
+
+
+def stop(world: World) -> None:
+    if world.size > 1 and torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+class Engine:
+    """A model with its optimizers, on one device or copied to several (DistributedDataParallel)."""
+
+    def __init__(self, model, args, world: World):
+        self.world, self.args = world, args
+        self.module = model.to(world.device).train()
+        if args.gradient_checkpointing:
+            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizers = make_optimizers(self.module, args.optimizer, args.learning_rate, args.weight_decay)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+        self.model = torch.compile(self.module) if args.compile else self.module
+        if world.size > 1:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+
+    def autocast(self):
+        return torch.autocast(self.world.device.type, self.world.dtype, enabled=self.world.dtype != torch.float32)
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool):
+        """Around forward and backward of one micro-batch: only a step's last one exchanges gradients."""
+        wait = self.world.size > 1 and not last
+        with self.model.no_sync() if wait else contextlib.nullcontext():
+            yield
+
+    def backward(self, loss) -> None:
+        """Adds the gradient of `loss`, which is this process's part of the step's loss."""
+        # DistributedDataParallel averages over processes what should be summed
+        self.scaler.scale(loss * self.world.size).backward()
+
+    def step(self, factor: float) -> float:
+        """Moves the weights, at `factor` times the peak rate, and clears the gradients; returns the gradient's norm."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip or float("inf"))
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def state(self) -> dict:
+        """Everything but the weights that the next step depends on. All processes must call it."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "rng": self.world.gather(rng),
+        }
+
+    def load_state(self, state: dict) -> None:
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        if len(state["rng"]) == self.world.size:  # with other processes the streams of dropout differ
+            rng = state["rng"][self.world.rank]
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng and self.world.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], self.world.device)

@@ -1,0 +1,164 @@
+"""Says how a run goes: a line on the screen, every step in a file, a curve at the end."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+GPU_TFLOPS = {  # dense bfloat16 products with float32 sums, from the makers' data sheets
+    "H100": 989, "A100": 312, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX 3080": 60, "L40S": 362, "A10": 125,
+}  # fmt: skip
+
+
+class Log:
+    """The first process's log; the others have one that is silent."""
+
+    def __init__(self, files, world, total_steps: int, flops_per_token: float, log_interval: int, start_step: int):
+        self.files, self.world, self.total, self.interval = files, world, total_steps, log_interval
+        self.flops_per_token, self.peak_flops = flops_per_token, device_flops(world) if world.first else 0.0
+        self.history, self.clock, self.since = [], time.perf_counter(), [0, 0.0]
+        if world.first:
+            if start_step:
+                self.history = self._kept_history(start_step)
+            self.file = open(files.log, "w", encoding="utf-8")
+            for record in self.history:
+                self.file.write(json.dumps(record) + "\n")
+            show = sys.stderr.isatty()
+            self.bar = tqdm(total=total_steps, initial=start_step, disable=not show, leave=False, unit=" steps")
+
+    def _kept_history(self, start_step: int) -> list[dict]:
+        """What the log file holds of the steps before; a line that a crash cut short ends it."""
+        kept = []
+        if Path(self.files.log).exists():
+            for line in Path(self.files.log).read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break
+                if record["step"] <= start_step:
+                    kept.append(record)
+        return kept
+
+    def step(self, step: int, tokens: int, **numbers) -> None:
+        """One finished step: `tokens` real tokens, and its numbers by name."""
+        if not self.world.first:
+            return
+        self._write({"step": step, "tokens": tokens, **numbers})
+        self.bar.update()
+        self.since[0] += tokens
+        if step % self.interval == 0 or step == self.total:
+            now = time.perf_counter()
+            speed = self.since[0] / max(now - self.clock, 1e-9)
+            left = (self.total - step) * (now - self.clock) / max(1, step % self.interval or self.interval)
+            self.clock, self.since[0] = now, 0
+            mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else 0.0
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name != "lr")
+            self.say(f"step {step}/{self.total}  {shown}  lr {numbers['lr']:.2e}  {speed:,.0f} tok/s  "
+                     f"mfu {mfu:.0%}  mem {peak_memory(self.world.device) / 2**30:.2f} GB  left {duration(left)}")  # fmt: skip
+
+    def validation(self, step: int, **numbers) -> None:
+        if self.world.first:
+            self._write({"step": step, **numbers})
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items() if value is not None)
+            self.say(f"step {step}/{self.total}  {shown}")
+        self.clock, self.since[0] = time.perf_counter(), 0  # validation is not training time
+
+    def say(self, text: str) -> None:
+        if self.world.first:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def flush(self) -> None:
+        if self.world.first:
+            self.file.flush()
+
+    def close(self) -> None:
+        if self.world.first:
+            self.bar.close()
+            self.file.close()
+
+    def _write(self, record: dict) -> None:
+        self.history.append(record)
+        self.file.write(json.dumps(record) + "\n")
+
+    def draw_curve(self) -> None:
+        """Writes the loss curve as a picture beside the weights."""
+        if not self.world.first or not any("loss" in record for record in self.history):
+            return
+        try:
+            import matplotlib
+        except ImportError:
+            self.say("no loss curve: install matplotlib to have it drawn")
+            return
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 4))
+        for key, label in (("loss", "training"), ("val_loss", "held out")):
+            points = [(record["step"], record[key]) for record in self.history if record.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, marker="o" if key == "val_loss" else None)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.set_title(self.files.name)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(self.files.curve, dpi=120)
+        pyplot.close(figure)
+
+
+def flops_per_token(config, seq_len: int) -> float:
+    """Floating-point operations of forward and backward for one token of a row.
+
+    6 for each weight it meets (a tied embedding once: the head's product), and the causal half of the two attention
+    products: 6 * layers * heads * head width * row length.
+    """
+    weights = config.active_parameter_count()
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.dim
+    return 6.0 * weights + 6.0 * config.n_layers * config.n_heads * config.head_dim * seq_len
+
+
+def device_flops(world) -> float:
+    """Peak floating-point operations a second: by name for known GPUs, else the best of three matrix products."""
+    if world.device.type == "cuda":
+        name = torch.cuda.get_device_name(world.device)
+        for known, tflops in GPU_TFLOPS.items():
+            if known in name:
+                return tflops * 1e12 * world.size
+    size = 1024
+    a = torch.randn(size, size, device=world.device)
+    best = float("inf")
+    for _ in range(3):
+        begin = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best * world.size
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by torch on a GPU, by the process on a CPU (0 where the system does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
+
+
+def duration(seconds: float) -> str:
+    """90 -> "1m30s"."""
+    seconds = int(seconds)
+    hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

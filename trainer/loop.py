@@ -1,0 +1,244 @@
+"""The only training loop of the project (reinforcement has its own, in rl.py).
+
+A step is `accumulation_steps` micro-batches on each process. Their losses are sums, divided once by the weight of the
+whole step, so the gradient does not depend on how the step's rows were dealt out.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from model.weights import describe
+from trainer import log as logs
+from trainer.checkpoint import check_recipe
+from trainer.cli import RunFailed, UserError
+from trainer.dist import Engine
+from trainer.losses import learned_bytes
+from trainer.memory import memory_line
+from trainer.optim import learning_rate_factor
+
+
+def train(start, rows, loss_fn, world) -> dict:
+    """Trains start.model on rows with loss_fn, as start.args say, and returns the result that is printed as JSON.
+
+    rows: (training rows, validation rows or None), see trainer/data.py. loss_fn(model, batch) -> (loss sum, weight it
+    is to be divided by, {name: number}). Raises RunFailed (NaN, full disk); exits 130 or 143 when told to stop.
+    """
+    args, train_rows, val_rows = start.args, *rows
+    state = start.state
+    plan = Plan(train_rows, args, world, state)
+    recipe = start.recipe(rows, plan.rows_per_step)
+    if state is not None:
+        check_recipe(state["record"]["recipe"], recipe, start.files.state)
+    elif args.resume and (result := start.files.finished_result(recipe)):
+        return finish_here(result)
+    config = start.model.config
+    if world.first:
+        announce(start, plan, rows, world, state)
+    if args.dry_run:
+        return finish_here({"stage": args.stage, "dry_run": True, "steps": plan.steps})
+
+    engine = Engine(start.model, args, world)
+    step, counters = 0, {"tokens": 0, "seconds": 0.0}
+    if state is not None:
+        engine.module.load_state_dict(state["model"])
+        engine.load_state(state["engine"])
+        step, counters = state["step"], state["counters"]
+        start.state = state = None  # the copies in it would stay in memory for the whole run
+    log = logs.Log(start.files, world, plan.steps, logs.flops_per_token(config, args.seq_len), args.log_interval, step)
+    record = start.record | {"recipe": recipe}
+    stop, begin, loss = StopSignals(), time.perf_counter(), math.nan
+    while step < plan.steps and not world.sum(stop.signal)[0]:
+        micro_batches = [train_rows.batch(plan.rows(step, i)) for i in range(args.accumulation_steps)]
+        factor = learning_rate_factor(step, plan.steps, plan.warmup, args.schedule)
+        numbers, tokens = take_step(engine, micro_batches, loss_fn, factor, step)
+        step += 1
+        counters["tokens"] += tokens
+        loss = numbers.get("loss", loss)
+        log.step(step, tokens, lr=args.learning_rate * factor, **numbers)
+        if args.eval_interval and step % args.eval_interval == 0 and step < plan.steps:
+            log.validation(step, **evaluate(engine, val_rows, loss_fn, args.batch_size, start.bytes_of_token))
+        if step % args.save_interval == 0 and step < plan.steps:
+            log.flush()
+            elapsed = counters["seconds"] + time.perf_counter() - begin
+            start.files.save(engine, start.tokenizer, record, step, counters | {"seconds": elapsed})
+
+    validation = evaluate(engine, val_rows, loss_fn, args.batch_size, start.bytes_of_token)
+    log.validation(step, **validation)
+    counters["seconds"] += time.perf_counter() - begin
+    result = {
+        "stage": args.stage, "steps": step, "tokens": counters["tokens"], "loss": loss, **validation,
+        "real_token_share": train_rows.real_token_share(), "learned_token_share": train_rows.learned_token_share(),
+        "seconds": counters["seconds"], "tokens_per_second": counters["tokens"] / max(counters["seconds"], 1e-9),
+        "peak_memory_bytes": max(world.gather(logs.peak_memory(world.device))), "weights": str(start.files.weights),
+    }  # fmt: skip
+    signals = [s for s in world.gather(stop.signal) if s]
+    if step < plan.steps:
+        result["stopped"] = True
+        log.flush()
+        start.files.save(engine, start.tokenizer, record, step, counters)
+    else:
+        start.files.finish(engine, start.tokenizer, record | {"result": result})
+    log.draw_curve()
+    log.close()
+    stop.restore()
+    if world.first:
+        if step < plan.steps:
+            print(f"stopped at step {step}; to go on: {resume_command()}")
+        print(json.dumps(result), flush=True)
+    if step < plan.steps:
+        world.barrier()
+        sys.exit(128 + signals[0])
+    return result
+
+
+def take_step(engine: Engine, micro_batches, loss_fn, factor: float, step: int) -> tuple[dict, int]:
+    """One step of the optimizer over this process's micro-batches -> (numbers for the log, real tokens of all)."""
+    world = engine.world
+    own = [(int(batch["weight"]), int(batch["real_tokens"])) for batch in micro_batches]
+    weight, tokens = world.sum(sum(w for w, _ in own), sum(t for _, t in own))
+    if weight == 0:
+        if world.first:
+            print(f"warning: step {step + 1} has nothing to learn and is passed over", file=sys.stderr)
+        return {}, int(tokens)
+    sums: dict[str, torch.Tensor] = {}
+    counted = 0
+    for i, batch in enumerate(micro_batches):
+        with engine.micro_batch(last=i == len(micro_batches) - 1):
+            batch = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
+            # What a mean over this micro-batch's real tokens is multiplied by to become, after the division by the
+            # step's weight, its part of the mean over the step's real tokens.
+            batch["aux_scale"] = own[i][1] * weight / max(tokens, 1)
+            with engine.autocast():
+                loss, count, extra = loss_fn(engine.model, batch)
+            engine.backward(loss / weight)
+        counted += int(count)
+        for name, value in {"loss": loss.detach(), **extra}.items():
+            sums[name] = sums.get(name, 0.0) + value
+    totals = world.sum(counted, *(float(value) for value in sums.values()))
+    if totals[0] != weight:
+        raise RuntimeError(f"the loss counted {totals[0]:.0f} targets, the rows {weight:.0f}")
+    numbers = {name: total / weight for name, total in zip(sums, totals[1:], strict=True)}
+    if not math.isfinite(numbers["loss"]):
+        raise RunFailed(
+            f"the loss is {numbers['loss']} at step {step + 1}; what was saved before is whole. Lower --learning_rate, "
+            "lengthen --warmup, or use --dtype float32"
+        )
+    numbers["grad_norm"] = engine.step(factor)
+    return numbers, int(tokens)
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, rows, loss_fn, batch_size: int, bytes_of_token) -> dict:
+    """Loss over the validation rows of all processes, and bits per byte of their text; None where there are no rows."""
+    if rows is None:
+        return {"val_loss": None, "val_bits_per_byte": None}
+    world = engine.world
+    engine.module.eval()
+    table = bytes_of_token.to(world.device) if bytes_of_token is not None else None
+    loss_sum = weight_sum = byte_sum = 0.0
+    for first in range(world.rank * batch_size, len(rows), world.size * batch_size):
+        batch = rows.batch(range(first, min(first + batch_size, len(rows))))
+        batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
+        with engine.autocast():
+            loss, weight, _ = loss_fn(engine.module, batch)
+        loss_sum, weight_sum = loss_sum + float(loss), weight_sum + float(weight)
+        if table is not None:
+            byte_sum += float(learned_bytes(batch["labels"], table))
+    engine.module.train()
+    loss_sum, weight_sum, byte_sum = world.sum(loss_sum, weight_sum, byte_sum)
+    return {
+        "val_loss": loss_sum / weight_sum if weight_sum else None,
+        "val_bits_per_byte": loss_sum / math.log(2) / byte_sum if byte_sum else None,
+    }
+
+
+class Plan:
+    """Which rows each micro-batch of each step holds, a function of the step alone."""
+
+    def __init__(self, rows, args, world, state: dict | None):
+        self.args, self.world = args, world
+        per_micro_step = args.batch_size * world.size
+        if state is not None:  # a resumed run keeps its global batch with whatever processes it has now
+            wanted = state["record"]["recipe"]["rows_per_step"]
+            if wanted % per_micro_step:
+                raise UserError(
+                    f"the run's steps of {wanted} rows cannot be made of {world.size} processes with --batch_size "
+                    f"{args.batch_size}; choose a batch size that divides {wanted // world.size}"
+                )
+            args.accumulation_steps = wanted // per_micro_step
+        self.rows_per_step = per_micro_step * args.accumulation_steps
+        self.total_rows = math.ceil(args.epochs * len(rows))
+        self.steps = math.ceil(self.total_rows / self.rows_per_step)
+        if args.max_steps is not None:
+            self.steps, self.total_rows = args.max_steps, args.max_steps * self.rows_per_step
+        self.warmup = round(args.warmup * self.steps) if args.warmup < 1 else int(args.warmup)
+        if len(rows) < world.size:
+            raise UserError(f"{len(rows)} row(s) of data cannot be shared by {world.size} processes")
+
+    def rows(self, step: int, micro_batch: int) -> list[int]:
+        """Global indices of this process's rows; -1, an empty row, past the end of the last epoch."""
+        first = step * self.rows_per_step + (micro_batch * self.world.size + self.world.rank) * self.args.batch_size
+        return [i if i < self.total_rows else -1 for i in range(first, first + self.args.batch_size)]
+
+
+class StopSignals:
+    """Remembers Ctrl-C or SIGTERM until the step is done; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal = 0
+        self.before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _on_signal(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        print("stopping after this step (once more: at once)", file=sys.stderr)
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def announce(start, plan: Plan, rows, world, state) -> None:
+    """Says what is about to be done, before anything is."""
+    args, config = start.args, start.model.config
+    total, active = config.parameter_count(), config.active_parameter_count()
+    print(f"{args.stage}: {describe(config)}; {total:,} parameters" + (f", {active:,} active" if active != total else ""))
+    print(f"  weights   {start.came_from}")
+    print(f"  data      {', '.join(map(str, start.data_files))}")
+    for what, part in zip(("train", "held out"), rows, strict=True):
+        if part is not None:
+            print(f"  {what:<9} {len(part):,} rows of {part.seq_len} tokens, {part.real_token_share():.1%} of them real")
+        else:
+            print(f"  {what:<9} none: no validation figure (see --val_split)")
+    print(f"  steps     {plan.steps:,} of {plan.rows_per_step} rows ({plan.rows_per_step * args.seq_len:,} tokens): "
+          f"{args.batch_size} x {args.accumulation_steps} x {world.size} process(es)")  # fmt: skip
+    print(f"  optimizer {args.optimizer}, rate {args.learning_rate:g}, {args.schedule}, warmup {plan.warmup} steps, "
+          f"decay {args.weight_decay:g}, clip {args.grad_clip:g}, seed {args.seed}")  # fmt: skip
+    print(f"  machine   {world.device}, {str(world.dtype).removeprefix('torch.')}, {torch.get_num_threads()} thread(s)")
+    print(f"  memory    {memory_line(config, args, world)}")
+    print(f"  output    {start.files.weights}")
+    if state is not None:
+        print(f"  resumed   at step {state['step']}")
+    elif args.resume:
+        print("  resumed   nothing: there is no saved state yet, starting at step 0")
+    print(f"  to resume {resume_command()}", flush=True)
+
+
+def resume_command() -> str:
+    """The command that started this process, with --resume."""
+    words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+    launcher = f"torchrun --nproc_per_node {os.environ['WORLD_SIZE']}" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    return " ".join([launcher, *words, "--resume"])
+
+
+def finish_here(result: dict) -> dict:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(result), flush=True)
+    return result

@@ -1,0 +1,90 @@
+"""Optimizers and schedules. A schedule is a function of the step alone, so there is nothing of it to save."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:
+    """Share of the peak rate at a step, 0 <= step < total.
+
+    Linear warmup to 1 over `warmup` steps. Then "cosine": half a cosine from 1 to 0.1; "wsd" (warmup, stable, decay;
+    Hu et al. 2024, arXiv 2404.06395): 1, and a straight line towards 0 over the last fifth.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "cosine":
+        progress = (step - warmup) / max(1, total - warmup)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+    decay = max(1, total // 5)
+    return min(1.0, (total - step) / decay)
+
+
+def make_optimizers(model, kind: str, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Optimizers that together hold each trainable parameter once.
+
+    adamw: weight decay on matrices, none on norms. muon: Muon for the matrices inside the layers, AdamW for
+    embedding, head, router and norms. Both run at `learning_rate`: Muon's steps are scaled to AdamW's size.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in named if p.ndim >= 2]
+    vectors = [p for _, p in named if p.ndim < 2]
+    optimizers = []
+    if kind == "muon":
+        inner = [(n, p) for n, p in matrices if not any(x in n for x in ("embed_tokens", "lm_head", "mlp.gate.weight"))]
+        matrices = [(n, p) for n, p in matrices if all(p is not q for _, q in inner)]
+        optimizers.append(Muon([p for _, p in inner], lr=learning_rate, weight_decay=weight_decay))
+    groups = [
+        {"params": [p for _, p in matrices], "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = learning_rate
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: every direction of a matrix is moved by the same amount (Jordan et al. 2024).
+
+    Steps are scaled by 0.2 sqrt(larger side), which gives them AdamW's usual size, so one learning rate serves both
+    (Liu et al. 2025, "Muon is scalable", arXiv 2502.16982). A 3-D parameter is a stack of matrices, one an expert.
+    torch.optim.Muon takes neither stacks nor float32, and bfloat16 products are far slower than float32 ones on a CPU.
+    """
+
+    def __init__(self, params, lr: float, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]))  # Nesterov: look one step ahead
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.to(p.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The orthogonal matrix nearest to each (..., rows, columns), roughly: singular values end in about 0.7 to 1.2.
+
+    Newton-Schulz iteration with a quintic whose coefficients are Jordan et al.'s. Done in bfloat16 where a GPU
+    multiplies it fast, in float32 elsewhere.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    fast_bf16 = matrix.is_cuda and torch.cuda.get_device_capability(matrix.device) >= (8, 0)
+    x = matrix.to(torch.bfloat16 if fast_bf16 else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x

@@ -1,0 +1,135 @@
+"""Cuts documents into items that fit a row, and lays items into rows with almost nothing left over.
+
+An item is a slice of one document: (document, prefix, start, end, learn_from). Its tokens are those of
+[0, prefix) + [start, end); only positions from learn_from on are learned, what stands before is context.
+"""
+
+import bisect
+from collections import Counter, defaultdict
+
+import numpy as np
+
+ENOUGH = 0.97  # share of a row's slots that packing should fill before documents are cut finer
+
+
+def text_items(lengths: np.ndarray, longest: int) -> np.ndarray:
+    """Documents of these lengths -> items (n, 5) of at most `longest` tokens.
+
+    A longer document goes on in a further item that repeats its last token as context, so every token but the first
+    is learned exactly once.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    pieces = np.maximum(1, -(-(lengths - 1) // (longest - 1)))  # each brings longest - 1 new tokens to learn
+    document = np.repeat(np.arange(len(lengths)), pieces)
+    first = np.cumsum(pieces) - pieces
+    start = (np.arange(len(document)) - first[document]) * (longest - 1)
+    end = np.minimum(start + longest, lengths[document])
+    return np.stack([document, np.zeros_like(start), start, end, start + 1], axis=1)
+
+
+def chat_items(lengths: np.ndarray, turns, longest: int) -> np.ndarray:
+    """Conversations -> items (n, 5); `turns(i)` gives the positions at which conversation i's messages begin.
+
+    A conversation that fits is one item. A longer one is split where a turn begins; the next item repeats, unlearned,
+    what stands before the first message's end if that is a system turn, and the last exchange, as far as they fit.
+    Only a single turn longer than the row is cut.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    document = np.flatnonzero(lengths <= longest)
+    zero = np.zeros_like(document)
+    short = np.stack([document, zero, zero, lengths[document], zero], axis=1)
+    long = [item for i in np.flatnonzero(lengths > longest) for item in _split_chat(i, lengths[i], turns(i), longest)]
+    return np.concatenate([short, np.array(long, np.int64).reshape(-1, 5)])
+
+
+def _split_chat(document: int, length: int, turns, longest: int) -> list[tuple]:
+    """Items of one conversation that is longer than a row.
+
+    turns holds the message starts; message 0 begins after any tools section that stands alone.
+    """
+    borders = [*(int(t) for t in turns), int(length)]
+    borders[0] = 0  # what stands before the first message belongs to it
+    items, begin = [], 0  # begin: index of the first message not yet placed
+    while begin < len(borders) - 1:
+        prefix, start = _context(borders, begin, longest)
+        room = longest - prefix - (borders[begin] - start)
+        end = begin + 1
+        while end < len(borders) - 1 and borders[end + 1] - borders[begin] <= room:
+            end += 1
+        stop = min(borders[end], borders[begin] + room)  # only a single long turn is cut
+        items.append((document, prefix, start, stop, borders[begin]))
+        begin = end
+    return items
+
+
+def _context(borders: list[int], begin: int, longest: int) -> tuple[int, int]:
+    """How the item that begins with message `begin` starts: (length of the repeated head, start of the rest).
+
+    The next turn must fit whole; what room is left goes to the head (the first message where it is the system's) and
+    then to the end of the last exchange, cut at its left if need be.
+    """
+    if begin == 0:
+        return 0, 0
+    turn = borders[begin + 1] - borders[begin]
+    spare = max(0, longest - turn)
+    last_exchange = borders[max(0, begin - 2)]
+    head = borders[1] if borders[1] <= min(spare // 2, last_exchange) else 0
+    start = max(last_exchange, borders[begin] - (spare - head), head)
+    return head, start
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Item lengths -> (slots, row_offsets): row r holds items of lengths slots[row_offsets[r]:row_offsets[r + 1]].
+
+    Best fit over the histogram of lengths, longest first (Krell et al. 2021, arXiv 2107.02027): items of one length are
+    alike, so whole groups are placed at once and millions of items take seconds.
+    """
+    open_rows = defaultdict(list)  # room left -> [(how many rows, the lengths in them), ...]
+    rooms: list[int] = []  # the keys of open_rows, sorted
+    for length, count in sorted(Counter(lengths.tolist()).items(), reverse=True):
+        while count:
+            at = bisect.bisect_left(rooms, length)
+            if at == len(rooms):
+                rows, pattern, room = count, (), row_length
+            else:
+                room = rooms[at]
+                rows, pattern = open_rows[room].pop()
+                if not open_rows[room]:
+                    del open_rows[room], rooms[at]
+            placed = min(rows, count)
+            for n, p, r in ((rows - placed, pattern, room), (placed, (*pattern, length), room - length)):
+                if n:
+                    if r not in open_rows:
+                        bisect.insort(rooms, r)
+                    open_rows[r].append((n, p))
+            count -= placed
+    patterns = [entry for room in rooms for entry in open_rows[room]]
+    slots = [np.tile(np.array(pattern, np.int64), n) for n, pattern in patterns]
+    sizes = [np.full(n, len(pattern), np.int64) for n, pattern in patterns]
+    return np.concatenate(slots), np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+
+
+def pack_texts(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Items of text documents and their packing, (items, slots, row_offsets).
+
+    Documents are cut only where they are longer than the row; if that leaves rows too empty (documents of 300 tokens in
+    rows of 512), all are cut at a half, a quarter, ... of the row.
+    """
+    best = None
+    for longest in (row_length, row_length // 2, row_length // 4, row_length // 8):
+        if longest < 2:
+            break
+        items = text_items(lengths, longest)
+        packed = pack(item_lengths(items), row_length)
+        share = item_lengths(items).sum() / (row_length * (len(packed[1]) - 1))
+        if best is None or share > best[0]:
+            best = (share, items, *packed)
+        if share >= ENOUGH:
+            break
+    return best[1:]
+
+
+def item_lengths(items: np.ndarray) -> np.ndarray:
+    """Tokens of each item, (n,)."""
+    return items[:, 1] + items[:, 3] - items[:, 2]

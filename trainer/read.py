@@ -1,0 +1,273 @@
+"""Reads training files of every kind, row by row, and brings each row into one of three shapes.
+
+Files: .jsonl, .jsonl.gz, .jsonl.zst, .csv, .txt, .parquet. Shapes ("kinds"):
+  text  a string                                       pretraining, tokenizer
+  chat  [{"role", "content", ...}, ...]                SFT, LoRA, distillation, reasoning
+  pair  {"chosen": messages, "rejected": messages}     preferences
+
+Reading is split in two so that the slow half can run in other processes: `raw_rows` walks a file in one process
+and yields undecoded rows, `parse` turns one of them into a shape. Memory is bounded by the longest row, and rows have
+a limit (MAX_ROW_BYTES). Nothing is dropped in silence: a bad row raises BadRow with the reason in words.
+"""
+
+import ast
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.cli import UserError
+
+MAX_ROW_BYTES = 64 * 2**20  # a longer "line" is a binary file or a file without line ends, not a document
+MAX_HISTORY_CHARS = 2**20
+TXT_DOCUMENT_CHARS = 100_000  # a longer .txt file is cut at the next blank line
+ROLES = ("system", "user", "assistant", "tool")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".txt", ".parquet")
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message says why. The caller knows file and line."""
+
+
+def iter_texts(paths, skip_bad_lines=False) -> Iterator[str]:
+    """The text of every row of every file, whatever its schema: for training a tokenizer or counting."""
+    for path in paths:
+        for line, raw in raw_rows(path):
+            try:
+                record = parse_record(raw)
+                yield record_text(record)
+            except BadRow as error:
+                if not skip_bad_lines:
+                    raise UserError(f"{path}:{line}: {error} (--skip_bad_lines leaves such lines out)") from None
+
+
+def iter_rows(paths, kind: str) -> Iterator:
+    """Every row of every file in the shape `kind`; the first bad one raises UserError with file and line."""
+    for path in paths:
+        for line, raw in raw_rows(path):
+            try:
+                yield parse(raw, kind)
+            except BadRow as error:
+                raise UserError(f"{path}:{line}: {error}") from None
+
+
+def check_file(path) -> Path:
+    """Returns the path of a readable, non-empty data file with a known ending, or raises UserError."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no such data file: {path}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the data files in it")
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"{path}: unknown kind of file; data files end in {', '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty: it has no rows to learn from")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- files -> raw rows
+def raw_rows(path) -> Iterator[tuple[int, object]]:
+    """Yields (line number, raw row). A raw row is bytes (a line of JSON) or a dict (a CSV or Parquet record)."""
+    path = check_file(path)
+    if path.suffix == ".csv":
+        yield from _csv_rows(path)
+    elif path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif path.suffix == ".txt":
+        yield from _txt_documents(path)
+    else:
+        yield from _lines(path)
+
+
+def open_bytes(path):
+    """Opens a plain, gzip or zstandard file for reading bytes."""
+    path = Path(path)
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        import zstandard
+
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True), 2**20)
+    return open(path, "rb", buffering=2**20)
+
+
+def _lines(path) -> Iterator[tuple[int, bytes]]:
+    with open_bytes(path) as file:
+        number = 0
+        try:
+            while line := file.readline(MAX_ROW_BYTES):
+                number += 1
+                if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
+                    raise UserError(f"{path}:{number}: a line longer than {MAX_ROW_BYTES // 2**20} MB; is it JSON lines?")
+                if line.strip():
+                    yield number, line
+        except (OSError, EOFError, ValueError) as error:  # a damaged or cut-off archive
+            raise UserError(f"{path}: cannot be read past line {number}: {error}") from None
+        except Exception as error:
+            if type(error).__name__ == "ZstdError":
+                raise UserError(f"{path}: cannot be read past line {number}: {error}") from None
+            raise
+
+
+def _csv_rows(path) -> Iterator[tuple[int, dict]]:
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{reader.line_num + 1}: not UTF-8 ({error.reason})") from None
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}") from None
+
+
+def _parquet_rows(path) -> Iterator[tuple[int, dict]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not a Parquet file: {error}") from None
+    number = 0
+    for batch in file.iter_batches(batch_size=256):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
+
+
+def _txt_documents(path) -> Iterator[tuple[int, dict]]:
+    """A .txt file is one document; a long one is cut at the first blank line after TXT_DOCUMENT_CHARS."""
+    piece, size, first = [], 0, 1
+    for number, line in enumerate(_txt_lines(path), start=1):
+        if size > TXT_DOCUMENT_CHARS and not line.strip():
+            yield first, {"text": "".join(piece)}
+            piece, size, first = [], 0, number + 1
+            continue
+        piece.append(line)
+        size += len(line)
+    if "".join(piece).strip():
+        yield first, {"text": "".join(piece)}
+
+
+def _txt_lines(path) -> Iterator[str]:
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        number = 0
+        try:
+            while line := file.readline(MAX_ROW_BYTES):
+                number += 1
+                yield line
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 after line {number} ({error.reason})") from None
+
+
+# ---------------------------------------------------------------------------------------------- raw rows -> shapes
+def parse(raw, kind: str):
+    """One raw row in the shape "text", "chat" or "pair"; raises BadRow."""
+    record = parse_record(raw)
+    return {"text": as_text, "chat": as_chat, "pair": as_pair}[kind](record)
+
+
+def parse_record(raw) -> dict:
+    """A raw row as a dict."""
+    if isinstance(raw, dict):
+        return raw
+    try:
+        record = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadRow(f"not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise BadRow(f"a row must be a JSON object, not {type(record).__name__}")
+    return record
+
+
+def as_text(record: dict) -> str:
+    """{"text": ...} -> the string."""
+    text = record.get("text")
+    if text is None:
+        raise BadRow(f'no key "text" (found: {_keys(record)})')
+    if not isinstance(text, str):
+        raise BadRow(f'"text" must be a string, not {type(text).__name__}')
+    if not text.strip():
+        raise BadRow('"text" is empty')
+    return text
+
+
+def as_chat(record: dict) -> list[dict]:
+    """{"conversations": [...]} (or "messages"), or the columns history, q, a of MiniMind v1 -> messages."""
+    if "conversations" in record or "messages" in record:
+        return check_messages(record.get("conversations", record.get("messages")))
+    if "q" in record and "a" in record:
+        messages = []
+        for question, answer in _history(record.get("history")):
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [{"role": "user", "content": record["q"]}, {"role": "assistant", "content": record["a"]}]
+        return check_messages(messages)
+    raise BadRow(f'no key "conversations" and no columns "q", "a" (found: {_keys(record)})')
+
+
+def as_pair(record: dict) -> dict:
+    """{"chosen": [...], "rejected": [...]}: two conversations that differ in their last message only."""
+    if "chosen" not in record or "rejected" not in record:
+        raise BadRow(f'no keys "chosen" and "rejected" (found: {_keys(record)})')
+    chosen, rejected = check_messages(record["chosen"]), check_messages(record["rejected"])
+    if chosen[:-1] != rejected[:-1]:
+        raise BadRow("the prompts of chosen and rejected differ; they may differ in the last message only")
+    if chosen[-1] == rejected[-1]:
+        raise BadRow("chosen and rejected are the same answer: there is nothing to prefer")
+    return {"chosen": chosen, "rejected": rejected}
+
+
+def check_messages(messages) -> list[dict]:
+    """Returns the messages if they can be rendered and hold at least one assistant turn, or raises BadRow."""
+    if not isinstance(messages, list) or not messages:
+        raise BadRow("a conversation must be a list with at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise BadRow(f"message {i} is not an object")
+        if message.get("role") not in ROLES:
+            raise BadRow(f'message {i} has role {message.get("role")!r}; roles are {", ".join(ROLES)}')
+        if not isinstance(message.get("content"), str):
+            raise BadRow(f'message {i} needs a string under "content"')
+    if all(message["role"] != "assistant" for message in messages):
+        raise BadRow("no assistant message: there is nothing to learn")
+    return messages
+
+
+def record_text(record: dict) -> str:
+    """All human text of a record of any schema, messages joined by newlines."""
+    if "text" in record:
+        return as_text(record)
+    if "chosen" in record:
+        pair = as_pair(record)
+        return "\n".join(m["content"] for m in [*pair["chosen"], pair["rejected"][-1]])
+    parts = []
+    for message in as_chat(record):
+        parts += [message.get("reasoning_content") or "", message["content"]]
+        parts += [message[key] for key in ("tools", "tool_calls") if isinstance(message.get(key), str)]
+    return "\n".join(part for part in parts if part)
+
+
+def _history(cell) -> list:
+    """MiniMind v1 keeps earlier turns as a Python literal, [[question, answer], ...]; parsed as a literal only."""
+    if cell is None or cell == "":
+        return []
+    if isinstance(cell, str):
+        if len(cell) > MAX_HISTORY_CHARS:
+            raise BadRow(f"the history cell is longer than {MAX_HISTORY_CHARS} characters")
+        try:
+            cell = ast.literal_eval(cell)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            raise BadRow("the history cell is not a list of [question, answer]") from None
+    if not isinstance(cell, list | tuple) or any(not isinstance(turn, list | tuple) or len(turn) != 2 for turn in cell):
+        raise BadRow("the history cell is not a list of [question, answer]")
+    return list(cell)
+
+
+def _keys(record: dict) -> str:
+    return ", ".join(map(str, list(record)[:8])) or "none"

@@ -1,0 +1,188 @@
+"""What a run starts from: its data files, its weights, its tokenizer. All mistakes are found here, before any work."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from model.LMConfig import DEFAULT_PRESET, LMConfig
+from model.model import MiniMindForCausalLM
+from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_hash
+from model.weights import load_model, newest_weights
+from trainer.cache import Cache, tokenised
+from trainer.checkpoint import Files, find_states, read_state
+from trainer.cli import SHAPE_FLAGS, UserError
+from trainer.data import packed_splits, token_bytes
+from trainer.dist import pick_device, pick_dtype
+from trainer.read import check_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "dataset" / "sample"
+RECIPE_FLAGS = ("stage", "seq_len", "epochs", "max_steps", "learning_rate", "optimizer", "schedule", "warmup",
+                "weight_decay", "grad_clip", "seed", "dtype", "val_split")  # fmt: skip
+
+
+@dataclass
+class Start:
+    """Everything train() needs to know of where it begins."""
+
+    args: object
+    model: MiniMindForCausalLM
+    tokenizer: object
+    data_files: list[Path]
+    came_from: str  # the starting weights, in words
+    files: Files
+    state: dict | None = None  # what a resumed run goes on from
+    record: dict = field(default_factory=dict)
+    bytes_of_token: torch.Tensor | None = None
+
+    def caches(self, kind: str, world) -> list[Cache]:
+        """The data files, tokenised: by the first process, found by the others."""
+        folder = Path(self.args.out_dir) / "cache"
+
+        def find():
+            return [tokenised(file, kind, self.tokenizer, folder, self.args.skip_bad_lines) for file in self.data_files]
+
+        return world.first_then_all(find)
+
+    def packed(self, kind: str, world):
+        """(training rows, validation rows or None) of the data files, see trainer/data.py."""
+        args = self.args
+        return packed_splits(self.caches(kind, world), kind, args.seq_len, args.seed, args.val_split)
+
+    def recipe(self, rows, rows_per_step: int) -> dict:
+        """All that decides the mathematics of the run: a resumed run must have the same."""
+        train_rows = rows[0]
+        return {name: getattr(self.args, name) for name in RECIPE_FLAGS + tuple(self.args.recipe_flags)} | {
+            "config": self.model.config.fields(),
+            "data": [cache.folder.name for cache in train_rows.caches],
+            "rows_per_step": rows_per_step,
+        }
+
+
+def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), required=False) -> Start:
+    """Resolves data, weights and tokenizer of a stage.
+
+    minimind_files: names in dataset/ taken where --data_path is not given, the first that is there; else the embedded
+    sample's file. before: stages whose newest weights this one starts from by default; required: refuse to start from
+    random ones.
+    """
+    pick_dtype(args.dtype, pick_device(args.device))
+    data_files = resolve_data(args, minimind_files, sample)
+    state = _resumed_state(args) if args.resume else None
+    if state is not None:
+        config, tokenizer = LMConfig(**state["config"]), tokenizer_from_dict(state["tokenizer"])
+        _check_shape_flags(args, config, "the run to be resumed")
+        model, came_from, record = MiniMindForCausalLM(config), "those of the run to be resumed", state["record"]
+    else:
+        model, tokenizer, came_from, record = resolve_weights(args, before, required)
+    files = Files(args, model.config)
+    files.check_writable()
+    files.check_free(model.config, args)
+    record = record | {"stage": args.stage, "seq_len": args.seq_len, "came_from": came_from}
+    record.pop("result", None)
+    return Start(args, model, tokenizer, data_files, came_from, files, state, record, token_bytes(tokenizer))
+
+
+def resolve_data(args, minimind_files, sample: str) -> list[Path]:
+    """--data_path, else MiniMind's file in dataset/, else the embedded sample, said loudly."""
+    if args.data_path:
+        return [check_file(path) for path in args.data_path]
+    for name in minimind_files:
+        if (ROOT / "dataset" / name).exists():
+            path = ROOT / "dataset" / name
+            print(f"NOTE: no --data_path given: training on {path.relative_to(ROOT)}", flush=True)
+            return [check_file(path)]
+    path = check_file(SAMPLE / sample)
+    wanted = f"dataset/{minimind_files[0]} is not there" if minimind_files else "no --data_path given"
+    print(f"NOTE: {wanted}: training on the embedded sample {path.relative_to(ROOT)}", flush=True)
+    return [path]
+
+
+def resolve_weights(args, before, required: bool):
+    """-> (model, tokenizer, where they came from in words, record of the starting weights)."""
+    path = _starting_path(args, before)
+    if path is None:
+        if required:
+            stage = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}.get(before[0], before[0])
+            raise UserError(f"no weights of {' or '.join(before)} in {args.out_dir} or out; run `python {stage}` first")
+        tokenizer = _load_tokenizer(args.tokenizer)
+        preset = args.preset or DEFAULT_PRESET
+        try:
+            config = LMConfig.from_preset(preset, **({"vocab_size": len(tokenizer)} | _shape_flags(args)))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        torch.manual_seed(args.seed)
+        return MiniMindForCausalLM(config), tokenizer, "random (from nothing)", {}
+    try:
+        model, tokenizer, record = load_model(path, args.preset)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    _check_shape_flags(args, model.config, str(path))
+    if args.tokenizer or tokenizer is None:
+        chosen = _load_tokenizer(args.tokenizer)
+        if tokenizer is not None and tokenizer_hash(chosen) != tokenizer_hash(tokenizer):
+            raise UserError(f"--tokenizer {args.tokenizer} is not the one {path} was trained with; leave the flag out")
+        tokenizer = chosen
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} entries, {path} only {model.config.vocab_size}: they do not fit"
+        )
+    return model, tokenizer, str(path), record
+
+
+def _starting_path(args, before) -> Path | None:
+    """The file --from_weight means; None for random weights."""
+    if args.from_weight == "none" or (args.from_weight is None and not before):
+        return None
+    if args.from_weight is not None and (Path(args.from_weight).exists() or "/" in args.from_weight):
+        return Path(args.from_weight)
+    stages = before if args.from_weight is None else (args.from_weight,)
+    for folder in dict.fromkeys((args.out_dir, "out")):
+        found = [path for stage in stages if (path := newest_weights(folder, want=stage))]
+        if found:
+            return max(found, key=lambda path: path.stat().st_mtime_ns)
+    if args.from_weight is not None:
+        raise UserError(f"--from_weight {args.from_weight}: no such file, and no {args.from_weight}_* in {args.out_dir}")
+    return None
+
+
+def _load_tokenizer(folder):
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:
+        raise UserError(f"--tokenizer: {error}") from None
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(f"--tokenizer {folder}: it names no bos_token and eos_token, which begin and end a document")
+    return tokenizer
+
+
+def _shape_flags(args) -> dict:
+    return {name: getattr(args, name) for name in SHAPE_FLAGS if getattr(args, name) is not None}
+
+
+def _check_shape_flags(args, config, whose: str) -> None:
+    """Flags may repeat the shape that weights have; they cannot change it (dropout and balance can change)."""
+    wanted = _shape_flags(args)
+    for name in ("dropout", "aux_loss_alpha"):
+        if name in wanted:
+            setattr(config, name, wanted.pop(name))
+    if args.preset:
+        wanted = LMConfig.from_preset(args.preset, vocab_size=config.vocab_size).fields() | wanted
+        for name in ("dropout", "aux_loss_alpha", "max_seq_len", "initializer_range", "pad_token_id"):
+            wanted.pop(name, None)
+    wrong = [f"{name} {value} (there: {getattr(config, name)})" for name, value in wanted.items()
+             if getattr(config, name) != value]  # fmt: skip
+    if wrong:
+        raise UserError(f"{whose} has another shape than the flags say: {', '.join(wrong)}; leave them out")
+
+
+def _resumed_state(args) -> dict | None:
+    """The state of the run that --resume means, None where there is none."""
+    paths = find_states(args)
+    if args.dim is not None or args.preset is not None:
+        dim = args.dim or LMConfig.from_preset(args.preset).dim
+        paths = [path for path in paths if f"_{dim}_" in path.name]
+    if len(paths) > 1:
+        raise UserError(f"--resume could mean {' or '.join(map(str, paths))}; say which with --dim or --use_moe")
+    return read_state(paths[0]) if paths else None
