@@ -47,10 +47,10 @@ class TextStream:
 
     def _release(self, final: bool) -> str:
         """Gives out of `held` what cannot be part of a stop string any more."""
-        found = [at for at in (self.held.find(s) for s in self.stop) if at >= 0]
+        found = [(self.held.find(s) + len(s), self.held.find(s)) for s in self.stop if s in self.held]
         if found:
             self.stopped = True
-            piece, self.held = self.held[: min(found)], ""
+            piece, self.held = self.held[: min(found)[1]], ""  # the one complete first, however tokens cut the text
             return piece
         keep = 0 if final else max((overlap(self.held, s) for s in self.stop), default=0)
         piece, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]

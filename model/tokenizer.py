@@ -1,4 +1,4 @@
-"""Words of the model: special tokens, the chat template, training and loading a vocabulary, and `render`.
+"""Words of the model: special tokens, training and loading a vocabulary, and `render`.
 
 The tokenizer is byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2): 256 bytes, then merges learned from text.
 Any UTF-8 string can be encoded and comes back exactly. Text is first cut by Qwen2's pattern (single digits; a run of
@@ -27,6 +27,16 @@ from weakref import WeakKeyDictionary
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from model.chat_template import (
+    CHAT_TEMPLATE,
+    TOOLS_EXAMPLE,
+    TOOLS_HEAD,
+    TOOLS_TAIL,
+    assistant_text,
+    normalise_conversation,
+    to_json,
+)
+
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0 (padding, unknown), 1, 2
 # Ids 3-10. Not "special", so that decoding with skip_special_tokens=True keeps them: they carry meaning.
 TAGS = (
@@ -46,84 +56,6 @@ DEFAULT_FOLDER = Path(__file__).parent / "minimind_tokenizer"
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-TOOLS_HEAD = "# Tools\n\nFunctions you may call, one JSON signature a line:\n"
-TOOLS_TAIL = "\n\nTo call one, answer with its name and arguments:\n"
-TOOLS_EXAMPLE = '\n{"name": "...", "arguments": {...}}\n'
-
-# The text of an assistant is trimmed at both ends, here and in render: after "assistant\n" a leading line end would
-# merge with the header's ("\n\n" is one token), and the first learned token would begin before the answer does.
-CHAT_TEMPLATE = (
-    r"""
-{%- macro text(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for part in content or [] -%}{{- part.text -}}{%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- set has_system = messages and messages[0].role == 'system' -%}
-{%- if has_system and not tools -%}
-    {%- set tools = messages[0].tools -%}
-{%- endif -%}
-{%- if tools -%}
-    {%- if tools is string -%}
-        {{- raise_exception('tools is JSON text; a template cannot parse it, pass a list') -}}
-    {%- endif -%}
-    {{- '<|im_start|>system\n' -}}
-    {%- if has_system and text(messages[0].content) -%}
-        {{- text(messages[0].content) + '\n\n' -}}
-    {%- endif -%}
-    {{- 'TOOLS_HEAD' -}}
-    {%- for tool in tools -%}
-        {{- '\n' if not loop.first -}}{{- tool | tojson -}}
-    {%- endfor -%}
-    {{- 'TOOLS_TAIL<tool_call>TOOLS_EXAMPLE</tool_call><|im_end|>\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- if message.role == 'system' and loop.first and tools -%}
-    {%- elif message.role == 'system' or message.role == 'user' -%}
-        {{- '<|im_start|>' + message.role + '\n' + text(message.content) + '<|im_end|>\n' -}}
-    {%- elif message.role == 'tool' -%}
-        {{- '<|im_start|>user\n' if loop.first or loop.previtem.role != 'tool' else '\n' -}}
-        {{- '<tool_response>\n' + text(message.content) + '\n</tool_response>' -}}
-        {{- '<|im_end|>\n' if loop.last or loop.nextitem.role != 'tool' -}}
-    {%- elif message.role == 'assistant' -%}
-        {%- set content = text(message.content) | trim -%}
-        {{- '<|im_start|>assistant\n' -}}
-        {%- generation -%}
-            {%- if message.reasoning_content is string -%}
-                {{- '<think>\n' + message.reasoning_content | trim + '\n</think>\n\n' -}}
-            {%- endif -%}
-            {{- content -}}
-            {%- if message.tool_calls is string and message.tool_calls -%}
-                {{- raise_exception('tool_calls is JSON text; a template cannot parse it, pass a list') -}}
-            {%- endif -%}
-            {%- for item in message.tool_calls or [] -%}
-                {%- set call = item.function or item -%}
-                {{- '\n' if content or not loop.first -}}
-                {{- '<tool_call>\n{"name": ' + call.name | tojson + ', "arguments": ' -}}
-                {{- call.arguments if call.arguments is string else (call.arguments or {}) | tojson -}}
-                {{- '}\n</tool_call>' -}}
-            {%- endfor -%}
-            {{- '<|im_end|>' -}}
-        {%- endgeneration -%}
-        {{- '\n' -}}
-    {%- else -%}
-        {{- raise_exception('unknown role; roles are system, user, assistant, tool') -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\n' -}}
-    {%- if enable_thinking is defined and enable_thinking is not none -%}
-        {{- '<think>\n' if enable_thinking else '<think>\n\n</think>\n\n' -}}
-    {%- endif -%}
-{%- endif -%}
-""".strip()
-    .replace("TOOLS_HEAD", TOOLS_HEAD.replace("\n", r"\n"))
-    .replace("TOOLS_TAIL", TOOLS_TAIL.replace("\n", r"\n"))
-    .replace("TOOLS_EXAMPLE", TOOLS_EXAMPLE.replace("\n", r"\n"))
 )
 
 
@@ -301,15 +233,8 @@ class _Codec:
     def encode(self, texts: list[str]) -> list[list[int]]:
         try:
             return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
-        except (TypeError, UnicodeEncodeError):
-            for i, text in enumerate(texts):
-                if not isinstance(text, str):
-                    raise ValueError(f"text {i} is {type(text).__name__}, not a string") from None
-                try:
-                    text.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    raise ValueError(f"text {i} is no valid Unicode at character {error.start}") from None
-            raise
+        except TypeError:  # the library's answer to half of a surrogate pair, too
+            raise ValueError("a text to encode must be a string of valid Unicode") from None
 
 
 _codecs: WeakKeyDictionary = WeakKeyDictionary()
@@ -381,19 +306,6 @@ def render_spans(tokenizer, messages, tools=None, add_generation_prompt=False, e
     return page.finish()
 
 
-def assistant_text(message: dict) -> str:
-    """All an assistant message says, as one string: think block, content, tool calls; trimmed at both ends."""
-    content = message["content"].strip()
-    calls = [
-        f'<tool_call>\n{{"name": {_dumps(call["name"])}, "arguments": {_dumps(call["arguments"])}}}\n</tool_call>'
-        for call in message.get("tool_calls", [])
-    ]
-    said = "\n".join([content] * bool(content) + calls)
-    if "reasoning_content" in message:
-        return f"<think>\n{message['reasoning_content'].strip()}\n</think>\n\n{said}"
-    return said
-
-
 class _Page:
     """A conversation in the making: pieces are marker ids, or strings that are encoded together at the end."""
 
@@ -430,7 +342,7 @@ class _Page:
     def system_turn(self, text: str, tools):
         self.marker(self.codec.start).text("system\n" + text)
         if tools:
-            signatures = "\n".join(map(_dumps, tools))
+            signatures = "\n".join(map(to_json, tools))
             self.text(("\n\n" if text else "") + TOOLS_HEAD + signatures + TOOLS_TAIL)
             self.tagged(f"<tool_call>{TOOLS_EXAMPLE}</tool_call>", learned=0)
         self.marker(self.codec.end).text("\n")
@@ -455,81 +367,3 @@ class _Page:
             ids += tokens
             mask += [learned] * len(tokens)
         return ids, mask, [offsets[i] for i in self.message_pieces]
-
-
-def normalise_conversation(messages, tools=None) -> tuple[list[dict], list[dict] | None]:
-    """Brings every accepted way to write a conversation into the one that apply_chat_template takes, too.
-
-    Content becomes a string, JSON text becomes lists, tool calls become {"name", "arguments"}, `tools` of a first
-    system message become the second value (the argument wins where both are given). Keys that are None are absent.
-    """
-    if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError("messages must be a list with at least one message")
-    result = [_normalise_message(i, message) for i, message in enumerate(messages)]
-    for i, message in enumerate(messages):
-        if message.get("tools") and (i > 0 or message["role"] != "system"):
-            raise ValueError(f"message {i} has tools; only a system message that comes first may have them")
-    if tools is None:
-        tools = messages[0].get("tools")
-    return result, _json_objects(tools, "tools")
-
-
-def _normalise_message(i: int, message) -> dict:
-    if not isinstance(message, dict):
-        raise ValueError(f"message {i} must be an object with role and content, not {type(message).__name__}")
-    role = message.get("role")
-    if role not in ("system", "user", "assistant", "tool"):
-        raise ValueError(f"message {i} has role {role!r}; roles are system, user, assistant, tool")
-    calls = _json_objects(message.get("tool_calls"), f"message {i}: tool_calls")
-    thinking = message.get("reasoning_content")
-    if role != "assistant" and (calls or thinking):
-        raise ValueError(f"message {i} has tool_calls or reasoning_content; only an assistant message may have them")
-    result = {"role": role, "content": _content_text(i, message.get("content"), optional=bool(calls))}
-    if thinking is not None and role == "assistant":
-        if not isinstance(thinking, str):
-            raise ValueError(f"message {i}: reasoning_content must be a string, not {type(thinking).__name__}")
-        result["reasoning_content"] = thinking
-    if calls:
-        result["tool_calls"] = [_normalise_call(i, call) for call in calls]
-    return result
-
-
-def _content_text(i: int, content, optional: bool) -> str:
-    if isinstance(content, str):
-        return content
-    if content is None and optional:
-        return ""  # OpenAI's way to write an answer that is a tool call only
-    if content is None:
-        raise ValueError(f"message {i} has no content")
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        return "".join(part["text"] for part in content)
-    raise ValueError(f'message {i}: content must be a string or a list of {{"type": "text", "text": ...}}')
-
-
-def _normalise_call(i: int, call: dict) -> dict:
-    function = call.get("function") or call
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(f"message {i}: tool_calls needs a name for every call")
-    arguments = function.get("arguments")
-    if not isinstance(arguments, dict | str | None):
-        raise ValueError(f"message {i}: arguments of a tool call must be an object or JSON text")
-    return {"name": function["name"], "arguments": arguments or {}}
-
-
-def _json_objects(value, what: str) -> list[dict] | None:
-    """A list of objects, given as such or as JSON text; None where there is none."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{what} is not JSON: {error}") from None
-    if value is None or value == "" or value == []:
-        return None
-    if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
-        raise ValueError(f"{what} must be a list of objects, or JSON text of one")
-    return list(value)
-
-
-def _dumps(value) -> str:
-    """JSON as the template's tojson writes it; a string is JSON text already (OpenAI's arguments)."""
-    return json.dumps(value, ensure_ascii=False)

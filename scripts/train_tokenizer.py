@@ -18,8 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from model.tokenizer import DEFAULT_VOCAB_SIZE, MIN_VOCAB_SIZE, encode_texts, load_tokenizer, save_tokenizer
-from model.tokenizer import tokenizer_hash, train_tokenizer
+from model.tokenizer import (
+    DEFAULT_VOCAB_SIZE,
+    MIN_VOCAB_SIZE,
+    encode_texts,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+)
 from trainer.cli import UserError, run_main
 from trainer.read import check_file, iter_texts
 
@@ -35,7 +42,7 @@ def parse_args(argv=None):
     parser.add_argument("--data_path", nargs="+", metavar="FILE[:WEIGHT]", help="jsonl, gz, zst, csv, txt, parquet")
     parser.add_argument("--vocab_size", type=int, default=DEFAULT_VOCAB_SIZE)
     parser.add_argument("--out_dir", default="out/tokenizer")
-    parser.add_argument("--limit_mb", type=float, default=200, help="MB of text read from each file; 0: all of it")
+    parser.add_argument("--limit_mb", type=float, default=64, help="MB of text read from each file; 0: all of it (45 MB of memory a MB)")
     parser.add_argument("--val_split", type=float, default=0.01, help="share of documents held out to measure on")
     parser.add_argument("--compare", nargs="+", default=[], metavar="FOLDER", help="other tokenizers for the table")
     parser.add_argument("--skip_bad_lines", action="store_true", help="leave out rows that cannot be read")
@@ -53,7 +60,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     files = [split_weight(name) for name in args.data_path or default_files()]
-    others = {folder: open_tokenizer(folder) for folder in args.compare}
+    others = {Path(folder).name: open_tokenizer(folder) for folder in args.compare}
     check_out_dir(args)
     started = time.time()
     corpus = Corpus(files, args.val_split, args.limit_mb * 1e6, args.skip_bad_lines)
@@ -61,7 +68,9 @@ def main(argv=None):
     if corpus.documents == 0:
         raise UserError("every document was held out: nothing was learned; lower --val_split or raise the weights")
     if len(tokenizer) < args.vocab_size:
-        print(f"WARNING: the text is used up at {len(tokenizer)} entries, fewer than {args.vocab_size}", file=sys.stderr)
+        print(
+            f"WARNING: the text is used up at {len(tokenizer)} entries, fewer than {args.vocab_size}", file=sys.stderr
+        )
     save(tokenizer, args)
     chars_per_token = print_table(corpus.held_out, {"new": tokenizer, **others})
     record = {
@@ -89,7 +98,7 @@ def default_files() -> list[str]:
 
 
 def split_weight(name: str) -> tuple[str, float]:
-    """"file.jsonl:2" -> ("file.jsonl", 2.0); no number means 1."""
+    """ "file.jsonl:2" -> ("file.jsonl", 2.0); no number means 1."""
     path, _, number = name.rpartition(":")
     try:
         weight = float(number)
@@ -134,7 +143,12 @@ class Corpus:
     """Iterates over the texts to learn from, each as often as its file's weight says; keeps the held-out ones."""
 
     def __init__(self, files, val_split: float, limit_bytes: float, skip_bad_lines: bool):
-        self.files, self.val_split, self.limit_bytes, self.skip_bad_lines = files, val_split, limit_bytes, skip_bad_lines
+        self.files, self.val_split, self.limit_bytes, self.skip_bad_lines = (
+            files,
+            val_split,
+            limit_bytes,
+            skip_bad_lines,
+        )
         self.documents = self.characters = 0  # learned from, repeats not counted
         self.held_out: dict[str, list[str]] = {path: [] for path, _ in files}
 

@@ -28,12 +28,10 @@ def language_model(model, batch: dict) -> tuple[Tensor, Tensor, dict]:
     """
     out = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
     loss, count = lm_loss(out.logits, batch["labels"])
-    logs = {"nats": loss.detach()}
-    if out.aux_loss is not None:
-        balance = out.aux_loss * batch["aux_scale"]
-        logs["balance"] = balance.detach()
-        loss = loss + balance
-    return loss, count, logs
+    if out.aux_loss is None:
+        return loss, count, {}
+    balance = out.aux_loss * batch["aux_scale"]
+    return loss + balance, count, {"loss": loss.detach(), "balance": balance.detach()}
 
 
 def learned_bytes(labels: Tensor, bytes_of_token: Tensor) -> Tensor:

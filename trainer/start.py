@@ -166,11 +166,12 @@ def _check_shape_flags(args, config, whose: str) -> None:
     wanted = _shape_flags(args)
     for name in ("dropout", "aux_loss_alpha"):
         if name in wanted:
-            setattr(config, name, wanted.pop(name))
+            setattr(config, name, wanted[name])
     if args.preset:
-        wanted = LMConfig.from_preset(args.preset, vocab_size=config.vocab_size).fields() | wanted
-        for name in ("dropout", "aux_loss_alpha", "max_seq_len", "initializer_range", "pad_token_id"):
-            wanted.pop(name, None)
+        fields = LMConfig.from_preset(args.preset, vocab_size=config.vocab_size, **wanted).fields()
+        wanted = {name: fields[name] for name in SHAPE_FLAGS} | wanted
+    for name in ("dropout", "aux_loss_alpha"):
+        wanted.pop(name, None)
     wrong = [f"{name} {value} (there: {getattr(config, name)})" for name, value in wanted.items()
              if getattr(config, name) != value]  # fmt: skip
     if wrong:

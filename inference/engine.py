@@ -1,0 +1,181 @@
+"""The engine: generate, stream and score with one model.
+
+    engine = Engine(model, tokenizer)
+    engine.generate(["从前有座山", [{"role": "user", "content": "1+1=?"}]], SamplingParams(max_tokens=64))
+    for piece in engine.stream(messages, SamplingParams(temperature=0)): print(piece.text, end="")
+    engine.score(["1+1="], ["2"])
+
+A prompt is a string (text to continue, as a pretraining document begins), a list of messages (a chat, rendered with
+the template), or a list of token ids (taken as they are).
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from inference.batch import Batch, Piece, Sequence, TokenLogprob
+from inference.prepare import prepared
+from inference.sampling import Sampler, SamplingParams
+from inference.score import Score, score_sequences
+from inference.text import TextStream
+from model.tokenizer import encode_document, encode_text, render
+
+
+@dataclass
+class Completion:
+    """One answer. token_ids and logprobs include the token that ended it, text does not."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str  # "stop": end token or stop string; "length": max_tokens or the context reached
+    prompt_tokens: int
+    completion_tokens: int
+    logprobs: list[TokenLogprob] | None = None
+    index: int = 0  # which of the n samples
+
+
+@dataclass
+class Speed:
+    """Tokens and seconds of the last call, prompts and generation apart."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    new_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        prefill = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+        decode = self.new_tokens / max(self.decode_seconds, 1e-9)
+        return f"prompt {self.prompt_tokens} tokens, {prefill:,.0f}/s; new {self.new_tokens} tokens, {decode:,.1f}/s"
+
+
+@dataclass
+class Engine:
+    """model: a decoder of ours or of transformers, in eval mode. tokenizer: needed for text in or out.
+
+    max_batch   sequences generated side by side; more prompts take turns
+    enable_thinking   for chats, see model.tokenizer.render: None leaves it to the model
+    """
+
+    model: object
+    tokenizer: object
+    max_batch: int = 32
+    enable_thinking: bool | None = None
+    speed: Speed = field(default_factory=Speed)
+
+    def __post_init__(self):
+        self.source, self.model = self.model, prepared(self.model)
+        config = self.model.config
+        self.context = config.max_position_embeddings
+        self.vocab_size = config.vocab_size
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list | tuple) else [config.eos_token_id]
+        self.end_tokens = frozenset([*ends, getattr(self.tokenizer, "eos_token_id", None)]) - {None}
+
+    # ------------------------------------------------------------------------------------------------ generation
+    def generate(self, prompts: list, params: SamplingParams | list[SamplingParams] | None = None) -> list[Completion]:
+        """Answers in the order of the prompts, the n samples of a prompt side by side.
+
+        params: for all prompts, or one for each. Raises ValueError for a prompt that is empty, not a prompt, or does
+        not fit into the context.
+        """
+        params = params if isinstance(params, list) else [params or SamplingParams()] * len(prompts)
+        requests = [
+            self.sequences(self.encode(p), q, request=i) for i, (p, q) in enumerate(zip(prompts, params, strict=True))
+        ]
+        if not requests:
+            return []
+        waiting = sorted(requests, key=lambda samples: len(samples[0].prompt))  # neighbours of like length: no padding
+        widest = max(map(len, requests))
+        batch = self.batch(min(max(self.max_batch, widest), sum(map(len, requests))))
+        for _ in self._run(batch, waiting):
+            pass
+        return [self._completion(s) for samples in requests for s in samples]
+
+    def stream(self, prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+        """The answer in pieces as it is generated; with n > 1 the samples' pieces are mixed, see Piece.index."""
+        samples = self.sequences(self.encode(prompt), params or SamplingParams())
+        for _, piece in self._run(self.batch(len(samples)), [samples]):
+            yield piece
+
+    def _run(self, batch: Batch, waiting: list[list[Sequence]]):
+        """Steps until all are done, letting in from the front of `waiting` as places become free."""
+        waiting = waiting[::-1]
+        self.speed = Speed(prompt_tokens=sum(len(samples[0].prompt) for samples in waiting))
+        while waiting or batch.busy:
+            while waiting and batch.free >= len(waiting[-1]):
+                batch.join(waiting.pop())
+            reading, begin = bool(batch.joining), time.perf_counter()
+            gained = batch.step()
+            seconds = time.perf_counter() - begin
+            if reading:  # a pass that reads prompts is booked under prefill, whoever else got a token in it
+                self.speed.prefill_seconds += seconds
+            else:
+                self.speed.decode_seconds += seconds
+                self.speed.new_tokens += len(gained)
+            yield from gained
+
+    def batch(self, slots: int) -> Batch:
+        return Batch(self.model, slots)
+
+    def sequences(self, prompt: list[int], params: SamplingParams, request: object = None) -> list[Sequence]:
+        """The params.n sequences of a prompt, ready to join a batch."""
+        params.check_tokens(self.vocab_size)
+        room = self.context - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {self.context}"
+            )
+        limit = min(params.max_tokens or room, room)
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.end_tokens)
+        return [
+            Sequence(request, i, params, prompt, limit, ends, Sampler(params, prompt, i, self.vocab_size),
+                     TextStream(self.tokenizer, params.stop))
+            for i in range(params.n)
+        ]  # fmt: skip
+
+    def _completion(self, s: Sequence) -> Completion:
+        logprobs = s.logprobs if s.params.logprobs is not None else None
+        return Completion(
+            s.text, s.token_ids, s.finish_reason, len(s.prompt), len(s.token_ids), logprobs, s.index
+        )
+
+    # --------------------------------------------------------------------------------------------------- scoring
+    def score(self, prompts: list, continuations: list) -> list[Score]:
+        """Log-probability (nats) of each continuation after its prompt; both as in `generate`, text or token ids.
+
+        A string as continuation is encoded on its own. Pairs of the same prompt, and prompts that begin alike, share
+        the work for what is common. Raises ValueError for empty ones and pairs longer than the context.
+        """
+        pairs = []
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            p = self.encode(prompt)
+            c = encode_text(self.tokenizer, continuation) if isinstance(continuation, str) else list(continuation)
+            if not c:
+                raise ValueError("a continuation to score is empty")
+            if len(p) + len(c) > self.context:
+                raise ValueError(f"{len(p)} + {len(c)} tokens to score, but the context holds {self.context}")
+            pairs.append((self._checked(p), self._checked(c)))
+        return score_sequences(self.model, pairs, max_batch=self.max_batch)
+
+    # ---------------------------------------------------------------------------------------------------- prompts
+    def encode(self, prompt) -> list[int]:
+        """Token ids of a prompt of any kind."""
+        if isinstance(prompt, str):
+            return encode_document(self.tokenizer, prompt)[:-1]  # the text goes on: no end token
+        if isinstance(prompt, torch.Tensor):
+            prompt = prompt.tolist()
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
+            return render(
+                self.tokenizer, prompt, add_generation_prompt=True, enable_thinking=self.enable_thinking
+            )[0]
+        return self._checked(prompt)
+
+    def _checked(self, ids) -> list[int]:
+        if not isinstance(ids, list | tuple) or not ids:
+            raise ValueError("a prompt must be a text, a list of messages or a list of token ids, and not empty")
+        wrong = next((t for t in ids if type(t) is not int or not 0 <= t < self.vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"token id {wrong!r} does not exist; ids run from 0 to {self.vocab_size - 1}")
+        return list(ids)

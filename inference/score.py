@@ -1,0 +1,148 @@
+"""Log-probabilities of given continuations, in batches, computing what prompts have in common once.
+
+Legend: B rows in a forward pass, T tokens of it a row, P tokens of the common prefix, V vocabulary.
+
+An exam asks for four continuations of each of a thousand prompts, and all prompts of a subject begin with the same
+five worked examples. So prompts are sorted; neighbours that begin alike form a group; the group's common beginning is
+computed once and its keys and values are copied to the rows of the batch, which then add only their own tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference.cache import StaticCache
+
+MIN_PREFIX = 16  # tokens in common that are worth a pass of their own
+PASS_TOKENS = 4096  # tokens of one pass
+CHUNK = 512
+
+
+@dataclass
+class Score:
+    """One continuation: sum of its tokens' log-probabilities (nats), each token's, and whether each was the best."""
+
+    total: float
+    tokens: list[float]
+    is_greedy: bool
+
+
+@dataclass
+class _Row:
+    """Tokens to feed in, and for which of their last positions which targets are asked."""
+
+    ids: tuple[int, ...]
+    asked: list[tuple[int, list[int]]]  # (number of the pair, its continuation)
+
+    @property
+    def first(self) -> int:
+        """The first position whose logits are needed."""
+        return len(self.ids) - max(len(target) for _, target in self.asked)
+
+
+@torch.inference_mode()
+def score_sequences(model, pairs: list[tuple[list[int], list[int]]], max_batch: int = 32) -> list[Score]:
+    """pairs: (prompt ids, continuation ids), none empty -> their scores, in order."""
+    rows: dict[tuple[int, ...], _Row] = {}
+    for number, (prompt, target) in enumerate(pairs):
+        ids = tuple(prompt + target[:-1])  # the last token is predicted, not fed in
+        rows.setdefault(ids, _Row(ids, [])).asked.append((number, target))
+    scores: dict[int, Score] = {}
+    for group, prefix in _groups(sorted(rows.values(), key=lambda row: row.ids)):
+        cache = StaticCache(max_batch, max(len(row.ids) for row in group))
+        _read_prefix(model, cache, group[0].ids[:prefix])
+        for batch in _batches(group, prefix, max_batch):
+            for row, logits in zip(batch, _suffix_logits(model, cache, batch, prefix), strict=True):
+                scores |= _row_scores(row, logits)
+    return [scores[number] for number in range(len(pairs))]
+
+
+def _groups(rows: list[_Row]) -> list[tuple[list[_Row], int]]:
+    """Sorted rows -> runs of neighbours and how many tokens each run has in common (0: nothing worth sharing).
+
+    A neighbour joins while the common beginning it leaves is at least half of the run's before.
+    """
+    groups: list[tuple[list[_Row], int]] = []
+    alone: list[_Row] = []
+    i = 0
+    while i < len(rows):
+        group, prefix = [rows[i]], rows[i].first
+        for row in rows[i + 1 :]:
+            common = _common(group[-1].ids, row.ids, min(prefix, row.first))
+            if common < max(MIN_PREFIX, prefix // 2 if len(group) > 1 else 0):
+                break
+            group.append(row)
+            prefix = common
+        i += len(group)
+        if len(group) == 1:
+            alone += group
+        else:
+            groups.append((group, prefix))
+    return groups + ([(alone, 0)] if alone else [])
+
+
+def _common(a: tuple, b: tuple, limit: int) -> int:
+    """Length of the common beginning, `limit` at most."""
+    for n in range(min(len(a), len(b), limit)):
+        if a[n] != b[n]:
+            return n
+    return min(len(a), len(b), limit)
+
+
+def _read_prefix(model, cache: StaticCache, ids: tuple[int, ...]) -> None:
+    """Fills row 0 with the common beginning and gives every row a copy."""
+    for start in range(0, len(ids), CHUNK):
+        chunk = torch.tensor([ids[start : start + CHUNK]], device=model.device)
+        positions = torch.arange(start, start + chunk.shape[1], device=model.device).unsqueeze(0)
+        _forward(model, cache, chunk, positions, start + chunk.shape[1], keep=1)
+    for row in range(1, cache.rows if ids else 0):
+        cache.copy_row(0, row, len(ids))
+
+
+def _batches(group: list[_Row], prefix: int, max_batch: int):
+    """Rows of like length together, so that little is padding."""
+    group = sorted(group, key=lambda row: len(row.ids))
+    batch: list[_Row] = []
+    for row in group:
+        if batch and (len(batch) == max_batch or (len(row.ids) - prefix) * (len(batch) + 1) > PASS_TOKENS):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _suffix_logits(model, cache: StaticCache, batch: list[_Row], prefix: int) -> list[Tensor]:
+    """For each row the fp32 logits of the positions from `row.first` on."""
+    T = max(len(row.ids) for row in batch) - prefix
+    suffixes = [list(row.ids[prefix:]) for row in batch]
+    # Padding on the left: the last positions, whose logits are asked for, share a column.
+    tokens = torch.tensor([[0] * (T - len(ids)) + ids for ids in suffixes], device=model.device)
+    positions = torch.tensor(
+        [[-1] * (T - len(ids)) + list(range(prefix, prefix + len(ids))) for ids in suffixes], device=model.device
+    )
+    keep = max(len(row.ids) - row.first for row in batch)
+    logits = _forward(model, cache, tokens, positions, T + prefix, keep)  # (B, keep, V)
+    return [line[keep - (len(row.ids) - row.first) :] for row, line in zip(batch, logits, strict=True)]
+
+
+def _forward(model, cache, tokens: Tensor, positions: Tensor, span: int, keep: int) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    mask = cache.look(slice(0, tokens.shape[0]), positions, span, dtype)
+    return model(
+        input_ids=tokens, attention_mask=mask, position_ids=positions.clamp(min=0), past_key_values=cache,
+        use_cache=True, logits_to_keep=keep,
+    ).logits.float()  # fmt: skip
+
+
+def _row_scores(row: _Row, logits: Tensor) -> dict[int, Score]:
+    """logits of the row's last positions -> the score of each pair that asked."""
+    log_p = logits.log_softmax(dim=-1)
+    best = log_p.argmax(dim=-1).tolist()
+    result = {}
+    for number, target in row.asked:
+        places = log_p[-len(target) :]
+        tokens = places.gather(-1, torch.tensor(target, device=places.device).unsqueeze(-1)).flatten().tolist()
+        result[number] = Score(sum(tokens), tokens, best[-len(target) :] == target)
+    return result
