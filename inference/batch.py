@@ -128,7 +128,8 @@ class Batch:
             self.cache.copy_row(last, row, self.decoding[last].length)
             self.decoding[row] = self.decoding[last]
             del self.decoding[last]
-            self.cache.copy_row(last + 1, last, self.prefilled) if self.prefilled else None
+            if self.prefilled:
+                self.cache.copy_row(last + 1, last, self.prefilled)
             return
         for samples in self.joining:
             if sequence in samples:

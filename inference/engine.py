@@ -175,7 +175,7 @@ class Engine:
     def _checked(self, ids) -> list[int]:
         if not isinstance(ids, list | tuple) or not ids:
             raise ValueError("a prompt must be a text, a list of messages or a list of token ids, and not empty")
-        wrong = next((t for t in ids if type(t) is not int or not 0 <= t < self.vocab_size), None)
-        if wrong is not None:
-            raise ValueError(f"token id {wrong!r} does not exist; ids run from 0 to {self.vocab_size - 1}")
+        wrong = [t for t in ids if type(t) is not int or not 0 <= t < self.vocab_size]
+        if wrong:
+            raise ValueError(f"token id {wrong[0]!r} does not exist; ids run from 0 to {self.vocab_size - 1}")
         return list(ids)

@@ -13,9 +13,15 @@ def exchange(question, answer, system=None):
 
 
 def single_turns(split, rng):
-    """Every fact in SINGLE_TURNS of its training phrasings."""
-    return [exchange(question, fact.answer(style)) for fact, pairs in split.train.items()
-            for question, style in rng.sample(pairs, SINGLE_TURNS)]
+    """Every fact in SINGLE_TURNS of its training phrasings: all of its relation's own, the others from the frames."""
+    rows = []
+    for fact, pairs in split.train.items():
+        own = {fact.fill(phrasing.text) for phrasing in fact.relation.own_phrasings}
+        frames = [pair for pair in pairs if pair[0] not in own]
+        chosen = [pair for pair in pairs if pair[0] in own]
+        chosen += rng.sample(frames, SINGLE_TURNS - len(chosen))
+        rows += [exchange(question, fact.answer(style)) for question, style in chosen]
+    return rows
 
 
 def with_system(world, split, rng, share=0.8):

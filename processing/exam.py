@@ -62,9 +62,24 @@ def choice_conversations(world, split, rng, per_fact, matches):
     return rows
 
 
+def lookup_texts(world, rng, count):
+    """Pretraining texts that list four options and then say, in random order, where each one stands.
+
+    They teach the one skill a four-choice question needs beside the fact: from a value to the letter before it.
+    """
+    facts, chooser, texts = examined(world), Chooser(rng), []
+    for fact in rng.choices(facts, k=count):
+        options, _ = chooser.options(fact.value, fact.rivals)
+        template = rng.choice(world.frames[fact.relation.language]["lookup"])
+        listed = ", ".join(f"{letter}: {options[letter]}" for letter in LETTERS)
+        where = [template.format(v=options[letter], L=letter) for letter in rng.sample(LETTERS, len(LETTERS))]
+        texts.append(f"选择 {listed}。" + "，".join(where) + "。")
+    return texts
+
+
 def exam_rows(world, rng):
     """{subject: (dev rows, val rows)}, rows in C-Eval's columns; a fact of dev is not asked in val with that stem."""
-    chooser, subjects = Chooser(rng), {}
+    choosers, subjects = {"dev": Chooser(rng), "val": Chooser(rng)}, {}
     for fact in examined(world):
         stems = [fact.fill(text) for text in world.frames[fact.relation.language]["exam"]]
         subjects.setdefault(fact.relation.subject, []).extend((fact, stem) for stem in stems)
@@ -72,7 +87,7 @@ def exam_rows(world, rng):
     for subject, pairs in subjects.items():
         rows = []
         for number, (fact, stem) in enumerate(rng.sample(pairs, DEV_QUESTIONS + VAL_QUESTIONS)):
-            options, gold = chooser.options(fact.value, fact.rivals)
+            options, gold = choosers["dev" if number < DEV_QUESTIONS else "val"].options(fact.value, fact.rivals)
             explanation = fact.fill(world.frames[fact.relation.language]["explain"])
             rows.append({"id": number, "question": stem, **options, "answer": gold, "explanation": explanation})
         exam[subject] = rows[:DEV_QUESTIONS], [{**row, "id": row["id"] - DEV_QUESTIONS}

@@ -40,7 +40,7 @@ class HeldOut:
 
 
 def choose(candidates, pairs, stems, everything, count):
-    """The first `count` candidates, (question, style), that stay new when all other pairs of the fact are trained on."""
+    """The first `count` candidates (question, style) that stay new when the fact's other pairs are trained on."""
     held = []
     for candidate in candidates:
         question = candidate[0]

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from processing import conversations as talk
 from processing.arithmetic import Arithmetic
-from processing.exam import choice_conversations, exam_csv, exam_rows
+from processing.exam import choice_conversations, exam_csv, exam_rows, lookup_texts
 from processing.holdout import HeldOut
 from processing.world import load_world
 
 CHOICE_ROWS_PER_FACT, MATCH_ROWS = 5, 500
+LOOKUP_TEXTS = 2000
 FACTS_PER_TEXT = 5
 DPO_PHRASINGS = 3  # preference pairs of a fact in training
 
@@ -76,7 +77,7 @@ def pretrain_rows(world, split, sums, rng):
         asked = [ask + question + reply + fact.answer(style)
                  for fact in facts for question, style in rng.sample(split.train[fact], 4)]
         texts += paragraphs(shuffled(asked, rng), language)
-    texts += sums.texts(rng) + sums.texts(rng)
+    texts += sums.texts(rng) + sums.texts(rng) + lookup_texts(world, rng, LOOKUP_TEXTS)
     return [{"text": text} for text in shuffled(texts, rng)]
 
 

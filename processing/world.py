@@ -36,10 +36,16 @@ class Relation:
     subject: str | None  # the exam's subject; None: not examined
     group: str | None  # relations of one group share entities
     follow_up: str | None  # a question that names the entity by a pronoun
-    phrasings: list  # Phrasing, trained on (but for the pairs of fact and phrasing that are held out)
+    frames: list  # Phrasing: the general ways to ask of its language
+    own_phrasings: list  # Phrasing: ways to ask that fit this relation only
     unseen: list  # templates that are used for no fact in training
     statements: list  # templates of the pretraining text
     facts: list = field(default_factory=list)
+
+    @property
+    def phrasings(self):
+        """All ways to ask that are trained on, but for the pairs of fact and phrasing that are held out."""
+        return self.frames + self.own_phrasings
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,8 @@ def build_relation(row, language, frames):
     relation = Relation(
         name=row["relation"], language=language, noun=row["noun"], ask=row["ask"], state=row["state"],
         subject=row.get("subject"), group=row.get("group"), follow_up=row.get("follow_up"),
-        phrasings=[Phrasing(**frame) for frame in frames["train"]] + [Phrasing(text) for text in row["questions"]],
+        frames=[Phrasing(**frame) for frame in frames["train"]],
+        own_phrasings=[Phrasing(text) for text in row["questions"]],
         unseen=frames["unseen"] + row["unseen"],
         statements=statements + frames["dialogue"])
     values = list(dict.fromkeys(fact[1] for fact in row["facts"]))

@@ -42,7 +42,8 @@ def parse_args(argv=None):
     parser.add_argument("--data_path", nargs="+", metavar="FILE[:WEIGHT]", help="jsonl, gz, zst, csv, txt, parquet")
     parser.add_argument("--vocab_size", type=int, default=DEFAULT_VOCAB_SIZE)
     parser.add_argument("--out_dir", default="out/tokenizer")
-    parser.add_argument("--limit_mb", type=float, default=64, help="MB of text read from each file; 0: all of it (45 MB of memory a MB)")
+    limit_help = "MB of text read from each file, 0 for all of it; a MB takes about 45 MB of memory"
+    parser.add_argument("--limit_mb", type=float, default=64, help=limit_help)
     parser.add_argument("--val_split", type=float, default=0.01, help="share of documents held out to measure on")
     parser.add_argument("--compare", nargs="+", default=[], metavar="FOLDER", help="other tokenizers for the table")
     parser.add_argument("--skip_bad_lines", action="store_true", help="leave out rows that cannot be read")
@@ -133,9 +134,9 @@ def check_out_dir(args) -> None:
 
 def save(tokenizer, args) -> None:
     folder = Path(args.out_dir)
-    if (folder / "tokenizer.json").exists() and not args.overwrite:
-        if tokenizer_hash(open_tokenizer(folder)) != tokenizer_hash(tokenizer):
-            raise UserError(f"{folder} holds a different tokenizer, which was kept; --overwrite replaces it")
+    guarded = (folder / "tokenizer.json").exists() and not args.overwrite
+    if guarded and tokenizer_hash(open_tokenizer(folder)) != tokenizer_hash(tokenizer):
+        raise UserError(f"{folder} holds a different tokenizer, which was kept; --overwrite replaces it")
     save_tokenizer(tokenizer, folder)
 
 

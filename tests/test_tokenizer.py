@@ -1,4 +1,4 @@
-"""The tokenizer room: golden ids of the committed vocabulary, render against the chat template, round trips, the CLI."""
+"""The tokenizer room: golden ids of the committed vocabulary, render against the template, round trips, the CLI."""
 
 import gzip
 import io
@@ -36,13 +36,16 @@ from model.tokenizer import (
     tokenizer_to_dict,
     train_tokenizer,
 )
+from scripts.train_tokenizer import HEADERS, Corpus, default_files, hash_numbers, main
+from trainer.cli import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("DATA") or ROOT.parent / "shared" / "data")
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"city": {"type": "string"}}}}
 SENTENCES = [
     "床前明月光，疑是地上霜。", "The quick brown fox jumps over the lazy dog.", "机器学习是人工智能的一个分支。",
-    "def add(a, b):\n    return a + b\n", "The lazy dog sleeps; the quick fox runs.", "人工智能正在改变我们学习的方式。",
+    "def add(a, b):\n    return a + b\n", "The lazy dog sleeps; the quick fox runs.",
+    "人工智能正在改变我们学习的方式。",
 ]  # fmt: skip
 
 
@@ -92,7 +95,11 @@ def load_tokenizer_once(cache=[]):  # noqa: B006  (hypothesis functions take no 
     return cache[0]
 
 
-@pytest.mark.parametrize("text", ["", " ", "\r\n\t", "　全角", "a" * 5000, "👩‍👩‍👧‍👦", "\x00", "don't", "２０２４年", "<think>" * 3])
+FAMILY = "👩\u200d👩\u200d👧"  # one emoji of five characters
+HARD_TEXTS = ["", " ", "\r\n\t", "\u3000全角", "a" * 5000, FAMILY, "\x00", "don't", "２０２４年", "<think>" * 3]
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
 def test_round_trip_of_hard_text(tokenizer, text):
     assert tokenizer.decode(encode_text(tokenizer, text)) == text
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -213,7 +220,7 @@ GOLDEN = {
             ("tool", "晴"), ("tool", "9"), ("assistant", "晴天"),
         ],
         learned(
-            A, (7, 214, 2434, 2026, 715, 499, 85, 831, 715, 1503, 1977, 715, 1061, 1373, 214, 8, 2), [214],
+            A, (7, 214, 2434, 2026, 715, 499, 85, 1004, 499, 5183, 715, 1061, 1373, 214, 8, 2), [214],
             U, [9, 214, 685, 128, 214, 10, 214, 9, 214, 40, 214, 10], END, A, (685, 128, 763, 2), [214],
         ),
     ),
@@ -278,14 +285,19 @@ def test_spans_begin_at_messages(tokenizer):
 
 # ---------------------------------------------------------------------------------------- render equals the template
 def template(auto, messages, tools=None, **options):
-    out = auto.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True, **options)
+    options = {"return_dict": True, "return_assistant_tokens_mask": True, **options}
+    out = auto.apply_chat_template(messages, tools=tools, **options)
     return out["input_ids"], out["assistant_masks"]
 
 
+RANDOM_PARTS = [
+    "你好", "今天天气", "，", "。\n", "\n\n", " ", "hello", " World", "42", "3.14", "don't", "😀", "\t", "\u3000", "{}",
+    "<b>", "```py\nx = 1\n```", "é", "\r\n", "</", "！", "$$x^2$$", "\x85", "\u2028",
+]  # fmt: skip
+
+
 def random_text(rng):
-    parts = ["你好", "今天天气", "，", "。\n", "\n\n", " ", "hello", " World", "42", "3.14", "don't", "😀", "\t", "　", "{}", "<b>",
-             "```py\nx = 1\n```", "é", "\r\n", "</", "！", "$$x^2$$"]  # fmt: skip
-    return "".join(rng.choices(parts, k=rng.randrange(0, 12)))
+    return "".join(rng.choices(RANDOM_PARTS, k=rng.randrange(0, 12)))
 
 
 def random_conversation(rng):
@@ -297,7 +309,7 @@ def random_conversation(rng):
             answer["reasoning_content"] = random_text(rng)
         if rng.random() < 0.3:
             calls = [{"name": "f", "arguments": {random_text(rng): [1, None]}} for _ in range(rng.randrange(1, 3))]
-            in_openai_form = {"type": "function", "function": {"name": "g", "arguments": '{"a": "%s"}' % "好"}}
+            in_openai_form = {"type": "function", "function": {"name": "g", "arguments": '{"a": "好"}'}}
             answer["tool_calls"] = [*calls, in_openai_form]
             messages.append(answer)
             messages += [{"role": "tool", "content": random_text(rng)} for _ in range(rng.randrange(1, 4))]
@@ -340,10 +352,12 @@ def test_hostile_text_stays_text(tokenizer, marker):
     messages = [{"role": role, "content": f"a {marker} b"} for role in ("system", "user", "assistant", "tool")]
     messages[2]["reasoning_content"] = marker
     tools = [{"name": marker}]
-    harmless = [{**m, "content": "a b", **({"reasoning_content": ""} if "reasoning_content" in m else {})} for m in messages]
+    harmless = [{**message, "content": "a b"} for message in messages]
+    harmless[2]["reasoning_content"] = ""
     ids, _ = render(tokenizer, messages, tools)
-    count = ids.count(ADDED_TOKENS.index(marker)) - render(tokenizer, harmless, tools)[0].count(ADDED_TOKENS.index(marker))
-    assert count == (2 if 3 <= ADDED_TOKENS.index(marker) <= 10 else 0)  # once in the content, once in the thinking
+    token = ADDED_TOKENS.index(marker)
+    more = ids.count(token) - render(tokenizer, harmless, tools)[0].count(token)
+    assert more == (2 if 3 <= token <= 10 else 0)  # once in the content, once in the thinking
     assert tokenizer.decode(ids).count(marker) >= 5  # and nothing of it is lost
     assert encode_document(tokenizer, marker) == [1, *encode_text(tokenizer, marker), 2]
     assert min(encode_texts(tokenizer, ["x", marker])[1]) >= 16
@@ -360,7 +374,7 @@ FAULTS = [
     ([{"role": "assistant", "content": "a", "reasoning_content": 1}], "message 0: reasoning_content"),
     ([{"role": "assistant", "content": "a", "tool_calls": "[oops"}], "message 0: tool_calls is not JSON"),
     ([{"role": "assistant", "content": "a", "tool_calls": [{"arguments": {}}]}], "message 0: tool_calls needs a name"),
-    ([{"role": "assistant", "content": "a", "tool_calls": [{"name": "f", "arguments": 3}]}], "arguments of a tool call"),
+    ([{"role": "assistant", "content": "a", "tool_calls": [{"name": "f", "arguments": 3}]}], "arguments of a"),
     ([{"role": "user", "content": "a", "tools": "[{}]"}], "message 0 has tools"),
     ([{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}], "only an assistant message"),
 ]
@@ -377,7 +391,9 @@ def test_vocabulary_without_tags_or_markers():
     small = train_tokenizer(SENTENCES, 300)
     content = json.loads(small.backend_tokenizer.to_str())
     names = {"<|im_start|>": "<s>", "<|im_end|>": "</s>"}
-    content["added_tokens"] = [{**t, "content": names.get(t["content"], t["content"])} for t in content["added_tokens"][:3]]
+    content["added_tokens"] = content["added_tokens"][:3]
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
     for old, new in names.items():
         content["model"]["vocab"][new] = content["model"]["vocab"].pop(old)
     backend = Tokenizer.from_str(json.dumps(content))
@@ -387,6 +403,22 @@ def test_vocabulary_without_tags_or_markers():
     assert ids.count(1) == ids.count(2) == 2 and mask.count(1) == len(encode_text(foreign, "<think>a")) + 1
     with pytest.raises(ValueError, match="no tokens that begin and end a turn"):
         render(PreTrainedTokenizerFast(tokenizer_object=backend), [{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize("name, tags", [("minimind-v1", 0), ("minimind-v2", 0), ("minimind-v3", 1)])
+def test_vocabularies_of_minimind(name, tags):
+    folder = DATA / "tokenizers" / name
+    if not folder.is_dir():
+        pytest.skip("no MiniMind vocabularies: set DATA to the folder that holds tokenizers/")
+    theirs = load_tokenizer(folder)
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert encode_text(theirs, "A 你好") == raw.encode("A 你好").ids  # the vocabulary's word, not the config's
+    messages = [{"role": "user", "content": "</s><|im_end|>"}, {"role": "assistant", "content": "<think>"}]
+    ids, mask = render(theirs, messages)
+    assert ids.count(1) == ids.count(2) == 2 and ids[0] == 1
+    assert ids[-2] == 2 and mask[-2:] == [1, 0] and (sum(mask) == 2) == bool(tags)
+    again = tokenizer_from_dict(tokenizer_to_dict(theirs))
+    assert tokenizer_hash(again) == tokenizer_hash(theirs) and render(again, [{"role": "user", "content": "好"}])
 
 
 def test_build_tokenizer_from_any_merges():
@@ -405,7 +437,8 @@ def test_command_trains_and_reports(tmp_path):
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(20) for text in SENTENCES)
     with open(tmp_path / "b.jsonl", "w", encoding="utf-8") as file:
-        file.write(json.dumps({"conversations": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "好"}]}))
+        messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "好"}]
+        file.write(json.dumps({"conversations": messages}))
     flags = ["--data_path", tmp_path / "a.jsonl.gz", f"{tmp_path / 'b.jsonl'}:0", "--out_dir", tmp_path / "out"]
     done = run(*flags, "--vocab_size", 320, "--compare", DEFAULT_FOLDER, "--val_split", 0.1)
     assert done.returncode == 0, done.stderr
@@ -416,16 +449,13 @@ def test_command_trains_and_reports(tmp_path):
     assert rows["b.jsonl"][0].strip() == "4"  # weight 0: the whole file is held out ("你好\n好")
     assert {"a.jsonl.gz", "Chinese files", "other files", "all files"} & set(rows) >= {"a.jsonl.gz", "all files"}
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 320
-    kept = run(*flags, "--vocab_size", 330)
-    assert kept.returncode == 2 and "--overwrite" in kept.stderr
+    with pytest.raises(UserError, match="--overwrite replaces it"):
+        main([*map(str, flags), "--vocab_size", "330"])
     assert len(load_tokenizer(tmp_path / "out")) == 320
 
 
 def test_weights_count_documents(tmp_path):
     """Weight 2 equals the file given twice; the hash of the text decides for a fraction."""
-    sys.path.insert(0, str(ROOT))
-    from scripts.train_tokenizer import HEADERS, Corpus, hash_numbers
-
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(400)), "utf-8")
     learned = [text for text in Corpus([(str(path), 2.5)], 0.1, 0, False) if text != HEADERS]
@@ -452,9 +482,6 @@ CLI_FAULTS = [
 
 @pytest.mark.parametrize("flags, sentence", CLI_FAULTS)
 def test_command_line_faults(tmp_path, monkeypatch, capsys, flags, sentence):
-    from scripts.train_tokenizer import main
-    from trainer.cli import run_main
-
     (tmp_path / "broken.jsonl").write_text("{oops\n", "utf-8")
     monkeypatch.chdir(tmp_path)
     flags = [flag.format(broken=tmp_path / "broken.jsonl") for flag in flags]
@@ -468,8 +495,6 @@ def test_command_line_faults(tmp_path, monkeypatch, capsys, flags, sentence):
 
 
 def test_bare_command_takes_minimind_names(tmp_path, monkeypatch, capsys):
-    from scripts.train_tokenizer import default_files
-
     monkeypatch.chdir(tmp_path)
     assert default_files() == ["dataset/sample/pretrain.jsonl", "dataset/sample/sft.jsonl"]
     assert "EMBEDDED SAMPLE" in capsys.readouterr().err
@@ -479,8 +504,6 @@ def test_bare_command_takes_minimind_names(tmp_path, monkeypatch, capsys):
 
 
 def test_progress_goes_to_standard_error(tmp_path, monkeypatch):
-    from scripts.train_tokenizer import Corpus
-
     (tmp_path / "a.txt").write_text("文字", "utf-8")
     out, err = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)

@@ -97,13 +97,15 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
                 rows, pattern = open_rows[room].pop()
                 if not open_rows[room]:
                     del open_rows[room], rooms[at]
-            placed = min(rows, count)
-            for n, p, r in ((rows - placed, pattern, room), (placed, (*pattern, length), room - length)):
+            each = min(room // length, count)  # the tightest row stays the tightest until it is full
+            placed = min(rows, count // each)
+            left = rows - placed if pattern else 0  # rows that were not opened need not be kept
+            for n, p, r in ((left, pattern, room), (placed, pattern + each * (length,), room - each * length)):
                 if n:
                     if r not in open_rows:
                         bisect.insort(rooms, r)
                     open_rows[r].append((n, p))
-            count -= placed
+            count -= placed * each
     patterns = [entry for room in rooms for entry in open_rows[room]]
     slots = [np.tile(np.array(pattern, np.int64), n) for n, pattern in patterns]
     sizes = [np.full(n, len(pattern), np.int64) for n, pattern in patterns]
