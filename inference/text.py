@@ -1,4 +1,6 @@
-"""Tokens to text as they come: whole characters only, and an end where a stop string begins."""
+"""Tokens to text as they come: whole characters only, and an end where a stop string begins; thinking told apart."""
+
+OPEN, CLOSE = "<think>", "</think>"
 
 
 class TextStream:
@@ -63,3 +65,40 @@ def overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:n]):
             return n
     return 0
+
+
+def split_thinking(text: str, thinking: bool = False) -> tuple[str | None, str]:
+    """A whole answer -> (what it thinks, what it says); None where it has no think block.
+
+    thinking: the prompt has opened the block already. A block that never closes is all thought.
+    """
+    if not thinking and not text.lstrip().startswith(OPEN):
+        return None, text
+    thought, closed, said = text.lstrip().removeprefix(OPEN).partition(CLOSE)
+    return thought.strip(), said.lstrip() if closed else ""
+
+
+class ThinkingStream:
+    """split_thinking for a text that comes in pieces, as (is it thought, text) pairs."""
+
+    def __init__(self, thinking: bool = False):
+        self.thinking, self.held, self.begun = thinking, "", thinking
+
+    def feed(self, piece: str, final: bool = False) -> list[tuple[bool, str]]:
+        """What is certain now; `final`: no piece will follow."""
+        self.held += piece
+        parts = []
+        if not self.begun and (final or not OPEN.startswith(self.held.lstrip()[: len(OPEN)])):
+            self.begun = True  # a block can only open an answer; tags later on are text
+        elif not self.begun and self.held.lstrip().startswith(OPEN):
+            self.begun = self.thinking = True
+            self.held = self.held.lstrip().removeprefix(OPEN)
+        if self.thinking and CLOSE in self.held:
+            thought, _, self.held = self.held.partition(CLOSE)
+            parts.append((True, thought))
+            self.thinking = False
+        if self.begun:
+            keep = overlap(self.held, CLOSE) if self.thinking and not final else 0
+            parts.append((self.thinking, self.held[: len(self.held) - keep]))
+            self.held = self.held[len(self.held) - keep :]
+        return [part for part in parts if part[1]]

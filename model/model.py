@@ -188,9 +188,11 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask=None, cache=None, documents: Tensor | None = None):
         x = x + F.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache), self.dropout, self.training)
-        update, aux_loss = self.mlp(self.post_attention_layernorm(x)), None
+        normed, aux_loss = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, MoEFeedForward):
-            update, aux_loss = update
+            update, aux_loss = self.mlp(normed, documents)
+        else:
+            update = self.mlp(normed)
         return x + F.dropout(update, self.dropout, self.training), aux_loss
 
 

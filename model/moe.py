@@ -35,11 +35,20 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * hidden_dim, dim))
         self.down_proj = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
 
-    def forward(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """x (M, D): tokens sorted by expert; weight (M,): their routing weights; counts (E,): tokens of each expert."""
-        gate, up = grouped_linear(x, self.gate_up_proj, counts).chunk(2, dim=-1)  # (M, I) each
-        # Weighting the I inner values gives the same sum as weighting the D outputs, and I is the smaller of the two.
-        return grouped_linear(F.silu(gate) * up * weight.unsqueeze(-1), self.down_proj, counts)
+    def forward(self, x: Tensor, token: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """x (N, D) -> (N, D), for each token the weighted sum of its experts' outputs.
+
+        The M = N K pairs of a token and one of its experts come sorted by expert: token (M,) indices into x, weight
+        (M,) routing weights, counts (E,) pairs of each expert.
+        """
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if torch.is_autocast_enabled(x.device.type):  # neither way below is on autocast's list
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        weight = weight.to(x.dtype)
+        if experts_kind(x, gate_up) == "grouped_mm":
+            return experts_together(x, token, weight, counts, gate_up, down)
+        return experts_in_turn(x, token, weight, counts, gate_up, down)
 
 
 class MoEFeedForward(nn.Module):
@@ -69,8 +78,7 @@ class MoEFeedForward(nn.Module):
         counts = torch.bincount(chosen.flatten(), minlength=self.config.n_routed_experts)
         order = chosen.flatten().argsort(stable=True)  # the N*K (token, expert) pairs, expert by expert
         token = order // chosen.shape[1]
-        routed = self.experts(flat[token], weight.flatten()[order].to(x.dtype), counts)  # (N*K, D)
-        out = torch.zeros_like(flat).index_add(0, token, routed.to(flat.dtype))
+        out = self.experts(flat, token, weight.flatten()[order], counts)  # (N, D)
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat)
 
@@ -120,22 +128,78 @@ def balance_loss(scores: Tensor, chosen: Tensor, documents: Tensor) -> Tensor:
     return (f[group] * scores * real.unsqueeze(-1)).sum() / length.sum().clamp(min=1)
 
 
-# ------------------------------------------------------------------------------------------------- grouped matmul
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x (M, in) sorted by group, weight (E, out, in), counts (E,) rows of each group -> (M, out).
-
-    One kernel where torch has it (`grouped_linear_kind` says which is used); otherwise a matrix product a group.
-    """
-    if grouped_linear_kind(x, weight) == "grouped_mm":
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
-    pieces = [F.linear(piece, w) for piece, w in zip(x.split(counts.tolist()), weight.unbind(0), strict=True)]
-    return torch.cat(pieces)
-
-
-def grouped_linear_kind(x: Tensor, weight: Tensor) -> str:
+# ------------------------------------------------------------------------------- two ways to compute the experts
+def experts_kind(x: Tensor, weight: Tensor) -> str:
     """ "grouped_mm" on a GPU that has the kernel (bf16, compute capability 8 and up), else "loop"."""
     if x.device.type == "cuda" and hasattr(F, "grouped_mm") and x.dtype == weight.dtype == torch.bfloat16:
-        aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0  # strides must be multiples of 16 bytes
+        aligned = weight.shape[1] % 16 == 0 and weight.shape[2] % 8 == 0  # strides must be multiples of 16 bytes
         if aligned and torch.cuda.get_device_capability(x.device) >= (8, 0):
             return "grouped_mm"
     return "loop"
+
+
+def experts_together(x, token, weight, counts, gate_up, down) -> Tensor:
+    """Arguments of `Experts.forward` and its matrices -> (N, D): two kernels, each for all experts at once."""
+    gate, up = grouped_linear(x[token], gate_up, counts).chunk(2, dim=-1)  # (M, I) each
+    # Weighting the I inner values gives the same sum as weighting the D outputs, and I is the smaller of the two.
+    routed = grouped_linear(F.silu(gate) * up * weight.unsqueeze(-1), down, counts)  # (M, D)
+    return torch.zeros_like(x).index_add(0, token, routed)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x (M, in) sorted by group, weight (E, out, in), counts (E,) rows of each group -> (M, out)."""
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+
+
+@torch.compiler.disable  # group sizes differ at every step: there is nothing to compile once
+def experts_in_turn(x, token, weight, counts, gate_up, down) -> Tensor:
+    """The same, one expert after the other."""
+    return ExpertLoop.apply(x, token, weight, counts.tolist(), gate_up, down)
+
+
+class ExpertLoop(torch.autograd.Function):
+    """Gathers an expert's tokens, computes them and adds the result to theirs before the next expert begins.
+
+    What one expert works on fits the processor's cache, and no (M, D) tensor exists. With the backward pass written
+    out, each expert's gradient goes to its place in the stack; automatic differentiation would add up E stacks.
+    """
+
+    @staticmethod
+    def forward(ctx, x, token, weight, counts: list[int], gate_up, down):
+        hidden = x.new_empty(len(token), gate_up.shape[1])  # (M, 2I), all that is kept for the backward pass
+        out = torch.zeros_like(x)
+        groups = zip(token.split(counts), weight.split(counts), hidden.split(counts), gate_up, down, strict=True)
+        for t, w, h, gate_up_e, down_e in groups:
+            if len(t):
+                torch.mm(x.index_select(0, t), gate_up_e.t(), out=h)
+                gate, up = h.chunk(2, dim=-1)
+                inner = F.silu(gate).mul_(up).mul_(w.unsqueeze(-1))  # (n, I)
+                out.index_add_(0, t, inner @ down_e.t())
+        ctx.save_for_backward(x, token, weight, hidden, gate_up, down)
+        ctx.counts = counts
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        x, token, weight, hidden, gate_up, down = ctx.saved_tensors
+        learns = any(ctx.needs_input_grad[4:])  # frozen experts need no gradient of their own
+        d_x, d_weight = torch.zeros_like(x), torch.empty_like(weight)
+        d_gate_up, d_down = (torch.empty_like(gate_up), torch.empty_like(down)) if learns else (None, None)
+        groups = zip(*(tensor.split(ctx.counts) for tensor in (token, weight, hidden, d_weight)), strict=True)
+        for e, (t, w, h, d_w) in enumerate(groups):
+            w, d_y = w.unsqueeze(-1), d_out.index_select(0, t)  # (n, 1), (n, D)
+            gate, up = h.chunk(2, dim=-1)
+            sigma = gate.sigmoid()
+            silu = gate * sigma
+            inner = silu * up
+            d_inner = d_y @ down[e]  # (n, I), of the weighted inner values
+            torch.sum(d_inner * inner, dim=-1, out=d_w)
+            if learns:
+                torch.mm(d_y.t(), inner.mul_(w), out=d_down[e])
+            d_inner.mul_(w)
+            d_h = torch.cat((d_inner * up * (sigma + silu * (1 - sigma)), d_inner * silu), dim=-1)  # (n, 2I)
+            if learns:
+                torch.mm(d_h.t(), x.index_select(0, t), out=d_gate_up[e])
+            d_x.index_add_(0, t, d_h @ gate_up[e])
+        return d_x, None, d_weight, None, d_gate_up, d_down

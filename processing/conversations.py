@@ -1,4 +1,4 @@
-"""Conversations of the embedded sample: questions about facts, small talk, system messages, preference pairs, LoRA rows.
+"""Conversations of the sample: questions about facts, small talk, system messages, preference pairs, LoRA rows.
 
 A conversation is a list of {"role", "content"} messages. All functions are deterministic in their `rng`.
 """
@@ -65,7 +65,7 @@ def small_talk(world, split, rng, mixed=150):
     rows = [exchange(ask, item["reply"]) for item in world.talk["chat"] for ask in item["ask"]]
     rows += [exchange(ask, item["reply"], rng.choice(world.talk["systems"]["sentence"]))
              for item in world.talk["chat"] for ask in item["ask"][:1]]
-    greeting = [item for item in world.talk["chat"]][0]
+    greeting = world.talk["chat"][0]
     for fact in rng.sample(world.facts, mixed):
         question, style = rng.choice(split.train[fact])
         thanks = rng.choice([pair for pair in world.talk["thanks"] if pair[0].isascii() == fact.english])

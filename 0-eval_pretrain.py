@@ -1,0 +1,52 @@
+"""Continue texts with a base model: what has it learned from pretraining?
+
+    python 0-eval_pretrain.py                                  a handful of beginnings
+    python 0-eval_pretrain.py "从前有座山，" "The sea is"          your own
+    python 0-eval_pretrain.py --prompts FILE --temperature 0   one a line, or .jsonl with "prompt"
+
+A base model continues text; it does not answer. Chat with a model that went on to 3-full_sft.py in 2-eval.py.
+"""
+
+from inference import console
+from inference.console import note
+from trainer.cli import Parser, UserError, run_main
+
+BEGINNINGS = (
+    "中国的首都是", "一年有四个季节，", "水烧到一百度就会", "从前有一只小狐狸，", "太阳系里最大的行星是", "做番茄炒蛋，先",
+    "The capital of France is", "Once upon a time",
+)  # fmt: skip
+
+
+def parse(argv):
+    parser = Parser(description=__doc__)
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="beginnings to continue")
+    parser.add_argument("--prompts", metavar="FILE", help="beginnings from a file")
+    console.add_model_flags(parser)
+    console.add_sampling_flags(parser, temperature=0.85, max_new_tokens=128)
+    return parser.parse_args(argv)
+
+
+def run(args):
+    params = console.sampling(args)
+    texts = list(args.texts)
+    if args.prompts:
+        texts += [row["prompt"] for row in console.read_prompts(args.prompts)]
+    path = console.find_weight(args, base=True)
+    engine, record = console.open_engine(args, path)
+    note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")
+    for text in texts or BEGINNINGS:
+        print(f"\n{text}", end="", flush=True)
+        console.print_stream(engine.stream(text, params))
+        note(f"[{engine.speed}]")
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        run(args)
+    except ValueError as error:
+        raise UserError(error) from None
+
+
+if __name__ == "__main__":
+    run_main(main)

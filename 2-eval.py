@@ -1,0 +1,160 @@
+"""Chat in the terminal, or put a file of questions to a model and score its answers.
+
+    python 2-eval.py                                   chat with the newest model in out/
+    python 2-eval.py --prompts FILE                    answer each prompt of a file
+    python 2-eval.py --questions FILE.jsonl            score {"question", "answer", "rivals"?, "kind"?} rows
+    python 2-eval.py --prompts FILE --compare A B      answers of several weights side by side, as Markdown
+
+In a chat: an empty line or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer. The last line of
+--questions and --prompts on standard output is a JSON object; every generated text is kept in its "answers_file".
+"""
+
+import json
+import time
+from pathlib import Path
+
+from inference import console
+from inference.console import as_messages, note
+from inference.scoring import is_right
+from inference.text import split_thinking
+from trainer.cli import Parser, UserError, run_main
+
+
+def parse(argv):
+    parser = Parser(description=__doc__)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--questions", metavar="FILE", help="score the answers to these questions (greedy)")
+    mode.add_argument("--prompts", metavar="FILE", help="answer these: one a line, or .jsonl")
+    parser.add_argument("--compare", nargs="+", metavar="PATH", help="with --prompts: weights to set side by side")
+    parser.add_argument("--answers_file", metavar="FILE", help="(out/answers_<weights>_<file>.jsonl)")
+    parser.add_argument("--system", metavar="TEXT", help="system message (none)")
+    parser.add_argument("--history", type=int, default=4, metavar="N", help="earlier exchanges the model sees (4)")
+    parser.flag(parser, "thinking", None, "open a think block (--no-thinking: an empty one); default: as the model likes")
+    console.add_model_flags(parser)
+    console.add_sampling_flags(parser, temperature=None, max_new_tokens=512)
+    args = parser.parse_args(argv)
+    if args.compare and not args.prompts:
+        raise UserError("--compare needs --prompts FILE, the questions to compare on")
+    if args.history < 0:
+        raise UserError(f"--history must not be negative, but is {args.history}")
+    return args
+
+
+def open_chat(args, path):
+    engine, record = console.open_engine(args, path, enable_thinking=args.thinking)
+    note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")
+    return engine
+
+
+def chat(args):
+    params = console.sampling(args, temperature=0.85)
+    engine = open_chat(args, console.find_weight(args))
+    exchanges = []
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not question:
+            return
+        if question == "/clear":
+            exchanges.clear()
+            continue
+        messages, exchanges = fitting(engine, args, exchanges, question)
+        text = console.print_stream(engine.stream(messages, params), thinking=args.thinking is True)
+        note(f"[{engine.speed}]")
+        _, answer = split_thinking(text, thinking=args.thinking is True)
+        exchanges.append((question, answer))
+
+
+def fitting(engine, args, exchanges, question):
+    """The messages to send, and the exchanges in them: the last --history ones, fewer where the context is full."""
+    exchanges = exchanges[-args.history :] if args.history else []
+    while True:
+        said = [{"role": r, "content": t} for pair in exchanges for r, t in zip(("user", "assistant"), pair, strict=True)]
+        messages = as_messages([*said, {"role": "user", "content": question}], args.system)
+        if not exchanges or len(engine.encode(messages)) + args.max_new_tokens <= engine.context:
+            return messages, exchanges
+        exchanges = exchanges[1:]
+
+
+def answer_all(args, engine, rows):
+    """Generates an answer to every row, side by side, and prints the speed."""
+    prompts = [as_messages(row["prompt"], row.get("system", args.system)) for row in rows]
+    begin = time.perf_counter()
+    answers = engine.generate(prompts, console.sampling(args, temperature=0))
+    note(f"[{len(rows)} answers in {time.perf_counter() - begin:.1f} s: {engine.speed}]")
+    return answers
+
+
+def keep(args, path, file, lines) -> Path:
+    """Writes the generated texts where they can be read again."""
+    target = Path(args.answers_file or f"out/answers_{path.stem}_{Path(file).stem}.jsonl")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the answers to {target}: {error.strerror}; see --answers_file") from None
+    return target
+
+
+def questions(args):
+    rows = console.read_prompts(args.questions)
+    for row in rows:
+        if not isinstance(row.get("answer"), str) or not row["answer"].strip():
+            raise UserError(f'{args.questions}:{row["line"]}: no "answer", or an empty one')
+    path = console.find_weight(args)
+    answers = answer_all(args, open_chat(args, path), rows)
+    kinds, lines = {}, []
+    for row, answer in zip(rows, answers, strict=True):
+        right = is_right(answer.text, row["answer"], row.get("rivals") or ())
+        kinds.setdefault(row.get("kind", "all"), []).append(right)
+        kept = {key: row[key] for key in ("question", "answer", "kind") if key in row}
+        lines.append(json.dumps(kept | {"generated": answer.text, "right": right}, ensure_ascii=False) + "\n")
+    for kind, rights in kinds.items():
+        print(f"{kind:<24} {sum(rights):>5} of {len(rights):>5}  {sum(rights) / len(rights):6.1%}")
+    total = sum(map(sum, kinds.values()))
+    print(f"{'together':<24} {total:>5} of {len(rows):>5}  {total / len(rows):6.1%}")
+    result = {
+        "n": len(rows), "accuracy": total / len(rows), "by_kind": {k: sum(r) / len(r) for k, r in kinds.items()},
+        "weights": str(path), "answers_file": str(keep(args, path, args.questions, lines)),
+    }  # fmt: skip
+    print(json.dumps(result, ensure_ascii=False))
+
+
+def prompts(args):
+    rows, path = console.read_prompts(args.prompts), console.find_weight(args)
+    answers = answer_all(args, open_chat(args, path), rows)
+    lines = []
+    for row, answer in zip(rows, answers, strict=True):
+        asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        print(f"> {asked}\n{answer.text}\n")
+        lines.append(json.dumps({"prompt": row["prompt"], "generated": answer.text}, ensure_ascii=False) + "\n")
+    kept = keep(args, path, args.prompts, lines)
+    print(json.dumps({"n": len(rows), "weights": str(path), "answers_file": str(kept)}, ensure_ascii=False))
+
+
+def compare(args):
+    rows, columns = console.read_prompts(args.prompts), []
+    for path in map(Path, args.compare):
+        columns.append([answer.text for answer in answer_all(args, open_chat(args, path), rows)])
+    print("| prompt | " + " | ".join(f"`{path}`" for path in args.compare) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for row, *texts in zip(rows, *columns, strict=True):
+        asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        cells = (text.strip().replace("|", "\\|").replace("\n", "<br>") for text in (asked, *texts))
+        print("| " + " | ".join(cells) + " |")
+
+
+def main(argv=None):
+    args = parse(argv)
+    mode = compare if args.compare else questions if args.questions else prompts if args.prompts else chat
+    try:
+        mode(args)
+    except ValueError as error:
+        raise UserError(error) from None
+
+
+if __name__ == "__main__":
+    run_main(main)

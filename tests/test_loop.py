@@ -1,0 +1,297 @@
+"""The loop: what a step learns does not depend on how it was dealt out, and is what transformers learns."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from stage import STAGES, TINY, command, last_json, load, run, write_chats, write_texts
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from model.LMConfig import LMConfig
+from model.model import MiniMindForCausalLM
+from model.tokenizer import load_tokenizer
+from model.weights import load_model
+from trainer import dist
+from trainer.cli import RunFailed, parse, stage_parser
+from trainer.dist import Engine, World
+from trainer.loop import Plan, take_step
+from trainer.losses import language_model
+from trainer.start import prepare
+
+WORLD = World(0, 1, torch.device("cpu"), torch.float32)
+
+
+def make_start(tmp_path, *flags, kind="text"):
+    file = (write_texts if kind == "text" else write_chats)(tmp_path / f"{kind}.jsonl")
+    argv = [*TINY, "--data_path", file, "--out_dir", tmp_path / "out", "--max_steps", 6, "--overwrite", *flags]
+    args = parse(stage_parser("pretrain", "", from_weight="none"), list(map(str, argv)))
+    start = prepare(args)
+    return start, start.packed(kind, WORLD)
+
+
+def gradients_of_a_step(start, rows, batch_size, accumulation, size=1):
+    """Gradients of step 0 as left before the optimizer moves, summed over the micro-batches of `size` processes."""
+    start.args.batch_size, start.args.accumulation_steps = batch_size, accumulation
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(start.model.config)
+    engine = Engine(model, start.args, WORLD)
+    caught = {}
+    engine.step = lambda factor: caught.update({n: p.grad.clone() for n, p in model.named_parameters()}) or 0.0
+    plans = [Plan(rows[0], start.args, World(r, size, WORLD.device, WORLD.dtype), None) for r in range(size)]
+    micro = [rows[0].batch(plan.rows(0, i)) for plan in plans for i in range(accumulation)]
+    numbers, tokens = take_step(engine, micro, language_model, 1.0, 0)
+    return caught, numbers, tokens
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_gradients_do_not_depend_on_how_a_step_is_dealt_out(kind, use_moe, tmp_path):
+    start, rows = make_start(tmp_path, "--use_moe", str(use_moe), kind=kind)
+    expected, numbers, tokens = gradients_of_a_step(start, rows, 8, 1)
+    for batch_size, accumulation, size in ((4, 2, 1), (1, 8, 1), (2, 2, 2)):
+        found, other, n = gradients_of_a_step(start, rows, batch_size, accumulation, size)
+        assert n == tokens and other["loss"] == pytest.approx(numbers["loss"], rel=1e-6)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=2e-4, atol=2e-7, msg=name)
+    assert ("balance" in numbers) == use_moe
+
+
+def test_ten_losses_equal_those_of_transformers_trained_the_same_way(tmp_path):
+    """LlamaForCausalLM, torch's AdamW, one document a row with an ordinary mask: the same ten losses."""
+    start, rows = make_start(tmp_path, "--learning_rate", "3e-3")
+    args, config = start.args, start.model.config
+    llama = LlamaForCausalLM(LlamaConfig(
+        hidden_size=config.dim, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads, intermediate_size=config.hidden_dim, vocab_size=config.vocab_size,
+        rms_norm_eps=config.norm_eps, tie_word_embeddings=True, rope_parameters=dict(config.rope_parameters),
+    )).train()  # fmt: skip
+    llama.load_state_dict(start.model.state_dict())
+    matrices = [p for p in llama.parameters() if p.ndim >= 2]
+    vectors = [p for p in llama.parameters() if p.ndim < 2]
+    reference = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+                                  lr=args.learning_rate, betas=(0.9, 0.95))  # fmt: skip
+    engine, plan = Engine(start.model, args, WORLD), Plan(rows[0], args, WORLD, None)
+    for step in range(10):
+        micro = [rows[0].batch(plan.rows(step, i)) for i in range(args.accumulation_steps)]
+        ours, _ = take_step(engine, micro, language_model, 1.0, step)
+        nats, count = 0.0, 0
+        for batch in micro:
+            for ids, labels, segments in zip(batch["input_ids"], batch["labels"], batch["segment_ids"]):
+                for segment in range(1, int(segments.max()) + 1):
+                    where = segments == segment
+                    logits = llama(ids[where][None]).logits[0, :-1]
+                    targets = labels[where][1:]
+                    nats = nats + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+                    count += int((targets != -100).sum())
+        (nats / count).backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), args.grad_clip)
+        reference.step()
+        reference.zero_grad()
+        assert ours["loss"] == pytest.approx(nats.item() / count, rel=1e-4), step
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_one_batch_can_be_learned_by_heart(optimizer, tmp_path):
+    start, rows = make_start(tmp_path, "--optimizer", optimizer, "--learning_rate", "5e-3", "--weight_decay", "0")
+    engine = Engine(start.model, start.args, WORLD)
+    batch = rows[0].batch(range(2))
+    for step in range(150):
+        numbers, _ = take_step(engine, [dict(batch)], language_model, 1.0, step)
+        if numbers["loss"] < 0.05:
+            return
+    pytest.fail(f"loss {numbers['loss']:.3f} after {step + 1} steps")
+
+
+def test_nothing_to_learn_in_a_step_is_said_and_harmless(tmp_path, capsys):
+    start, rows = make_start(tmp_path)
+    engine = Engine(start.model, start.args, WORLD)
+    before = [p.clone() for p in engine.module.parameters()]
+    assert take_step(engine, [rows[0].batch([-1, -1])], language_model, 1.0, 4)[0] == {}
+    assert "step 5 has nothing to learn" in capsys.readouterr().err
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters()))
+
+
+def test_a_nan_stops_before_the_weights_are_touched(tmp_path):
+    start, rows = make_start(tmp_path)
+    with torch.no_grad():
+        start.model.model.norm.weight[0] = float("nan")
+    engine = Engine(start.model, start.args, WORLD)
+    before = [p.clone() for p in engine.module.parameters()]
+    with pytest.raises(RunFailed, match="loss is nan at step 3"):
+        take_step(engine, [rows[0].batch(range(2))], language_model, 1.0, 2)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, engine.module.parameters()))
+
+
+def test_the_plan_covers_each_row_once_for_any_number_of_processes(tmp_path):
+    start, rows = make_start(tmp_path)
+    start.args.max_steps, start.args.epochs = None, 2.0
+    for size, batch_size, accumulation in ((1, 2, 2), (2, 2, 1), (2, 1, 2), (4, 1, 1)):
+        start.args.batch_size, start.args.accumulation_steps = batch_size, accumulation
+        plans = [Plan(rows[0], start.args, World(r, size, WORLD.device, WORLD.dtype), None) for r in range(size)]
+        steps = [[r for p in plans for i in range(accumulation) for r in p.rows(s, i)] for s in range(plans[0].steps)]
+        seen = [r for step in steps for r in step if r >= 0]
+        assert sorted(seen) == list(range(2 * len(rows[0])))
+        assert [sorted(step) for step in steps[:-1]] == [list(range(4 * s, 4 * s + 4)) for s in range(len(steps) - 1)]
+
+
+# ----------------------------------------------------------------------------------------------- whole runs, resume
+def stage_flags(stage, tmp_path, out):
+    data = write_texts(tmp_path / "t.jsonl") if stage == "pretrain" else write_chats(tmp_path / "c.jsonl")
+    flags = [*TINY, "--data_path", data, "--out_dir", out, "--max_steps", 12, "--save_interval", 2, "--dropout", 0.1,
+             "--eval_interval", 5, "--val_split", 0.1]  # fmt: skip
+    return [*flags, "--from_weight", "none"]
+
+
+def assert_same_run(a, b, stage):
+    one, two = (torch.load(d / f"{stage}_32.pth", weights_only=True) for d in (a, b))
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+    assert (a / f"{stage}_32.jsonl").read_text() == (b / f"{stage}_32.jsonl").read_text()
+    drop = ("seconds", "tokens_per_second", "peak_memory_bytes", "weights")
+    strip = [{k: v for k, v in w["record"]["result"].items() if k not in drop} for w in (one, two)]
+    assert strip[0] == strip[1]
+
+
+def kill_and_resume(stage, tmp_path, moment):
+    """Runs the stage to its end; then again, killed with SIGKILL after moment(process, out), and resumed."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    first = run(STAGES[stage], *stage_flags(stage, tmp_path, whole))
+    assert first.returncode == 0, first.stderr
+    process = subprocess.Popen(command(STAGES[stage], *stage_flags(stage, tmp_path, broken)),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    moment(process, broken)
+    process.kill()
+    process.wait()
+    again = run(STAGES[stage], *stage_flags(stage, tmp_path, broken), "--resume")
+    assert again.returncode == 0, again.stderr
+    assert_same_run(whole, broken, stage)
+    return again
+
+
+def after_first_save(process, out):
+    while process.poll() is None and not list(out.glob("*_resume.pth")):
+        time.sleep(0.01)
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, tmp_path):
+    again = kill_and_resume(stage, tmp_path, after_first_save)
+    assert "resumed   at step" in again.stdout
+    result = last_json(again.stdout)
+    third = run(STAGES[stage], *stage_flags(stage, tmp_path, tmp_path / "broken"), "--resume")
+    assert third.returncode == 0 and last_json(third.stdout) == result  # a finished run prints its result again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.2 + 0.9 * i for i in range(10)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_any_moment(stage, seconds, tmp_path):
+    kill_and_resume(stage, tmp_path, lambda process, out: time.sleep(seconds))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.001 * i for i in range(10)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_inside_a_save(stage, delay, tmp_path):
+    def inside_a_save(process, out):
+        while process.poll() is None and not list(out.glob(".*.tmp")):
+            time.sleep(0.0005)
+        time.sleep(delay)
+
+    kill_and_resume(stage, tmp_path, inside_a_save)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.002 * i for i in range(10)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_inside_the_cache_build(stage, delay, tmp_path):
+    def inside_the_build(process, out):
+        while process.poll() is None and not list(out.glob("cache/*.building-*")):
+            time.sleep(0.0005)
+        time.sleep(delay)
+
+    kill_and_resume(stage, tmp_path, inside_the_build)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = [*stage_flags("pretrain", tmp_path, broken), "--max_steps", 400, "--save_interval", 1000]
+    process = subprocess.Popen(command("1-pretrain.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert last_json(out)["stopped"] is True and "to go on: python" in out and "--resume" in out
+    step = last_json(out)["steps"]
+    assert 3 <= step < 400
+    assert run("1-pretrain.py", *flags, "--resume").returncode == 0
+    assert run("1-pretrain.py", *stage_flags("pretrain", tmp_path, whole), "--max_steps", 400, "--save_interval", 1000).returncode == 0
+    assert torch.equal(*(load_model(d / "pretrain_32.pth")[0].lm_head.weight for d in (whole, broken)))
+
+
+def test_resume_with_another_micro_batch_keeps_the_global_batch(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    main = load("1-pretrain.py").main
+    flags = [str(x) for x in stage_flags("pretrain", tmp_path, whole)]
+    main([*flags, "--dropout", "0"])
+    flags = [str(x) for x in stage_flags("pretrain", tmp_path, broken)] + ["--dropout", "0"]
+    process = subprocess.Popen(command("1-pretrain.py", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    after_first_save(process, broken)
+    process.kill()
+    process.wait()
+    again = run("1-pretrain.py", *flags, "--resume", "--batch_size", "4")
+    assert again.returncode == 0, again.stderr
+    histories = [[json.loads(line) for line in (d / "pretrain_32.jsonl").read_text().splitlines()] for d in (whole, broken)]
+    for a, b in zip(*histories, strict=True):
+        assert a["step"] == b["step"] and a.get("tokens") == b.get("tokens")
+        if "loss" in a:
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    wrong = run("1-pretrain.py", *flags, "--resume", "--batch_size", "3")
+    assert wrong.returncode == 0  # finished: prints its result
+
+
+def _two_ranks(tmp_path, out, *flags):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = [command("x")[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run([*torchrun, *command("1-pretrain.py", *flags)[1:]], capture_output=True, text=True, env=env)
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = [str(x) for x in stage_flags("pretrain", tmp_path, one)] + ["--dropout", "0"]
+    assert run("1-pretrain.py", *flags).returncode == 0
+    flags = [str(x) for x in stage_flags("pretrain", tmp_path, two)] + ["--dropout", "0", "--accumulation_steps", "1"]
+    result = _two_ranks(tmp_path, two, *flags)
+    assert result.returncode == 0, result.stderr[-2000:]
+    histories = [[json.loads(line) for line in (d / "pretrain_32.jsonl").read_text().splitlines()] for d in (one, two)]
+    for a, b in zip(*histories, strict=True):
+        for key in ("loss", "val_loss", "grad_norm"):
+            if a.get(key) is not None:
+                assert b[key] == pytest.approx(a[key], rel=1e-5), (key, a["step"])
+        assert a.get("tokens") == b.get("tokens")
+
+
+def test_dry_run_says_all_and_writes_no_weights(tmp_path, capsys):
+    load("1-pretrain.py").main([str(x) for x in stage_flags("pretrain", tmp_path, tmp_path / "o")] + ["--dry_run"])
+    out = capsys.readouterr().out
+    assert last_json(out)["dry_run"] is True and "parameters" in out and "GB a process (estimate)" in out
+    assert not list((tmp_path / "o").glob("*.pth"))
+
+
+def test_the_tokenizer_and_config_travel_with_the_weights(tmp_path):
+    flags = [str(x) for x in stage_flags("pretrain", tmp_path, tmp_path / "o")]
+    result = load("1-pretrain.py").main(flags)
+    model, tokenizer, record = load_model(result["weights"])
+    assert isinstance(model.config, LMConfig) and record["result"] == result and record["seq_len"] == 64
+    assert tokenizer.get_vocab() == load_tokenizer().get_vocab()
+    assert (tmp_path / "o" / "pretrain_32.png").stat().st_size > 1000
+    wanted = {"stage", "steps", "tokens", "loss", "val_loss", "val_bits_per_byte", "real_token_share",
+              "learned_token_share", "seconds", "tokens_per_second", "peak_memory_bytes", "weights"}  # fmt: skip
+    assert wanted <= set(result)
+    dist.stop(WORLD)
