@@ -48,14 +48,12 @@ def find_data(args) -> Path:
         if not Path(args.data_dir).is_dir():
             raise UserError(f"no folder {args.data_dir}")
         return Path(args.data_dir)
-    for folder in (Path("ceval/ceval-exam"), Path("dataset/ceval")) if args.benchmark == "ceval" else ():
+    usual = [Path("ceval/ceval-exam")] * (args.benchmark == "ceval") + [Path("dataset") / args.benchmark]
+    for folder in usual:
         if folder.is_dir():
             return folder
-    folder = Path("dataset") / args.benchmark
-    if folder.is_dir():
-        return folder
     if args.benchmark != "ceval":
-        raise UserError(f"no folder {folder}; put the files of {args.benchmark} there or name theirs with --data_dir")
+        raise UserError(f"no folder {usual[-1]}; put the files of {args.benchmark} there, or name it with --data_dir")
     note(f"C-Eval is not here (ceval/ceval-exam or --data_dir): taking the small SAMPLE exam in {SAMPLE}")
     return SAMPLE
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from inference.exam import LETTERS, Answer, Subject
 
+CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Zen Hei", "SimHei")
 Z = 1.959964  # 97.5th percentile of the normal distribution: intervals of 95%
 
 
@@ -89,14 +90,20 @@ def write_answers(folder: Path, split: str, answers: dict[str, list[Answer]]) ->
 
 
 def plot(path: Path, answers: dict[str, list[Answer]], summary: dict) -> None:
-    """A bar for each subject, chance and the mean as lines. Needs matplotlib (ImportError without it)."""
+    """A bar for each subject, chance and the mean as lines. Needs matplotlib (ImportError without it).
+
+    Without a font for Chinese, subjects with a Chinese name show their number in the report instead.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import font_manager, pyplot
 
-    shares = sorted((sum(a.right for a in these) / len(these), name) for name, these in answers.items())
-    with pyplot.rc_context({"font.sans-serif": ["Noto Sans CJK SC", "WenQuanYi Zen Hei", "SimHei", "DejaVu Sans"]}):
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    chinese = [name for name in CHINESE_FONTS if name in installed]
+    names = {name: name if chinese or name.isascii() else f"no. {i}" for i, name in enumerate(answers, start=1)}
+    shares = sorted((sum(a.right for a in these) / len(these), names[name]) for name, these in answers.items())
+    with pyplot.rc_context({"font.sans-serif": [*chinese, "DejaVu Sans"]}):
         figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.22 * len(shares)), layout="constrained")
         axes.barh([name for _, name in shares], [share for share, _ in shares], color="#4c78a8")
         axes.axvline(0.25, color="black", linestyle=":", label="chance, 25%")

@@ -81,12 +81,14 @@ class PackedExperts(nn.Module):
         self.gate_up = [pack(w) for w in experts.gate_up_proj]
         self.down = [pack(w) for w in experts.down_proj]
 
-    def forward(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """x (M, K) sorted by expert, weight (M,), counts (E,) -> (M, K), as Experts.forward."""
-        sizes = counts.tolist()
-        pieces = zip(x.split(sizes), weight.split(sizes), self.gate_up, self.down, strict=True)
-        return torch.cat([self._one(*piece) for piece in pieces if len(piece[0])])
-
-    def _one(self, x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        gate, up = packed_linear(x, gate_up).chunk(2, dim=-1)
-        return packed_linear(F.silu(gate) * up * weight.unsqueeze(-1), down)
+    def forward(self, x: Tensor, token: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """x (N, D) -> (N, D); token, weight (N K,) and counts (E,) as Experts.forward has them."""
+        out = torch.zeros_like(x)
+        begin = 0
+        for expert, count in enumerate(counts.tolist()):
+            if count:
+                rows, w = token[begin : begin + count], weight[begin : begin + count, None]
+                gate, up = packed_linear(x[rows], self.gate_up[expert]).chunk(2, dim=-1)
+                out.index_add_(0, rows, packed_linear(F.silu(gate) * up * w, self.down[expert]))
+                begin += count
+        return out

@@ -88,11 +88,11 @@ class ThinkingStream:
         """What is certain now; `final`: no piece will follow."""
         self.held += piece
         parts = []
-        if not self.begun and (final or not OPEN.startswith(self.held.lstrip()[: len(OPEN)])):
-            self.begun = True  # a block can only open an answer; tags later on are text
-        elif not self.begun and self.held.lstrip().startswith(OPEN):
+        if not self.begun and self.held.lstrip().startswith(OPEN):
             self.begun = self.thinking = True
             self.held = self.held.lstrip().removeprefix(OPEN)
+        elif not self.begun and (final or not OPEN.startswith(self.held.lstrip())):
+            self.begun = True  # a block can only open an answer; tags later on are text
         if self.thinking and CLOSE in self.held:
             thought, _, self.held = self.held.partition(CLOSE)
             parts.append((True, thought))

@@ -62,7 +62,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_dealt_out(kind, use_moe, tmp_p
 
 def test_ten_losses_equal_those_of_transformers_trained_the_same_way(tmp_path):
     """LlamaForCausalLM, torch's AdamW, one document a row with an ordinary mask: the same ten losses."""
-    start, rows = make_start(tmp_path, "--learning_rate", "3e-3")
+    start, rows = make_start(tmp_path, "--learning_rate", "3e-3", "--max_steps", "10")
     args, config = start.args, start.model.config
     llama = LlamaForCausalLM(LlamaConfig(
         hidden_size=config.dim, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,

@@ -67,7 +67,8 @@ class Files:
             return None
         result = record.get("result")
         if result and not result.get("stopped"):
-            check_recipe(record["recipe"], recipe, self.weights)
+            rows_per_step = {"rows_per_step": record["recipe"]["rows_per_step"]}  # other processes do not matter now
+            check_recipe(record["recipe"], recipe | rows_per_step, self.weights)
             return result
         return None
 

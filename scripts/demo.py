@@ -1,0 +1,111 @@
+"""From nothing to a model that talks, on the embedded sample: every stage a user runs, one after the other.
+
+Trains a tokenizer, pretrains, fine-tunes, then asks questions the model was not trained on and sits the sample exam. The
+commands it runs are printed, and can be typed. Started again it goes on where it stopped and repeats what is finished in
+seconds; --fresh begins anew. The last line is a JSON object.
+
+  make demo            or, in an environment with requirements.txt installed:  python scripts/demo.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import json
+import os
+import shlex
+import subprocess
+import time
+
+from trainer.cli import Parser, RunFailed, UserError, run_main
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = "dataset/sample"
+SHAPE = "--preset tiny"
+# Steps are fixed, so that every machine does the same work; the rates were chosen on held-out questions.
+PRETRAIN = "--seq_len 256 --batch_size 16 --accumulation_steps 1 --epochs 4 --learning_rate 4e-3"
+SFT = "--seq_len 256 --batch_size 16 --accumulation_steps 1 --epochs 3 --learning_rate 4e-3 --optimizer muon"
+WATCH = "--log_interval 25 --eval_interval 100 --save_interval 50 --val_split 0.01"
+DIALOGUES = 8  # questions of the held-out file whose answers are shown
+
+
+def commands(out: str, again: str) -> dict[str, str]:
+    """The stages and their commands. again: the flag with which a stage meets what is already there."""
+    pretrain, sft, exam = f"{SAMPLE}/pretrain.jsonl", f"{SAMPLE}/sft.jsonl", f"{SAMPLE}/exam"
+    fresh = " --overwrite" if again == "--overwrite" else ""
+    return {
+        "tokenizer": f"scripts/train_tokenizer.py --data_path {pretrain} {sft} --vocab_size 2400 "
+                     f"--out_dir {out}/tokenizer{fresh}",
+        "pretrain": f"1-pretrain.py --data_path {pretrain} --tokenizer {out}/tokenizer {SHAPE} {PRETRAIN} {WATCH} "
+                    f"--out_dir {out} {again}",
+        "full_sft": f"3-full_sft.py --data_path {sft} --from_weight {out}/pretrain_192.pth {SFT} {WATCH} "
+                    f"--out_dir {out} {again}",
+        "questions": f"2-eval.py --questions {SAMPLE}/heldout.jsonl --weight {out}/full_sft_192.pth "
+                     f"--answers_file {out}/answers.jsonl",
+        "exam": f"eval_ceval.py --data_dir {exam} --weight {out}/full_sft_192.pth --out_dir {out}/exam",
+        "dialogues": f"2-eval.py --prompts {out}/dialogues.txt --weight {out}/full_sft_192.pth "
+                     f"--answers_file {out}/dialogues.jsonl",
+    }  # fmt: skip
+
+
+def write_dialogues(path: Path) -> None:
+    """A handful of questions from all over the held-out file: nobody was trained on them."""
+    rows = (ROOT / SAMPLE / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    chosen = rows[:: len(rows) // DIALOGUES][:DIALOGUES]
+    path.write_text("".join(json.loads(row)["question"] + "\n" for row in chosen), encoding="utf-8")
+
+
+def run(command: str) -> dict:
+    """Runs one command, shows what it prints and returns the JSON object of its last line."""
+    print(f"\n$ python {command}", flush=True)
+    process = subprocess.Popen([sys.executable, *shlex.split(command)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                               encoding="utf-8", env=os.environ | {"PYTHONIOENCODING": "utf-8"})  # fmt: skip
+    last = ""
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line
+    except KeyboardInterrupt:  # the stage has got it too: let it save
+        process.wait()
+        raise UserError("stopped; the same command goes on from here") from None
+    if process.wait():
+        raise RunFailed(f"`python {command}` ended with exit code {process.returncode}")
+    return json.loads(last)
+
+
+def main(argv=None) -> dict:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--out_dir", default="out", help="where everything is written (out)")
+    parser.flag(parser, "fresh", False, "begin anew, over what an earlier run left")
+    args = parser.parse_args(argv)
+    out = Path(args.out_dir).as_posix()
+    (ROOT / out).mkdir(parents=True, exist_ok=True)
+    write_dialogues(ROOT / out / "dialogues.txt")
+    results, seconds = {}, {}
+    for stage, command in commands(out, "--overwrite" if args.fresh else "--resume").items():
+        begin = time.perf_counter()
+        results[stage] = run(command)
+        seconds[stage] = round(time.perf_counter() - begin, 1)
+
+    by_kind = results["questions"]["by_kind"]
+    print(f"""
+Curves: {out}/pretrain_192.png, {out}/full_sft_192.png    all answers: {out}/answers.jsonl
+Next:
+  python 2-eval.py                                            chat with it
+  python 1-pretrain.py --data_path my_text.jsonl              pretrain on your own text ({{"text": ...}} a line)
+  python 3-full_sft.py --data_path my_chats.jsonl             then on your own conversations
+  python scripts/demo.py --fresh                              this again, from the beginning""")
+    result = {
+        "sample_qa_accuracy": by_kind["fact_phrasing"],
+        "unseen_template_accuracy": by_kind["unseen_template"],
+        "arithmetic_accuracy": by_kind["arithmetic"],
+        "exam_accuracy": results["exam"]["accuracy_micro"],
+        "seconds": seconds,
+    }
+    print(json.dumps(result), flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    run_main(main)

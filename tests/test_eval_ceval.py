@@ -1,0 +1,267 @@
+"""Exams: reading, prompts to the letter, grading against models that know and that do not, the program itself."""
+
+import csv
+import importlib
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference import exam, exam_report
+from inference.engine import Engine
+from inference.exam import LETTERS, Question
+from model.LMConfig import LMConfig
+from model.model import MiniMindForCausalLM
+from model.tokenizer import encode_text, load_tokenizer
+from model.weights import save_weights
+
+eval_ceval = importlib.import_module("eval_ceval")
+ROOT = Path(__file__).parent.parent
+SIGNS = "甲乙丙丁戊己庚辛壬癸子丑寅卯辰巳午未申酉"  # each question of the little exam holds one of them
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture
+def little_exam(tmp_path):
+    """Two subjects of ten questions; the right letters go round."""
+    for split, signs in (("val", SIGNS), ("dev", "天地玄黄宇宙洪荒日月")):
+        (tmp_path / split).mkdir()
+        for s, subject in enumerate(("astronomy", "botany")):
+            with open(tmp_path / split / f"{subject}_{split}.csv", "w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["id", "question", *LETTERS, "answer", "explanation"])
+                for i, sign in enumerate(signs[s::2]):
+                    options = [f"选项{i}{letter}" for letter in LETTERS]
+                    writer.writerow([i, f"{sign}是什么？", *options, LETTERS[i % 4], ""])
+    mapping = {"astronomy": ["Astronomy", "天文学", "STEM"], "botany": ["Botany", "植物学", "STEM"]}
+    (tmp_path / "subject_mapping.json").write_text(json.dumps(mapping), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer):
+    torch.manual_seed(0)
+    config = LMConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=128, max_seq_len=512, initializer_range=0.2)
+    return Engine(MiniMindForCausalLM(config).eval(), tokenizer)
+
+
+class Rigged(torch.nn.Module):
+    """Looks for a question's sign among the tokens it is given and puts all weight on one letter, right or wrong."""
+
+    def __init__(self, tokenizer, knows: bool):
+        super().__init__()
+        self.config = LMConfig(dim=16, n_layers=1, n_heads=1, n_kv_heads=1)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.device = torch.device("cpu")
+        self.key = {}
+        for place, sign in enumerate(SIGNS):
+            right = place // 2 % 4
+            letter = LETTERS[right if knows else (right + 1) % 4]
+            self.key[tuple(encode_text(tokenizer, sign))] = [
+                encode_text(tokenizer, letter)[0], encode_text(tokenizer, " " + letter)[0],
+            ]  # fmt: skip
+
+    def forward(self, input_ids, logits_to_keep, **kwargs):
+        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        for row, ids in zip(logits, input_ids.tolist(), strict=True):
+            for sign, letters in self.key.items():
+                if any(tuple(ids[i : i + len(sign)]) == sign for i in range(len(ids))):
+                    row[:, letters] = 10.0
+        return type("Output", (), {"logits": logits[:, -logits_to_keep:]})
+
+
+# ---------------------------------------------------------------------------------------------------------- grading
+@pytest.mark.parametrize("form", ["chat", "completion"])
+@pytest.mark.parametrize(("knows", "accuracy"), [(True, 1.0), (False, 0.0)])
+def test_a_model_that_knows_and_one_that_never_does(form, knows, accuracy, little_exam, tokenizer):
+    engine = Engine(Rigged(tokenizer, knows), tokenizer)
+    ask = exam.AskByChat(engine) if form == "chat" else exam.AskByCompletion(engine, "ceval", shots=3)
+    graded = exam.take_exam(engine, exam.read_exam(little_exam, "ceval"), ask)
+    summary = exam_report.summarise(graded.answers)
+    assert (summary["accuracy_micro"], summary["accuracy_macro"], summary["n"]) == (accuracy, accuracy, 20)
+    assert all(max(a.probabilities) > 0.99 for answers in graded.answers.values() for a in answers)
+
+
+@pytest.mark.parametrize("shots", [0, 5])
+def test_batches_and_shared_prefixes_give_the_answers_of_one_at_a_time(shots, little_exam, engine, tokenizer):
+    subjects = exam.read_exam(little_exam, "ceval")
+    ask = exam.AskByCompletion(engine, "ceval", shots)
+    graded = exam.take_exam(engine, subjects, ask)
+    for subject in subjects:
+        for question, answer in zip(subject.questions, graded.answers[subject.name], strict=True):
+            prompt, letters, _ = ask(subject, question)
+            with torch.no_grad():
+                log_p = engine.source(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+            alone = exam.answer_of(question, [log_p[letter[0]].item() for letter in letters])
+            assert answer.probabilities == pytest.approx(alone.probabilities, abs=1e-4)
+            assert answer.chosen == alone.chosen or sorted(alone.probabilities)[-1] - sorted(alone.probabilities)[-2] < 1e-4
+
+
+def test_shots_are_dropped_until_the_prompt_fits(little_exam, engine):
+    subjects = exam.read_exam(little_exam, "ceval")
+    ask = exam.AskByCompletion(engine, "ceval", shots=5)
+    full = [len(ask(s, q)[0]) for s in subjects for q in s.questions]
+    context, engine.context = engine.context, min(full) - 20
+    try:
+        asked = [ask(s, q) for s in subjects for q in s.questions]
+        assert all(len(prompt) + 1 <= engine.context and dropped >= 1 for prompt, _, dropped in asked)
+        assert exam.take_exam(engine, subjects, ask).shots_dropped == sum(dropped for *_, dropped in asked)
+        engine.context = 20  # not even the question fits: its end is kept, and counted
+        assert exam.take_exam(engine, subjects, ask).prompts_cut == 20
+    finally:
+        engine.context = context
+
+
+# ---------------------------------------------------------------------------------------------------------- prompts
+def test_chat_prompt_is_minimind_v1s(engine):
+    question = Question("1+1=?", ("1", "2", "3", "4"), "B")
+    prompt, letters, _ = exam.AskByChat(engine)(None, question)
+    assert engine.tokenizer.decode(prompt) == (
+        "<|im_start|>system\n开始回答问题<|im_end|>\n"
+        "<|im_start|>user\n1+1=?。选择 A: 1, B: 2, C: 3, D: 4<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert [engine.tokenizer.decode(x) for x in letters] == list("ABCD") and all(len(x) == 1 for x in letters)
+    plain, *_ = exam.AskByChat(engine, system="")(None, question)
+    assert engine.tokenizer.decode(plain).startswith("<|im_start|>user\n1+1=?。选择")
+
+
+def test_completion_prompt_is_the_harness_s():
+    shot, asked = Question(" 一？ ", ("a", "b", "c ", "d"), "C"), Question("二？", ("e", "f", "g", "h"), "A")
+    assert exam.completion_prompt("ceval", "法学", [shot], asked) == (
+        "以下是中国关于法学的单项选择题，请选出其中的正确答案。\n\n"
+        "一？\nA. a\nB. b\nC. c \nD. d\n答案： C\n\n二？\nA. e\nB. f\nC. g\nD. h\n答案："
+    )
+    assert exam.completion_prompt("tmmluplus", "會計學", [], asked) == (
+        "以下為會計學的單選題，請提供正確答案的選項。\n\n二？\nA. e\nB. f\nC. g\nD. h\nAnswer:"
+    )
+    assert exam.completion_prompt("openbookqa", "", [shot], asked) == " 一？  c \n\n二？"
+
+
+def test_context_and_choice_are_encoded_together(tokenizer):
+    prompt, choices = exam.split_pair(tokenizer, "the answer is  ", [" A", " B"])
+    assert tokenizer.decode(prompt) == "the answer is"
+    assert [tokenizer.decode(prompt + choice) for choice in choices] == ["the answer is   A", "the answer is   B"]
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+def test_intervals_against_published_values():
+    low, high = exam_report.wilson(81, 263)  # Newcombe 1998 (Statistics in Medicine 17), table I: 0.2553 to 0.3662
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert exam_report.wilson(0, 20)[0] == 0.0 and exam_report.wilson(20, 20)[1] == 1.0
+    low, high = exam_report.macro_interval([(50, 96), (50, 96)])  # p = 0.52 of 100, twice
+    half = 1.959964 * math.sqrt(2 * 0.52 * 0.48 / 100) / 2
+    assert high - low == pytest.approx(2 * half)
+
+
+def test_summary_by_hand():
+    def answers(pairs):
+        return [exam.answer_of(Question("", ("",) * 4, gold), [float(x == said) for x in LETTERS]) for gold, said in pairs]
+
+    summary = exam_report.summarise({"x": answers([("A", "A"), ("A", "B"), ("B", "B")]), "y": answers([("D", "A")])})
+    assert summary["accuracy_micro"] == 0.5 and summary["accuracy_macro"] == pytest.approx(1 / 3)
+    assert summary["letters"] == {"A": 2, "B": 2, "C": 0, "D": 0} and summary["majority_letter_accuracy"] == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------- reading files
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,question,A,B,C,answer\n0,q,1,2,3,A\n", "1: no column D"),
+        ("question,A,B,C,D,answer\nq,1,2,3,4,A\nq,1,2,3,4,E\n", "3: the answer is 'E', not one of A, B, C, D"),
+        ("question,A,B,C,D,answer\nq,1,2,3\n", "2: the line is too short"),
+        ("question,A,B,C,D,answer\n", "has no questions"),
+        (b"question,A,B,C,D,answer\n\xff\xfe,1,2,3,4,A\n", "not UTF-8"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(content, message, tmp_path):
+    file = tmp_path / "val" / "law_val.csv"
+    file.parent.mkdir()
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"law_val\.csv.*" + message):
+        exam.read_exam(tmp_path, "ceval")
+
+
+def test_other_layouts(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "对联.csv").write_text("Question,A,B,C,D,Answer\n上联？,一,二,三,四,B\n", encoding="utf-8")
+    (subject,) = exam.read_exam(tmp_path, "aclue")
+    assert (subject.name, subject.title, subject.questions[0].answer) == ("对联", "对联", "B")
+    texts = {"label": ["A", "B", "C", "D"], "text": ["w", "x", "y", "z"]}
+    rows = [
+        {"question": {"stem": "s", "choices": [dict(zip(("label", "text"), c, strict=True)) for c in zip(*texts.values(), strict=True)]}, "answerKey": "C"},
+        {"question_stem": "s", "choices": texts, "answerKey": "C"},
+    ]  # fmt: skip
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    first, second = exam.read_questions(tmp_path / "test.jsonl")
+    assert first == second == Question("s", ("w", "x", "y", "z"), "C")
+
+
+def test_ceval_is_read_whole():
+    folder = Path(os.environ.get("DATA", ROOT.parent / "shared" / "data")) / "benchmarks" / "ceval"
+    if not folder.is_dir():
+        pytest.skip("C-Eval is not here; $DATA names the folder of real data")
+    subjects = exam.read_exam(folder, "ceval")
+    assert (len(subjects), sum(len(s.questions) for s in subjects)) == (52, 1346)
+    assert all(len(s.shots) == 5 and s.group for s in subjects)
+
+
+# ------------------------------------------------------------------------------------------------------- the program
+@pytest.fixture
+def weights(tmp_path, tokenizer):
+    config = LMConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64, max_seq_len=512)
+    save_weights(tmp_path / "full_sft_32.pth", MiniMindForCausalLM(config), tokenizer, {"stage": "full_sft", "seq_len": 128})
+    return str(tmp_path / "full_sft_32.pth")
+
+
+def test_program_writes_answers_summary_and_json(weights, little_exam, tmp_path, capsys):
+    out = tmp_path / "result"
+    eval_ceval.main(["--weight", weights, "--data_dir", str(little_exam), "--format", "completion", "--shots", "2",
+                     "--out_dir", str(out)])  # fmt: skip
+    printed = capsys.readouterr().out.strip().splitlines()
+    result = json.loads(printed[-1])
+    assert result["n"] == 20 and sum(result["letters"].values()) == 20 and result["shots_dropped"] == 0
+    assert result["interval"][0] <= result["accuracy_micro"] <= result["interval"][1]
+    assert any(line.startswith("group STEM") for line in printed)
+    with open(out / "astronomy_val_result.csv", encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10
+    assert all((row["answer"] == row["llm_answer"]) == (row["is_right"] == "True") for row in rows)
+    assert json.loads((out / "summary.json").read_text("utf-8")) == result and (out / "accuracy.png").stat().st_size > 0
+
+
+def test_bare_command_takes_the_sample_exam(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset").symlink_to(ROOT / "dataset")
+    (tmp_path / "out").mkdir()
+    Path(weights).rename(tmp_path / "out" / "full_sft_32.pth")
+    eval_ceval.main([])
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.strip().splitlines()[-1])
+    assert result["data_dir"] == "dataset/sample/exam" and result["n"] == 308 and "SAMPLE" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shots", "6"], "--shots must lie between 0 and 5"),
+        (["--shots", "2"], "--format completion"),
+        (["--data_dir", "nowhere"], "no folder nowhere"),
+        (["--benchmark", "aclue"], "no folder dataset/aclue"),
+        (["--split", "train"], "no questions"),
+        (["--weight", "nowhere.pth"], "nowhere.pth"),
+    ],
+)
+def test_mistakes_of_the_user(arguments, message, little_exam, tmp_path, monkeypatch):
+    from trainer.cli import UserError
+
+    monkeypatch.chdir(tmp_path)
+    data = [] if {"--data_dir", "--benchmark"} & set(arguments) else ["--data_dir", str(little_exam)]
+    with pytest.raises(UserError, match=message):
+        eval_ceval.main(arguments + data)
