@@ -24,11 +24,8 @@ def main(argv=None) -> dict:
     parser = stage_parser("pretrain", __doc__, learning_rate=2e-3, optimizer="muon", from_weight="none")
     args = parse(parser, argv)
     start = prepare(args, MINIMIND_FILES, sample="pretrain.jsonl")
-    world = dist.start(args)
-    rows = start.packed("text", world)
-    result = train(start, rows, language_model, world)
-    dist.stop(world)
-    return result
+    with dist.join(args) as world:
+        return train(start, start.packed("text", world), language_model, world)
 
 
 if __name__ == "__main__":

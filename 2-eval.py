@@ -29,7 +29,9 @@ def parse(argv):
     parser.add_argument("--answers_file", metavar="FILE", help="(out/answers_<weights>_<file>.jsonl)")
     parser.add_argument("--system", metavar="TEXT", help="system message (none)")
     parser.add_argument("--history", type=int, default=4, metavar="N", help="earlier exchanges the model sees (4)")
-    parser.flag(parser, "thinking", None, "open a think block (--no-thinking: an empty one); default: as the model likes")
+    parser.flag(
+        parser, "thinking", None, "open a think block (--no-thinking: an empty one); default: as the model likes"
+    )
     console.add_model_flags(parser)
     console.add_sampling_flags(parser, temperature=None, max_new_tokens=512)
     args = parser.parse_args(argv)
@@ -72,7 +74,9 @@ def fitting(engine, args, exchanges, question):
     """The messages to send, and the exchanges in them: the last --history ones, fewer where the context is full."""
     exchanges = exchanges[-args.history :] if args.history else []
     while True:
-        said = [{"role": r, "content": t} for pair in exchanges for r, t in zip(("user", "assistant"), pair, strict=True)]
+        said = [
+            {"role": r, "content": t} for pair in exchanges for r, t in zip(("user", "assistant"), pair, strict=True)
+        ]
         messages = as_messages([*said, {"role": "user", "content": question}], args.system)
         if not exchanges or len(engine.encode(messages)) + args.max_new_tokens <= engine.context:
             return messages, exchanges

@@ -27,11 +27,8 @@ def main(argv=None) -> dict:
     parser = stage_parser("full_sft", __doc__, learning_rate=5e-4, epochs=2.0, weight_decay=0.01)
     args = parse(parser, argv)
     start = prepare(args, MINIMIND_FILES, sample="sft.jsonl", before=("pretrain",))
-    world = dist.start(args)
-    rows = start.packed("chat", world)
-    result = train(start, rows, language_model, world)
-    dist.stop(world)
-    return result
+    with dist.join(args) as world:
+        return train(start, start.packed("chat", world), language_model, world)
 
 
 if __name__ == "__main__":

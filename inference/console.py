@@ -47,7 +47,7 @@ def add_sampling_flags(parser, temperature: float | None, max_new_tokens: int) -
 
 
 def rope_scaling(text: str) -> tuple[str, float] | None:
-    """"yarn:4" -> ("yarn", 4.0)."""
+    """ "yarn:4" -> ("yarn", 4.0)."""
     if text == "none":
         return None
     kind, _, factor = text.partition(":")
@@ -87,7 +87,9 @@ def open_engine(args, path: Path, **options) -> tuple[Engine, dict]:
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
     if tokenizer is None:
-        raise ValueError(f"{path} comes without a tokenizer; name the folder of the one it was trained with: --tokenizer")
+        raise ValueError(
+            f"{path} comes without a tokenizer; name the folder of the one it was trained with: --tokenizer"
+        )
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries, {path} only {model.config.vocab_size}")
     if args.rope_scaling:

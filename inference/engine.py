@@ -137,9 +137,7 @@ class Engine:
 
     def _completion(self, s: Sequence) -> Completion:
         logprobs = s.logprobs if s.params.logprobs is not None else None
-        return Completion(
-            s.text, s.token_ids, s.finish_reason, len(s.prompt), len(s.token_ids), logprobs, s.index
-        )
+        return Completion(s.text, s.token_ids, s.finish_reason, len(s.prompt), len(s.token_ids), logprobs, s.index)
 
     # --------------------------------------------------------------------------------------------------- scoring
     def score(self, prompts: list, continuations: list) -> list[Score]:
@@ -167,9 +165,7 @@ class Engine:
         if isinstance(prompt, torch.Tensor):
             prompt = prompt.tolist()
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
-            return render(
-                self.tokenizer, prompt, add_generation_prompt=True, enable_thinking=self.enable_thinking
-            )[0]
+            return render(self.tokenizer, prompt, add_generation_prompt=True, enable_thinking=self.enable_thinking)[0]
         return self._checked(prompt)
 
     def _checked(self, ids) -> list[int]:

@@ -74,7 +74,9 @@ def lines(subjects: list[Subject], answers: dict[str, list[Answer]], summary: di
         low, high = summary[interval]
         text.append(f"{name:<40} {summary['n']:>5} {'':>6}  {summary[key]:8.1%}   ({low:.1%} to {high:.1%})")
     chosen = "  ".join(f"{letter} {count}" for letter, count in summary["letters"].items())
-    text.append(f"letters chosen: {chosen}; always the commonest right letter: {summary['majority_letter_accuracy']:.1%}")
+    text.append(
+        f"letters chosen: {chosen}; always the commonest right letter: {summary['majority_letter_accuracy']:.1%}"
+    )
     return text
 
 
@@ -107,7 +109,9 @@ def plot(path: Path, answers: dict[str, list[Answer]], summary: dict) -> None:
         figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.22 * len(shares)), layout="constrained")
         axes.barh([name for _, name in shares], [share for share, _ in shares], color="#4c78a8")
         axes.axvline(0.25, color="black", linestyle=":", label="chance, 25%")
-        axes.axvline(summary["accuracy_micro"], color="#e45756", label=f"all questions, {summary['accuracy_micro']:.1%}")
+        axes.axvline(
+            summary["accuracy_micro"], color="#e45756", label=f"all questions, {summary['accuracy_micro']:.1%}"
+        )
         axes.set(xlim=(0, 1), xlabel="accuracy")
         axes.tick_params(axis="y", labelsize=7)
         axes.legend()

@@ -1,8 +1,8 @@
 """From nothing to a model that talks, on the embedded sample: every stage a user runs, one after the other.
 
-Trains a tokenizer, pretrains, fine-tunes, then asks questions the model was not trained on and sits the sample exam. The
-commands it runs are printed, and can be typed. Started again it goes on where it stopped and repeats what is finished in
-seconds; --fresh begins anew. The last line is a JSON object.
+Trains a tokenizer, pretrains, fine-tunes, then asks questions the model was not trained on and sits the sample exam.
+The commands it runs are printed, and can be typed. Started again it goes on where it stopped and repeats what is
+finished in seconds; --fresh begins anew. The last line is a JSON object.
 
   make demo            or, in an environment with requirements.txt installed:  python scripts/demo.py
 """

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ("--preset tiny --dim 32 --n_layers 2 --n_heads 2 --n_kv_heads 1 --hidden_dim 64 --seq_len 64 --batch_size 2 "
-        "--accumulation_steps 2 --log_interval 1 --device cpu").split()  # fmt: skip
+TINY = """
+--preset tiny --dim 32 --n_layers 2 --n_heads 2 --n_kv_heads 1 --hidden_dim 64
+--seq_len 64 --batch_size 2 --accumulation_steps 2 --log_interval 1 --device cpu
+""".split()  # noqa: SIM905
 STAGES = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}
 
 
@@ -32,7 +34,10 @@ def write_chats(path, n=60):
     for i in range(n):
         chat = [{"role": "system", "content": "简短回答。"}] if i % 3 == 0 else []
         for j in range(i % 4 + 1):
-            chat += [{"role": "user", "content": f"{i}加{j}？"}, {"role": "assistant", "content": f"等于{i + j}。" * (1 + i % 5)}]
+            chat += [
+                {"role": "user", "content": f"{i}加{j}？"},
+                {"role": "assistant", "content": f"等于{i + j}。" * (1 + i % 5)},
+            ]
         rows.append({"conversations": chat})
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     return path

@@ -50,7 +50,10 @@ def write(name, text):
 
 # ------------------------------------------------------------------------------------------------------------ modes
 def test_questions_are_scored_and_every_text_is_kept(capsys):
-    rows = [{"question": "天空是什么颜色？", "answer": "蓝", "kind": "a"}, {"question": "1+1=?", "answer": "2", "rivals": ["3"]}]
+    rows = [
+        {"question": "天空是什么颜色？", "answer": "蓝", "kind": "a"},
+        {"question": "1+1=?", "answer": "2", "rivals": ["3"]},
+    ]
     chat.main(["--questions", write("q.jsonl", "\n".join(map(json.dumps, rows))), *SHORT])
     captured = capsys.readouterr()
     result = json.loads(captured.out.splitlines()[-1])
@@ -70,13 +73,18 @@ def test_right_answers_count(capsys, monkeypatch):
     with open(kept, encoding="utf-8") as file:
         said = json.loads(file.readline())["generated"]
     rows = [{"question": "你好", "answer": said, "kind": k, "rivals": r} for k, r in (("x", []), ("y", [said[:2]]))]
-    chat.main(["--questions", write("gold.jsonl", "\n".join(map(json.dumps, rows))), *SHORT, "--answers_file", "a/b.jsonl"])
+    chat.main(
+        ["--questions", write("gold.jsonl", "\n".join(map(json.dumps, rows))), *SHORT, "--answers_file", "a/b.jsonl"]
+    )
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["by_kind"]["x"] == 1.0 and result["answers_file"] == "a/b.jsonl"
 
 
 def test_compare_writes_a_table(capsys):
-    file = write("p.jsonl", '{"prompt": "a|b"}\n{"conversations": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "x"}]}\n')
+    file = write(
+        "p.jsonl",
+        '{"prompt": "a|b"}\n{"conversations": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "x"}]}\n',
+    )
     chat.main(["--prompts", file, "--compare", "out/full_sft_32.pth", "out/demo/dpo_32.pth", *SHORT])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| prompt | `out/full_sft_32.pth` | `out/demo/dpo_32.pth` |" and lines[1] == "|---|---|---|"

@@ -23,10 +23,16 @@ from trainer.read import iter_rows, iter_texts
 
 TOKENIZER = load_tokenizer()
 TEXTS = [f"第{i}篇。" + "春天来了，花儿开了。" * (i % 23 + 1) + f" The end of no. {i}." for i in range(120)]
-CHATS = [
-    [{"role": "user", "content": f"{i}加{i}等于几？"}, {"role": "assistant", "content": f"等于{2 * i}。" * (i % 9 + 1)}] * (i % 4 + 1)
-    for i in range(80)
-]  # fmt: skip
+
+
+def exchange(i: int) -> list[dict]:
+    return [
+        {"role": "user", "content": f"{i}加{i}等于几？"},
+        {"role": "assistant", "content": f"等于{2 * i}。" * (i % 9 + 1)},
+    ]
+
+
+CHATS = [exchange(i) * (i % 4 + 1) for i in range(80)]
 
 
 def write_jsonl(path, records):
@@ -103,7 +109,7 @@ def test_gzip_and_zstandard_and_csv_and_parquet_and_txt_read_alike(tmp_path):
 
 def test_minimind_v1_columns(tmp_path):
     file = tmp_path / "v1.csv"
-    file.write_text('history,q,a\r\n"[[\'你好\', \'你好！\']]",再见,再见。\r\n[],一,二\r\n', encoding="utf-8")
+    file.write_text("history,q,a\r\n\"[['你好', '你好！']]\",再见,再见。\r\n[],一,二\r\n", encoding="utf-8")
     first, second = iter_rows([file], "chat")
     assert [m["content"] for m in first] == ["你好", "你好！", "再见", "再见。"]
     assert [m["role"] for m in second] == ["user", "assistant"]
@@ -111,7 +117,7 @@ def test_minimind_v1_columns(tmp_path):
 
 def test_a_history_cell_is_never_executed(tmp_path):
     file = tmp_path / "v1.csv"
-    file.write_text(f'history,q,a\n"__import__(\'os\').system(\'touch {tmp_path}/owned\')",一,二\n', encoding="utf-8")
+    file.write_text(f"history,q,a\n\"__import__('os').system('touch {tmp_path}/owned')\",一,二\n", encoding="utf-8")
     with pytest.raises(UserError, match="history"):
         list(iter_rows([file], "chat"))
     assert not (tmp_path / "owned").exists()

@@ -122,7 +122,7 @@ def test_equals_transformers_generate(engine):
     ids = engine.source.generate(torch.tensor([prompt]), max_new_tokens=30, min_new_tokens=30, do_sample=False)
     expected, gaps = plain_greedy(engine.source, prompt, 30)
     assert_same(ids[0, 9:].tolist(), expected, gaps)
-    params = SamplingParams(max_tokens=30, logit_bias={t: -1e9 for t in engine.end_tokens}, **GREEDY)
+    params = SamplingParams(max_tokens=30, logit_bias=dict.fromkeys(engine.end_tokens, -1000000000.0), **GREEDY)
     assert engine.generate([prompt], params)[0].token_ids == ids[0, 9:].tolist()
 
 
@@ -246,7 +246,9 @@ def test_scores_equal_a_plain_forward_pass(shape, tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------------------ text
-@pytest.mark.parametrize("text", ["简体中文，标点。", "a👩‍👩‍👧‍👦b 🇨🇳", "\ufffd自己的替换符\ufffd", "mixed 汉字 and ASCII"])
+@pytest.mark.parametrize(
+    "text", ["简体中文，标点。", "a👩‍👩‍👧‍👦b 🇨🇳", "\ufffd自己的替换符\ufffd", "mixed 汉字 and ASCII"]
+)
 def test_stream_never_splits_a_character(text, tokenizer):
     ids = [t for byte in text.encode() for t in tokenizer.convert_tokens_to_ids([chr_of_byte(byte)])]  # byte by byte
     stream = TextStream(tokenizer)

@@ -101,7 +101,10 @@ def test_batches_and_shared_prefixes_give_the_answers_of_one_at_a_time(shots, li
                 log_p = engine.source(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
             alone = exam.answer_of(question, [log_p[letter[0]].item() for letter in letters])
             assert answer.probabilities == pytest.approx(alone.probabilities, abs=1e-4)
-            assert answer.chosen == alone.chosen or sorted(alone.probabilities)[-1] - sorted(alone.probabilities)[-2] < 1e-4
+            assert (
+                answer.chosen == alone.chosen
+                or sorted(alone.probabilities)[-1] - sorted(alone.probabilities)[-2] < 1e-4
+            )
 
 
 def test_shots_are_dropped_until_the_prompt_fits(little_exam, engine):
@@ -162,7 +165,9 @@ def test_intervals_against_published_values():
 
 def test_summary_by_hand():
     def answers(pairs):
-        return [exam.answer_of(Question("", ("",) * 4, gold), [float(x == said) for x in LETTERS]) for gold, said in pairs]
+        return [
+            exam.answer_of(Question("", ("",) * 4, gold), [float(x == said) for x in LETTERS]) for gold, said in pairs
+        ]
 
     summary = exam_report.summarise({"x": answers([("A", "A"), ("A", "B"), ("B", "B")]), "y": answers([("D", "A")])})
     assert summary["accuracy_micro"] == 0.5 and summary["accuracy_macro"] == pytest.approx(1 / 3)
@@ -216,7 +221,9 @@ def test_ceval_is_read_whole():
 @pytest.fixture
 def weights(tmp_path, tokenizer):
     config = LMConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64, max_seq_len=512)
-    save_weights(tmp_path / "full_sft_32.pth", MiniMindForCausalLM(config), tokenizer, {"stage": "full_sft", "seq_len": 128})
+    save_weights(
+        tmp_path / "full_sft_32.pth", MiniMindForCausalLM(config), tokenizer, {"stage": "full_sft", "seq_len": 128}
+    )
     return str(tmp_path / "full_sft_32.pth")
 
 

@@ -15,7 +15,6 @@ from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
 from model.weights import load_model
-from trainer import dist
 from trainer.cli import RunFailed, parse, stage_parser
 from trainer.dist import Engine, World
 from trainer.loop import Plan, take_step
@@ -220,7 +219,9 @@ def test_killed_inside_the_cache_build(stage, delay, tmp_path):
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     flags = [*stage_flags("pretrain", tmp_path, broken), "--max_steps", 400, "--save_interval", 1000]
-    process = subprocess.Popen(command("1-pretrain.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("1-pretrain.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if line.startswith("step 3/"):
             break
@@ -231,7 +232,12 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     step = last_json(out)["steps"]
     assert 3 <= step < 400
     assert run("1-pretrain.py", *flags, "--resume").returncode == 0
-    assert run("1-pretrain.py", *stage_flags("pretrain", tmp_path, whole), "--max_steps", 400, "--save_interval", 1000).returncode == 0
+    assert (
+        run(
+            "1-pretrain.py", *stage_flags("pretrain", tmp_path, whole), "--max_steps", 400, "--save_interval", 1000
+        ).returncode
+        == 0
+    )
     assert torch.equal(*(load_model(d / "pretrain_32.pth")[0].lm_head.weight for d in (whole, broken)))
 
 
@@ -247,7 +253,9 @@ def test_resume_with_another_micro_batch_keeps_the_global_batch(tmp_path):
     process.wait()
     again = run("1-pretrain.py", *flags, "--resume", "--batch_size", "4")
     assert again.returncode == 0, again.stderr
-    histories = [[json.loads(line) for line in (d / "pretrain_32.jsonl").read_text().splitlines()] for d in (whole, broken)]
+    histories = [
+        [json.loads(line) for line in (d / "pretrain_32.jsonl").read_text().splitlines()] for d in (whole, broken)
+    ]
     for a, b in zip(*histories, strict=True):
         assert a["step"] == b["step"] and a.get("tokens") == b.get("tokens")
         if "loss" in a:
@@ -294,4 +302,3 @@ def test_the_tokenizer_and_config_travel_with_the_weights(tmp_path):
     wanted = {"stage", "steps", "tokens", "loss", "val_loss", "val_bits_per_byte", "real_token_share",
               "learned_token_share", "seconds", "tokens_per_second", "peak_memory_bytes", "weights"}  # fmt: skip
     assert wanted <= set(result)
-    dist.stop(WORLD)

@@ -28,7 +28,7 @@ def test_pack_places_every_item_once_and_no_row_overflows(lengths, row_length):
     slots, offsets = pack(np.array(lengths), row_length)
     assert sorted(slots) == sorted(lengths)
     rows = [slots[a:b].sum() for a, b in zip(offsets, offsets[1:])]
-    assert 0 < min(rows) and max(rows) <= row_length
+    assert min(rows) > 0 and max(rows) <= row_length
     assert offsets[0] == 0 and offsets[-1] == len(slots)
 
 

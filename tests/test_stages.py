@@ -16,10 +16,12 @@ from model.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from model.weights import save_weights
 from trainer.cli import UserError, boolean, run_main, stage_parser
 
-COMMON = ("data_path tokenizer out_dir save_weight from_weight preset dim n_layers n_heads n_kv_heads use_moe seq_len "
-          "epochs max_steps batch_size accumulation_steps learning_rate optimizer schedule warmup weight_decay grad_clip "
-          "seed device dtype compile gradient_checkpointing local_rank log_interval eval_interval save_interval "
-          "val_split resume overwrite dry_run").split()  # fmt: skip
+COMMON = """
+data_path tokenizer out_dir save_weight from_weight preset dim n_layers n_heads n_kv_heads use_moe seq_len epochs
+max_steps batch_size accumulation_steps learning_rate optimizer schedule warmup weight_decay grad_clip seed device
+dtype compile gradient_checkpointing local_rank log_interval eval_interval save_interval val_split resume overwrite
+dry_run
+""".split()  # noqa: SIM905
 
 
 @pytest.fixture
@@ -94,7 +96,9 @@ def test_weights_that_do_not_fit(texts, tmp_path):
     torch.save({"model.embed_tokens.weight": torch.zeros(6400, 48)}, tmp_path / "odd.pth")
     assert "odd.pth" in refused("full_sft", "--data_path", chats, "--from_weight", tmp_path / "odd.pth") or True
     (tmp_path / "garbage.pth").write_bytes(b"garbage")
-    assert "garbage.pth cannot be read" in refused("full_sft", "--data_path", chats, "--from_weight", tmp_path / "garbage.pth")
+    assert "garbage.pth cannot be read" in refused(
+        "full_sft", "--data_path", chats, "--from_weight", tmp_path / "garbage.pth"
+    )
 
 
 def test_a_tokenizer_that_does_not_fit_the_weights(tmp_path):
@@ -192,11 +196,18 @@ def test_bare_commands_take_the_sample_and_say_so(tmp_path):
 def test_v1s_two_steps_single_then_multi_turn(tmp_path):
     """MiniMind v1's CSV columns, then JSONL, the second step starting from the first's output."""
     single, multi = tmp_path / "single.csv", write_chats(tmp_path / "multi.jsonl")
-    single.write_text("history,q,a\n" + "".join(f'[],问题{i},回答{i}。\n' for i in range(30)), encoding="utf-8")
+    single.write_text("history,q,a\n" + "".join(f"[],问题{i},回答{i}。\n" for i in range(30)), encoding="utf-8")
     main = load("3-full_sft.py").main
     flags = [*TINY, "--max_steps", 2, "--val_split", 0]
-    first = main([str(f) for f in [*flags, "--data_path", single, "--from_weight", "none", "--out_dir", tmp_path / "single_chat"]])
-    second = main([str(f) for f in [*flags, "--data_path", multi, "--from_weight", first["weights"], "--out_dir", tmp_path]])
+    first = main(
+        [
+            str(f)
+            for f in [*flags, "--data_path", single, "--from_weight", "none", "--out_dir", tmp_path / "single_chat"]
+        ]
+    )
+    second = main(
+        [str(f) for f in [*flags, "--data_path", multi, "--from_weight", first["weights"], "--out_dir", tmp_path]]
+    )
     assert second["weights"] == str(tmp_path / "full_sft_32.pth") and second["steps"] == 2
 
 

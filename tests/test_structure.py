@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(p for p in ROOT.glob("*.py"))
-CODE = SCRIPTS + sorted(p for room in ("model", "trainer", "inference", "processing", "scripts") for p in (ROOT / room).glob("*.py"))
+CODE = SCRIPTS + sorted(
+    p for room in ("model", "trainer", "inference", "processing", "scripts") for p in (ROOT / room).glob("*.py")
+)
 NEVER = {  # room: rooms it must not import
     "model": ("trainer", "inference", "processing", "scripts"),
     "inference": ("trainer", "processing", "scripts"),

@@ -87,9 +87,13 @@ class Files:
             save_atomically(content, self.state)
             save_weights(self.weights, engine.module, tokenizer, record)
         except OSError as error:
-            raise RunFailed(f"cannot save step {step} to {self.folder}: {error.strerror}; what was saved before is whole") from None
+            raise RunFailed(
+                f"cannot save step {step} to {self.folder}: {error.strerror}; what was saved before is whole"
+            ) from None
         except RuntimeError as error:  # torch's writer reports a full disk so
-            raise RunFailed(f"cannot save step {step} to {self.folder}: {error}; what was saved before is whole") from None
+            raise RunFailed(
+                f"cannot save step {step} to {self.folder}: {error}; what was saved before is whole"
+            ) from None
 
     def finish(self, engine, tokenizer, record: dict) -> None:
         """Writes the weights with their result, then removes the state."""
@@ -113,7 +117,7 @@ def read_state(path) -> dict:
 
 
 def find_states(args) -> list[Path]:
-    """State files in --out_dir that --save_weight can mean: pretrain_512_resume.pth, pretrain_640_moe_resume.pth, ..."""
+    """State files in --out_dir that --save_weight can mean: pretrain_512_resume.pth, pretrain_640_moe_resume.pth."""
     pattern = re.compile(rf"{re.escape(args.save_weight)}_(\d+)(_moe)?{STATE_SUFFIX}\.pth")
     return [path for path in sorted(Path(args.out_dir).glob("*.pth")) if pattern.fullmatch(path.name)]
 

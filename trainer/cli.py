@@ -79,7 +79,9 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
     parser.set_defaults(stage=stage, recipe_flags=())
 
     g = parser.add_argument_group("files")
-    g.add_argument("--data_path", nargs="+", metavar="FILE", help="training data: .jsonl(.gz/.zst), .csv, .txt, .parquet")
+    g.add_argument(
+        "--data_path", nargs="+", metavar="FILE", help="training data: .jsonl(.gz/.zst), .csv, .txt, .parquet"
+    )
     g.add_argument("--tokenizer", metavar="FOLDER", help="default: the starting weights' own, else the project's")
     g.add_argument("--out_dir", default="out", metavar="FOLDER", help="where everything is written (out)")
     g.add_argument("--save_weight", default=d["save_weight"], metavar="NAME",
@@ -100,7 +102,7 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
     g.add_argument("--seq_len", "--max_seq_len", type=int, default=d["seq_len"], metavar="N",
                    help=f"tokens of a training row ({d['seq_len']})")  # fmt: skip
     for name, kind, text in (
-        ("epochs", float, "passes over the data"), ("max_steps", int, "stop after so many steps, whatever --epochs says"),
+        ("epochs", float, "passes over the data"), ("max_steps", int, "steps in all, whatever --epochs says"),
         ("batch_size", int, "rows of one micro-batch of one process"),
         ("accumulation_steps", int, "micro-batches of one step"), ("learning_rate", float, "peak rate"),
     ):  # fmt: skip
@@ -123,7 +125,8 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
 
     g = parser.add_argument_group("watching")
     g.add_argument("--log_interval", type=int, default=10, metavar="STEPS", help="steps between printed lines (10)")
-    g.add_argument("--eval_interval", type=int, default=200, metavar="STEPS", help="steps between validations, 0: only at the end (200)")  # fmt: skip
+    g.add_argument("--eval_interval", type=int, default=200, metavar="STEPS",
+                   help="steps between validations, 0: only at the end (200)")  # fmt: skip
     g.add_argument("--save_interval", type=int, default=100, metavar="STEPS", help="steps between saves (100)")
     g.add_argument("--val_split", type=float, default=d["val_split"], metavar="SHARE",
                    help=f"share of the documents held out for validation ({d['val_split']})")  # fmt: skip

@@ -63,7 +63,11 @@ class PackedRows:
         in_documents = in_rows = 0
         running = [np.concatenate([[0], np.cumsum(cache.learn, dtype=np.int64)]) for cache in self.caches]
         for document in np.unique(self.items[:, 0]):
-            cache, total, local = self.caches[self.source[document]], running[self.source[document]], self.local[document]
+            cache, total, local = (
+                self.caches[self.source[document]],
+                running[self.source[document]],
+                self.local[document],
+            )
             in_documents += int(total[cache.offsets[local + 1]] - total[cache.offsets[local]])
         for document, _, start, end, learn_from in self.items:
             total, (_, begin) = running[self.source[document]], self._where(document)

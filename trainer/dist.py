@@ -92,22 +92,22 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def start(args) -> World:
-    """Joins the process group of the launcher, if one started us, and seeds this process."""
+@contextlib.contextmanager
+def join(args):
+    """The World of this run: the launcher's process group, if one started us, joined and left; this process seeded."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
-    if size > 1 and not torch_dist.is_initialized():
+    if size > 1:
         torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
-    return World(rank, size, device, pick_dtype(args.dtype, device))
-
-
-def stop(world: World) -> None:
-    if world.size > 1 and torch_dist.is_initialized():
-        torch_dist.destroy_process_group()
+    try:
+        yield World(rank, size, device, pick_dtype(args.dtype, device))
+    finally:
+        if size > 1:
+            torch_dist.destroy_process_group()
 
 
 class Engine:

@@ -61,8 +61,11 @@ class Log:
             self.clock, self.since[0] = now, 0
             mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else 0.0
             shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name != "lr")
-            self.say(f"step {step}/{self.total}  {shown}  lr {numbers['lr']:.2e}  {speed:,.0f} tok/s  "
-                     f"mfu {mfu:.0%}  mem {peak_memory(self.world.device) / 2**30:.2f} GB  left {duration(left)}")  # fmt: skip
+            memory = peak_memory(self.world.device) / 2**30
+            self.say(
+                f"step {step}/{self.total}  {shown}  lr {numbers['lr']:.2e}  {speed:,.0f} tok/s  "
+                f"mfu {mfu:.0%}  mem {memory:.2f} GB  left {duration(left)}"
+            )
 
     def validation(self, step: int, **numbers) -> None:
         if self.world.first:

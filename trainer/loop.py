@@ -209,12 +209,16 @@ def announce(start, plan: Plan, rows, world, state) -> None:
     """Says what is about to be done, before anything is."""
     args, config = start.args, start.model.config
     total, active = config.parameter_count(), config.active_parameter_count()
-    print(f"{args.stage}: {describe(config)}; {total:,} parameters" + (f", {active:,} active" if active != total else ""))
+    print(
+        f"{args.stage}: {describe(config)}; {total:,} parameters" + (f", {active:,} active" if active != total else "")
+    )
     print(f"  weights   {start.came_from}")
     print(f"  data      {', '.join(map(str, start.data_files))}")
     for what, part in zip(("train", "held out"), rows, strict=True):
         if part is not None:
-            print(f"  {what:<9} {len(part):,} rows of {part.seq_len} tokens, {part.real_token_share():.1%} of them real")
+            print(
+                f"  {what:<9} {len(part):,} rows of {part.seq_len} tokens, {part.real_token_share():.1%} of them real"
+            )
         else:
             print(f"  {what:<9} none: no validation figure (see --val_split)")
     print(f"  steps     {plan.steps:,} of {plan.rows_per_step} rows ({plan.rows_per_step * args.seq_len:,} tokens): "
@@ -234,7 +238,9 @@ def announce(start, plan: Plan, rows, world, state) -> None:
 def resume_command() -> str:
     """The command that started this process, with --resume."""
     words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-    launcher = f"torchrun --nproc_per_node {os.environ['WORLD_SIZE']}" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    launcher = (
+        f"torchrun --nproc_per_node {os.environ['WORLD_SIZE']}" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    )
     return " ".join([launcher, *words, "--resume"])
 
 

@@ -21,7 +21,7 @@ def lm_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def language_model(model, batch: dict) -> tuple[Tensor, Tensor, dict]:
-    """The loss of pretraining and of every kind of SFT: cross-entropy, and the experts' balance loss where there is one.
+    """The loss of pretraining and of every kind of SFT: cross-entropy, and the experts' balance loss if any.
 
     batch["aux_scale"] (a number the loop sets) makes the balance loss a mean over the step's real tokens, in the unit
     of the sum: see trainer/loop.py.

@@ -100,7 +100,9 @@ def _lines(path) -> Iterator[tuple[int, bytes]]:
             while line := file.readline(MAX_ROW_BYTES):
                 number += 1
                 if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
-                    raise UserError(f"{path}:{number}: a line longer than {MAX_ROW_BYTES // 2**20} MB; is it JSON lines?")
+                    raise UserError(
+                        f"{path}:{number}: a line longer than {MAX_ROW_BYTES // 2**20} MB; is it JSON lines?"
+                    )
                 if line.strip():
                     yield number, line
         except (OSError, EOFError, ValueError) as error:  # a damaged or cut-off archive
@@ -231,7 +233,7 @@ def check_messages(messages) -> list[dict]:
         if not isinstance(message, dict):
             raise BadRow(f"message {i} is not an object")
         if message.get("role") not in ROLES:
-            raise BadRow(f'message {i} has role {message.get("role")!r}; roles are {", ".join(ROLES)}')
+            raise BadRow(f"message {i} has role {message.get('role')!r}; roles are {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise BadRow(f'message {i} needs a string under "content"')
     if all(message["role"] != "assistant" for message in messages):

@@ -143,7 +143,9 @@ def _starting_path(args, before) -> Path | None:
         if found:
             return max(found, key=lambda path: path.stat().st_mtime_ns)
     if args.from_weight is not None:
-        raise UserError(f"--from_weight {args.from_weight}: no such file, and no {args.from_weight}_* in {args.out_dir}")
+        raise UserError(
+            f"--from_weight {args.from_weight}: no such file, and no {args.from_weight}_* in {args.out_dir}"
+        )
     return None
 
 
