@@ -12,8 +12,8 @@ from inference.console import note
 from trainer.cli import Parser, UserError, run_main
 
 BEGINNINGS = (
-    "中国的首都是", "一年有四个季节，", "水烧到一百度就会", "从前有一只小狐狸，", "太阳系里最大的行星是", "做番茄炒蛋，先",
-    "The capital of France is", "Once upon a time",
+    "中国的首都是", "一年有四个季节，", "水烧到一百度就会", "从前有一只小狐狸，",
+    "太阳系里最大的行星是", "做番茄炒蛋，先", "The capital of France is", "Once upon a time",
 )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from inference.cache import StaticCache
 from inference.sampling import Sampler, SamplingParams, choose
 from inference.text import TextStream
 
-CHUNK = 512  # tokens of one sequence in one pass: bounds the mask's memory and the wait of those who decode meanwhile
-PREFILL_TOKENS = 2048  # tokens of one pass over several prompts
+CHUNK = 512  # tokens of one prompt in one pass: bounds the mask's memory and the wait of those who decode meanwhile
+PREFILL_TOKENS = 1024  # tokens of one pass over several short prompts, padding included
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Batch:
         self.cache = StaticCache(slots, capacity)
         self.decoding: list[Sequence] = []  # the place in this list is the row in the cache
         self.joining: list[list[Sequence]] = []  # samples of one prompt together, first come first served
-        self.prefilled = 0  # tokens of joining[0]'s prompt that are in row len(decoding) already
+        self.read = 0  # tokens of the first long prompt that are in the cache's last row already
 
     @property
     def free(self) -> int:
@@ -109,18 +109,23 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, Piece]]:
-        """One token for every sequence that decodes, and one pass over waiting prompts; what each has gained.
+        """One token for every sequence that decodes, one pass over short prompts, one over a long one: what they gain.
 
         Finished sequences have left when this returns.
         """
         gained = self._decode() if self.decoding else []
-        if self.joining:
-            gained += self._prefill()
+        short = self._short_prompts()
+        if short:
+            gained += self._read_short(short)
+        long = self._first_long()
+        if long:
+            gained += self._read_long(long)
         for sequence, piece in gained:
             if piece.finish_reason:
                 self.leave(sequence)
         return gained
 
+    @torch.inference_mode()
     def leave(self, sequence: Sequence) -> None:
         """Frees the sequence's row at once, finished or not; the last row moves into the gap."""
         if sequence in self.decoding:
@@ -128,69 +133,79 @@ class Batch:
             self.cache.copy_row(last, row, self.decoding[last].length)
             self.decoding[row] = self.decoding[last]
             del self.decoding[last]
-            if self.prefilled:
-                self.cache.copy_row(last + 1, last, self.prefilled)
             return
         for samples in self.joining:
-            if sequence in samples:
+            if sequence in samples and len(samples) > 1:
                 samples.remove(sequence)
-                if not samples:
-                    if samples is self.joining[0]:
-                        self.prefilled = 0
-                    self.joining.remove(samples)
+                return
+            elif sequence in samples:
+                if samples is self._first_long():
+                    self.read = 0
+                self.joining.remove(samples)
                 return
 
     def _decode(self) -> list[tuple[Sequence, Piece]]:
-        tokens = torch.tensor([[s.token_ids[-1]] for s in self.decoding], device=self.device)
         lengths = [s.length for s in self.decoding]
-        positions = torch.tensor(lengths, device=self.device).unsqueeze(-1)
+        tokens = self._tensor([[s.token_ids[-1]] for s in self.decoding])
+        positions = self._tensor([[length] for length in lengths])
         logits = self._forward(slice(0, len(lengths)), tokens, positions, max(lengths) + 1)
         return self._continue(self.decoding, logits)
 
-    def _prefill(self) -> list[tuple[Sequence, Piece]]:
-        """The first prompt's next chunk; or, where what is left of it fits into one, several short prompts at once."""
-        first_row, start = len(self.decoding), self.prefilled
-        head = self.joining[0][0].prompt
-        if len(head) - start > CHUNK:
-            tokens = torch.tensor([head[start : start + CHUNK]], device=self.device)
-            positions = torch.arange(start, start + CHUNK, device=self.device).unsqueeze(0)
-            self._forward(slice(first_row, first_row + 1), tokens, positions, start + CHUNK)
-            self.prefilled += CHUNK
-            return []
-        group = self._next_prompts(len(head) - start)
-        prompts = [samples[0].prompt for samples in group]
-        rests = [prompts[0][start:], *prompts[1:]]
-        starts = [start] + [0] * (len(group) - 1)
-        T = max(map(len, rests))
-        # Padding stands on the left, so that every prompt's last token, the one that predicts, is in the last column.
-        tokens = torch.tensor([[0] * (T - len(rest)) + rest for rest in rests], device=self.device)
-        positions = torch.tensor(
-            [[-1] * (T - len(rest)) + list(range(begin, begin + len(rest)))
-             for begin, rest in zip(starts, rests, strict=True)], device=self.device,
-        )  # fmt: skip
-        rows = slice(first_row, first_row + len(group))
-        logits = self._forward(rows, tokens, positions, max(map(len, prompts)))
+    def _first_long(self) -> list[Sequence] | None:
+        return next((samples for samples in self.joining if is_long(samples)), None)
 
-        del self.joining[: len(group)]
-        self.prefilled = 0
-        self.decoding += [samples[0] for samples in group]
-        source = list(range(len(group)))
-        for i, samples in enumerate(group):  # further samples of a prompt get copies of its row
-            for sample in samples[1:]:
-                self.cache.copy_row(first_row + i, len(self.decoding), len(sample.prompt))
-                self.decoding.append(sample)
-                source.append(i)
-        return self._continue(self.decoding[first_row:], logits[source])
-
-    def _next_prompts(self, first_length: int) -> list[list[Sequence]]:
-        """Waiting prompts to read in one pass, the first among them; padding counts."""
-        group, longest = [self.joining[0]], first_length
-        for samples in self.joining[1:]:
+    def _short_prompts(self) -> list[list[Sequence]]:
+        """The next prompts to read in one pass, first come first served."""
+        group, longest = [], 0
+        for samples in self.joining:
+            if is_long(samples):
+                continue
             longest = max(longest, len(samples[0].prompt))
-            if longest > CHUNK or longest * (len(group) + 1) > PREFILL_TOKENS:
+            if group and longest * (len(group) + 1) > PREFILL_TOKENS:
                 break
             group.append(samples)
         return group
+
+    def _read_short(self, group: list[list[Sequence]]) -> list[tuple[Sequence, Piece]]:
+        """Whole prompts in one pass, into the rows after those that decode."""
+        prompts = [samples[0].prompt for samples in group]
+        first, T = len(self.decoding), max(map(len, prompts))
+        # Padding stands on the left, so that every prompt's last token, the one that predicts, is in the last column.
+        tokens = [[0] * (T - len(prompt)) + prompt for prompt in prompts]
+        positions = [[-1] * (T - len(prompt)) + list(range(len(prompt))) for prompt in prompts]
+        rows = slice(first, first + len(group))
+        logits = self._forward(rows, self._tensor(tokens), self._tensor(positions), T)
+        return self._start(group, list(range(first, first + len(group))), logits)
+
+    def _read_long(self, samples: list[Sequence]) -> list[tuple[Sequence, Piece]]:
+        """The next chunk of a long prompt, into the last row: places are given out so that no other needs it yet."""
+        prompt, begin = samples[0].prompt, self.read
+        end = min(begin + CHUNK, len(prompt))
+        row = self.slots - 1
+        tokens, positions = self._tensor([prompt[begin:end]]), self._tensor([list(range(begin, end))])
+        logits = self._forward(slice(row, row + 1), tokens, positions, end)
+        self.read = end
+        if end < len(prompt):
+            return []
+        self.read = 0
+        return self._start([samples], [row], logits)
+
+    def _start(self, group: list[list[Sequence]], rows: list[int], logits: Tensor) -> list[tuple[Sequence, Piece]]:
+        """Prompts in `rows` are read, logits (prompts, V) predict their first tokens: their samples now decode.
+
+        Every sample gets a copy of its prompt's row; the first samples of short prompts are in their places already.
+        """
+        for samples in group:
+            self.joining.remove(samples)
+        order = [(samples[0], i) for i, samples in enumerate(group)]
+        order += [(sample, i) for i, samples in enumerate(group) for sample in samples[1:]]
+        for sample, i in order:
+            self.cache.copy_row(rows[i], len(self.decoding), len(sample.prompt))
+            self.decoding.append(sample)
+        return self._continue([sample for sample, _ in order], logits[[i for _, i in order]])
+
+    def _tensor(self, numbers: list[list[int]]) -> Tensor:
+        return torch.tensor(numbers, device=self.device)
 
     def _forward(self, rows: slice, tokens: Tensor, positions: Tensor, span: int) -> Tensor:
         """tokens, positions (B, T) -> fp32 logits (B, V) of the last column."""
@@ -205,6 +220,10 @@ class Batch:
         tokens = choose(logits, [s.sampler for s in sequences])
         logprobs = token_logprobs(logits, tokens, [s.params.logprobs for s in sequences])
         return [(s, s.accept(token, lp)) for s, token, lp in zip(list(sequences), tokens, logprobs, strict=True)]
+
+
+def is_long(samples: list[Sequence]) -> bool:
+    return len(samples[0].prompt) > CHUNK
 
 
 def token_logprobs(logits: Tensor, tokens: list[int], wanted: list[int | None]) -> list[TokenLogprob | None]:

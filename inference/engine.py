@@ -29,11 +29,17 @@ class Completion:
 
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop": end token or stop string; "length": max_tokens or the context reached
+    finish_reason: str  # "stop": end token or stop string; "length": max_tokens or context reached; "cancelled"
     prompt_tokens: int
     completion_tokens: int
     logprobs: list[TokenLogprob] | None = None
     index: int = 0  # which of the n samples
+
+
+def completion(s: Sequence) -> Completion:
+    """What a sequence that has ended comes to."""
+    logprobs = s.logprobs if s.params.logprobs is not None else None
+    return Completion(s.text, s.token_ids, s.finish_reason, len(s.prompt), len(s.token_ids), logprobs, s.index)
 
 
 @dataclass
@@ -91,7 +97,7 @@ class Engine:
         batch = self.batch(min(max(self.max_batch, widest), sum(map(len, requests))))
         for _ in self._run(batch, waiting):
             pass
-        return [self._completion(s) for samples in requests for s in samples]
+        return [completion(s) for samples in requests for s in samples]
 
     def stream(self, prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """The answer in pieces as it is generated; with n > 1 the samples' pieces are mixed, see Piece.index."""
@@ -134,10 +140,6 @@ class Engine:
                      TextStream(self.tokenizer, params.stop))
             for i in range(params.n)
         ]  # fmt: skip
-
-    def _completion(self, s: Sequence) -> Completion:
-        logprobs = s.logprobs if s.params.logprobs is not None else None
-        return Completion(s.text, s.token_ids, s.finish_reason, len(s.prompt), len(s.token_ids), logprobs, s.index)
 
     # --------------------------------------------------------------------------------------------------- scoring
     def score(self, prompts: list, continuations: list) -> list[Score]:

@@ -175,7 +175,7 @@ class Graded:
 
 
 def take_exam(engine, subjects: list[Subject], ask) -> Graded:
-    """Puts all questions at once; ask(subject, question) -> (prompt ids, continuations of the four letters, dropped)."""
+    """Puts all questions at once; ask(subject, question) -> (prompt ids, the letters' token ids, shots dropped)."""
     asked = [(subject, question, *ask(subject, question)) for subject in subjects for question in subject.questions]
     result = Graded({subject.name: [] for subject in subjects})
     prompts, continuations = [], []

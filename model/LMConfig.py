@@ -11,6 +11,18 @@ from transformers import PretrainedConfig
 _BASE_FIELDS = set(PretrainedConfig().to_dict()) | {
     "attn_implementation", "auto_map", "dtype", "name_or_path", "torch_dtype", "rope_scaling", "head_dim",
 }  # fmt: skip
+_REAL_NUMBERS = [
+    ("dropout", "in [0, 1)", lambda value: 0 <= value < 1),
+    ("aux_loss_alpha", "of at least 0", lambda value: value >= 0),
+    ("initializer_range", "above 0", lambda value: value > 0),
+    ("norm_eps", "above 0", lambda value: value > 0),
+    ("rope_theta", "above 1", lambda value: value > 1),
+]
+_ROPE_KEYS = {  # what each kind of rotary positions reads besides its type and theta
+    "default": set(),
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"},
+}
 
 
 class LMConfig(PretrainedConfig):
@@ -96,8 +108,11 @@ class LMConfig(PretrainedConfig):
         unknown = sorted(key for key in kwargs if key not in _BASE_FIELDS and not key.startswith("_"))
         if unknown:
             raise ValueError(f"LMConfig has no field {', '.join(unknown)}")
-        if self.rope_parameters and "rope_theta" in self.rope_parameters:
-            self.rope_theta = self.rope_parameters["rope_theta"]
+        rope = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}  # the older of transformers' names
+        if not isinstance(rope, dict):
+            raise ValueError(f'rope_parameters must be a dict {{"rope_type": ..., "factor": ...}}, not {rope!r}')
+        self.rope_parameters = {"rope_type" if key == "type" else key: value for key, value in rope.items()}
+        self.rope_theta = self.rope_parameters.get("rope_theta", self.rope_theta)
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         self._check_numbers()
@@ -123,29 +138,38 @@ class LMConfig(PretrainedConfig):
             raise ValueError("; ".join(faults))
         if self.head_dim is None and self.dim % self.n_heads:
             faults.append(f"dim {self.dim} does not divide into {self.n_heads} heads")
+        elif (self.head_dim or self.dim // self.n_heads) % 2:
+            faults.append(f"the head width {self.head_dim or self.dim // self.n_heads} must be even to be rotated")
         if self.n_heads % self.n_kv_heads:
             faults.append(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
-        if (self.head_dim or self.dim // self.n_heads) % 2:
-            faults.append(f"the head width {self.head_dim or self.dim // self.n_heads} must be even to be rotated")
-        if not 0 <= self.dropout < 1:
-            faults.append(f"dropout must lie in [0, 1), not {self.dropout}")
         if self.use_moe and self.num_experts_per_tok > self.n_routed_experts:
             faults.append(f"a token cannot go to {self.num_experts_per_tok} of {self.n_routed_experts} experts")
         if not isinstance(self.n_shared_experts, int) or self.n_shared_experts < 0:
             faults.append(f"n_shared_experts must be 0 or more, not {self.n_shared_experts!r}")
         if self.scoring_func != "softmax":
             faults.append(f'scoring_func must be "softmax", not {self.scoring_func!r}')
-        if self.norm_eps <= 0 or self.rope_theta <= 1:
-            faults.append(f"norm_eps {self.norm_eps} must be above 0 and rope_theta {self.rope_theta} above 1")
+        for name in ("qk_norm", "use_moe", "norm_topk_prob", "seq_aux", "tie_word_embeddings"):
+            if getattr(self, name) not in (True, False):
+                faults.append(f"{name} must be True or False, not {getattr(self, name)!r}")
+        for name, bounds, holds in _REAL_NUMBERS:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not holds(value):
+                faults.append(f"{name} must be a number {bounds}, not {value!r}")
         if faults:
             raise ValueError("; ".join(faults))
 
     def _check_rope(self):
-        kind = self.rope_parameters["rope_type"]
-        if kind not in ("default", "linear", "yarn"):
-            raise ValueError(f'rope_type must be "default", "linear" or "yarn", not {kind!r}')
-        if kind != "default" and not self.rope_parameters.get("factor", 0) >= 1:
-            raise ValueError(f'rope_parameters of type "{kind}" need a factor of at least 1')
+        rope = self.rope_parameters
+        if rope["rope_type"] not in _ROPE_KEYS:
+            raise ValueError(f'rope_type must be "default", "linear" or "yarn", not {rope["rope_type"]!r}')
+        known = {"rope_type", "rope_theta", *_ROPE_KEYS[rope["rope_type"]]}
+        for key, value in rope.items():
+            if key not in known:
+                raise ValueError(f'rope_parameters of type "{rope["rope_type"]}" have no {key}')
+            if key not in ("rope_type", "attention_factor") and not isinstance(value, int | float):
+                raise ValueError(f"{key} of rope_parameters must be a number, not {value!r}")
+        if rope["rope_type"] != "default" and not rope.get("factor", 0) >= 1:
+            raise ValueError(f'rope_parameters of type "{rope["rope_type"]}" need a factor of at least 1')
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "LMConfig":

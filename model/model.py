@@ -94,6 +94,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.o_proj.writes_residual = True  # drawn smaller, see _init_weights
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -169,8 +170,9 @@ class DocumentLengths:
 
         B, H, T, h = q.shape
         flat = [x.transpose(1, 2).reshape(B * T, -1, h) for x in (q, k.to(q.dtype), v.to(q.dtype))]
-        out = varlen_attn(*flat, self.cumulative, self.cumulative, self.longest, self.longest,
-                          window_size=(-1, 0), enable_gqa=H != k.shape[1])  # fmt: skip  (look back only: causal)
+        ends, longest = self.cumulative, self.longest
+        look_back = (-1, 0)  # as far back as the document goes and not ahead: causal
+        out = varlen_attn(*flat, ends, ends, longest, longest, window_size=look_back, enable_gqa=k.shape[1] != H)
         return out.view(B, T, H, h).transpose(1, 2)
 
 
@@ -206,17 +208,16 @@ class MiniMindPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """N(0, 0.02); the two projections that write into the residual stream smaller by sqrt(2 layers) (GPT-2)."""
+        """N(0, 0.02); the projections that write into the residual stream smaller by sqrt(2 layers) (GPT-2).
+
+        They are told apart by a mark on the Linear: transformers passes only modules that own parameters themselves.
+        """
         std = self.config.initializer_range
         narrow = std / math.sqrt(2 * self.config.n_layers)
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
+            nn.init.normal_(module.weight, std=narrow if hasattr(module, "writes_residual") else std)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        if isinstance(module, Attention):
-            nn.init.normal_(module.o_proj.weight, std=narrow)
-        elif isinstance(module, FeedForward):
-            nn.init.normal_(module.down_proj.weight, std=narrow)
         elif isinstance(module, Experts):
             nn.init.normal_(module.gate_up_proj, std=std)
             nn.init.normal_(module.down_proj, std=narrow)

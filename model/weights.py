@@ -18,6 +18,7 @@ from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_to_dict
 
 FORMAT = "minimind-weights-1"
+LORA_FORMAT = "minimind-lora-1"  # of an adapter's file, see model/lora.py
 STATE_SUFFIX = "_resume"  # <name>_resume.pth beside the weights holds what a resumed run needs
 
 
@@ -25,7 +26,8 @@ def load_model(path, preset=None):
     """-> (model in eval mode, fp32, on the CPU; tokenizer or None; training record, {} where there is none).
 
     path: one of our files, a transformers folder, or a MiniMind state dict (`preset` names the shape where several
-    shapes fit its tensors). The tokenizer is the one in the file or beside it.
+    shapes fit its tensors). The tokenizer is the one in the file or beside it. An adapter's file brings the weights
+    it was trained on, with the adapter merged into them.
     Raises ValueError, in a sentence, for anything that cannot be read or does not fit.
     """
     path = Path(path)
@@ -33,7 +35,11 @@ def load_model(path, preset=None):
         raise ValueError(f"no weights at {path}")
     if path.is_dir():
         return _load_folder(path)
-    content = _read_file(path)
+    content = read_file(path)
+    if isinstance(content, dict) and content.get("format") == LORA_FORMAT:
+        from model.lora import load_merged  # which imports this file
+
+        return load_merged(path, content)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         config, state = LMConfig(**content["config"]), content["model"]
         tokenizer = tokenizer_from_dict(content["tokenizer"]) if content["tokenizer"] else None
@@ -104,11 +110,11 @@ def save_atomically(content, path) -> None:
 
 
 def read_header(path) -> dict:
-    """{"config", "tokenizer", "record"} of one of our files without its tensors (they are mapped, not read)."""
-    content = _read_file(Path(path), mmap=True)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    """All of one of our files, or of an adapter's, but its tensors (they are mapped, not read)."""
+    content = read_file(Path(path), mmap=True)
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, LORA_FORMAT):
         raise ValueError(f"{path} is not one of our weights files")
-    return {key: content[key] for key in ("config", "tokenizer", "record")}
+    return {key: value for key, value in content.items() if key != "model"}
 
 
 def newest_weights(folder, want=None, unwanted=None) -> Path | None:
@@ -124,7 +130,8 @@ def newest_weights(folder, want=None, unwanted=None) -> Path | None:
     return max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
 
 
-def _read_file(path: Path, mmap=False):
+def read_file(path: Path, mmap=False):
+    """The content of a weights file of any kind; ValueError where it cannot be read. mmap: tensors stay in the file."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -151,7 +158,7 @@ def _load_folder(folder: Path):
         raise ValueError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
     state = {}
     for file in files:
-        state |= convert.state_dict_of(_read_file(file), file)
+        state |= convert.state_dict_of(read_file(file), file)
     config, state = convert.from_transformers(raw_config, state)
     record_file = folder / "training_record.json"
     record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}

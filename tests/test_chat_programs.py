@@ -81,10 +81,8 @@ def test_right_answers_count(capsys, monkeypatch):
 
 
 def test_compare_writes_a_table(capsys):
-    file = write(
-        "p.jsonl",
-        '{"prompt": "a|b"}\n{"conversations": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "x"}]}\n',
-    )
+    turns = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "x"}]
+    file = write("p.jsonl", json.dumps({"prompt": "a|b"}) + "\n" + json.dumps({"conversations": turns}))
     chat.main(["--prompts", file, "--compare", "out/full_sft_32.pth", "out/demo/dpo_32.pth", *SHORT])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| prompt | `out/full_sft_32.pth` | `out/demo/dpo_32.pth` |" and lines[1] == "|---|---|---|"

@@ -274,8 +274,14 @@ def test_stream_of_any_tokens_is_the_whole_text(tokenizer):
 
 @pytest.mark.parametrize(
     ("stop", "kept"),
-    [(["world"], "Hello, "), (["o, w", "rld"], "Hell"), (["lo", "ell"], "H"), (["xyz"], "Hello, world!"), (["!!"], "Hello, world!")],
-)  # fmt: skip
+    [
+        (["world"], "Hello, "),
+        (["o, w", "rld"], "Hell"),
+        (["lo", "ell"], "H"),
+        (["xyz"], "Hello, world!"),
+        (["!!"], "Hello, world!"),
+    ],
+)
 def test_stop_strings_across_token_borders(stop, kept, tokenizer):
     for text_tokens in (tokenizer.encode("Hello, world!"), tokenizer.convert_tokens_to_ids(list("Hello,Ġworld!"))):
         stream, said = TextStream(tokenizer, stop), ""

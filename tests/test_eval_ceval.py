@@ -198,11 +198,12 @@ def test_other_layouts(tmp_path):
     (tmp_path / "test" / "对联.csv").write_text("Question,A,B,C,D,Answer\n上联？,一,二,三,四,B\n", encoding="utf-8")
     (subject,) = exam.read_exam(tmp_path, "aclue")
     assert (subject.name, subject.title, subject.questions[0].answer) == ("对联", "对联", "B")
-    texts = {"label": ["A", "B", "C", "D"], "text": ["w", "x", "y", "z"]}
+    labels, texts = list(LETTERS), ["w", "x", "y", "z"]
+    choices = [{"label": label, "text": text} for label, text in zip(labels, texts, strict=True)]
     rows = [
-        {"question": {"stem": "s", "choices": [dict(zip(("label", "text"), c, strict=True)) for c in zip(*texts.values(), strict=True)]}, "answerKey": "C"},
-        {"question_stem": "s", "choices": texts, "answerKey": "C"},
-    ]  # fmt: skip
+        {"question": {"stem": "s", "choices": choices}, "answerKey": "C"},
+        {"question_stem": "s", "choices": {"label": labels, "text": texts}, "answerKey": "C"},
+    ]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     first, second = exam.read_questions(tmp_path / "test.jsonl")
     assert first == second == Question("s", ("w", "x", "y", "z"), "C")

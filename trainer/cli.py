@@ -133,6 +133,9 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
     parser.flag(g, "resume", False, "go on where the run of the same name stopped")
     parser.flag(g, "overwrite", False, "replace weights of another configuration, or an unfinished run")
     parser.flag(g, "skip_bad_lines", False, "leave out rows that cannot be read, and count them")
+    parser.flag(g, "use_wandb", False, "send the numbers to Weights & Biases (without a key: keep them on disk)")
+    g.add_argument("--wandb_project", default="MiniMind", metavar="NAME", help="(MiniMind)")
+    parser.flag(g, "use_tensorboard", False, "write TensorBoard events to <out_dir>/tensorboard")
     parser.flag(g, "dry_run", False, "say what would be done and stop")
     return parser
 

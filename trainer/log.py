@@ -21,9 +21,10 @@ GPU_TFLOPS = {  # dense bfloat16 products with float32 sums, from the makers' da
 class Log:
     """The first process's log; the others have one that is silent."""
 
-    def __init__(self, files, world, total_steps: int, flops_per_token: float, log_interval: int, start_step: int):
+    def __init__(self, files, world, total_steps: int, flops_per_token: float, log_interval: int, start_step: int, trackers=()):
         self.files, self.world, self.total, self.interval = files, world, total_steps, log_interval
         self.flops_per_token, self.peak_flops = flops_per_token, device_flops(world) if world.first else 0.0
+        self.trackers = trackers if world.first else ()
         self.history, self.clock, self.since = [], time.perf_counter(), [0, 0.0]
         if world.first:
             if start_step:
@@ -84,12 +85,16 @@ class Log:
             self.file.flush()
 
     def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
         if self.world.first:
             self.bar.close()
             self.file.close()
 
     def _write(self, record: dict) -> None:
         self.history.append(record)
+        for tracker in self.trackers:
+            tracker.log(record["step"], {k: v for k, v in record.items() if k != "step" and v is not None})
         self.file.write(json.dumps(record) + "\n")
 
     def draw_curve(self) -> None:

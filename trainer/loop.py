@@ -21,6 +21,7 @@ from trainer.dist import Engine
 from trainer.losses import learned_bytes
 from trainer.memory import memory_line
 from trainer.optim import learning_rate_factor
+from trainer.track import new_run_id, trackers
 
 
 def train(start, rows, loss_fn, world) -> dict:
@@ -37,22 +38,21 @@ def train(start, rows, loss_fn, world) -> dict:
         check_recipe(state["record"]["recipe"], recipe, start.files.state)
     elif args.resume and (result := start.files.finished_result(recipe)):
         return finish_here(result)
-    config = start.model.config
     if world.first:
         announce(start, plan, rows, world, state)
     if args.dry_run:
         return finish_here({"stage": args.stage, "dry_run": True, "steps": plan.steps})
 
     engine = Engine(start.model, args, world)
-    step, counters = 0, {"tokens": 0, "seconds": 0.0}
+    step, counters = 0, {"tokens": 0, "seconds": 0.0, "run_id": new_run_id()}
     if state is not None:
         engine.module.load_state_dict(state["model"])
         engine.load_state(state["engine"])
         step, counters = state["step"], state["counters"]
         start.state = state = None  # the copies in it would stay in memory for the whole run
-    log = logs.Log(start.files, world, plan.steps, logs.flops_per_token(config, args.seq_len), args.log_interval, step)
     record = start.record | {"recipe": recipe}
-    stop, begin, loss = StopSignals(), time.perf_counter(), math.nan
+    log = open_log(start, world, plan, step, recipe, counters["run_id"])
+    stop, begin, loss = StopSignals(), time.perf_counter() - counters["seconds"], math.nan
     while step < plan.steps and not world.sum(stop.signal)[0]:
         micro_batches = [train_rows.batch(plan.rows(step, i)) for i in range(args.accumulation_steps)]
         factor = learning_rate_factor(step, plan.steps, plan.warmup, args.schedule)
@@ -64,37 +64,43 @@ def train(start, rows, loss_fn, world) -> dict:
         if args.eval_interval and step % args.eval_interval == 0 and step < plan.steps:
             log.validation(step, **evaluate(engine, val_rows, loss_fn, args.batch_size, start.bytes_of_token))
         if step % args.save_interval == 0 and step < plan.steps:
+            counters["seconds"] = time.perf_counter() - begin
             log.flush()
-            elapsed = counters["seconds"] + time.perf_counter() - begin
-            start.files.save(engine, start.tokenizer, record, step, counters | {"seconds": elapsed})
+            start.files.save(engine, start.tokenizer, record, step, counters)
 
-    validation = evaluate(engine, val_rows, loss_fn, args.batch_size, start.bytes_of_token)
-    log.validation(step, **validation)
-    counters["seconds"] += time.perf_counter() - begin
+    finished = step == plan.steps
+    validation = {"val_loss": None, "val_bits_per_byte": None}
+    if finished:
+        validation = evaluate(engine, val_rows, loss_fn, args.batch_size, start.bytes_of_token)
+        log.validation(step, **validation)
+    counters["seconds"] = time.perf_counter() - begin
     result = {
         "stage": args.stage, "steps": step, "tokens": counters["tokens"], "loss": loss, **validation,
         "real_token_share": train_rows.real_token_share(), "learned_token_share": train_rows.learned_token_share(),
         "seconds": counters["seconds"], "tokens_per_second": counters["tokens"] / max(counters["seconds"], 1e-9),
         "peak_memory_bytes": max(world.gather(logs.peak_memory(world.device))), "weights": str(start.files.weights),
     }  # fmt: skip
-    signals = [s for s in world.gather(stop.signal) if s]
-    if step < plan.steps:
-        result["stopped"] = True
-        log.flush()
-        start.files.save(engine, start.tokenizer, record, step, counters)
-    else:
-        start.files.finish(engine, start.tokenizer, record | {"result": result})
-    log.draw_curve()
     log.close()
+    if finished:
+        start.files.finish(engine, start.tokenizer, record | {"result": result})
+    else:
+        result["stopped"] = True
+        start.files.save(engine, start.tokenizer, record, step, counters)
+    log.draw_curve()
     stop.restore()
-    if world.first:
-        if step < plan.steps:
-            print(f"stopped at step {step}; to go on: {resume_command()}")
-        print(json.dumps(result), flush=True)
-    if step < plan.steps:
-        world.barrier()
-        sys.exit(128 + signals[0])
+    if world.first and not finished:
+        print(f"stopped at step {step}; to go on: {resume_command()}")
+    finish_here(result)
+    if not finished:
+        sys.exit(128 + max(world.gather(stop.signal)))
     return result
+
+
+def open_log(start, world, plan, step: int, recipe: dict, run_id: str) -> logs.Log:
+    """The run's log, with the services the flags name attached."""
+    flops = logs.flops_per_token(start.model.config, start.args.seq_len)
+    services = trackers(start.args, start.files, recipe, run_id) if world.first else ()
+    return logs.Log(start.files, world, plan.steps, flops, start.args.log_interval, step, services)
 
 
 def take_step(engine: Engine, micro_batches, loss_fn, factor: float, step: int) -> tuple[dict, int]:

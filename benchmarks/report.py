@@ -1,0 +1,8 @@
+"""How a measured quantity is given."""
+
+import statistics
+
+
+def spread(values) -> dict[str, float]:
+    """{"median", "min", "max", "n"} of repeated measurements."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}

@@ -1,0 +1,69 @@
+"""Puts finished files where the user wants them: whole or not at all, and never over something else unasked."""
+
+import filecmp
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def stage_beside(out: Path):
+    """A fresh folder on the file system of `out`, gone afterwards unless it was renamed to `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        stage.chmod(0o755)
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def check_folder(out: Path, names) -> None:
+    """ValueError if `out` is something that an export of files called `names` must not replace."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; this format is a folder")
+    foreign = sorted(path.name for path in out.iterdir() if path.name not in names) if out.exists() else []
+    if foreign:
+        raise ValueError(f"--out {out} holds {foreign[0]}, which no export writes; give another folder")
+
+
+def publish_folder(stage: Path, out: Path, overwrite: bool) -> None:
+    """Renames `stage` to `out`. A folder of other content is kept unless `overwrite`."""
+    for path in stage.iterdir():
+        _flush(path)
+    if not out.exists():
+        os.rename(stage, out)
+        return
+    same = filecmp.dircmp(stage, out, ignore=[], hide=[])
+    equal = not same.left_only and not same.right_only and _all_equal(stage, out, same.common)
+    if equal:
+        return
+    if any(out.iterdir()) and not overwrite:
+        raise ValueError(f"--out {out} holds another export, which was kept; --overwrite replaces it")
+    with stage_beside(out) as aside:
+        os.rename(out, aside / "old")
+        os.rename(stage, out)
+
+
+def publish_files(stage: Path, folder: Path, overwrite: bool) -> None:
+    """Moves the files of `stage` into `folder`; where one is there with other content, none unless `overwrite`."""
+    files = sorted(stage.iterdir())
+    for path in files:
+        _flush(path)
+        there = folder / path.name
+        if there.exists() and not overwrite and not filecmp.cmp(path, there, shallow=False):
+            raise ValueError(f"{there} is there with other content and was kept; --overwrite replaces it")
+    for path in files:
+        os.replace(path, folder / path.name)
+
+
+def _all_equal(a: Path, b: Path, names) -> bool:
+    return all(filecmp.cmp(a / name, b / name, shallow=False) for name in names)
+
+
+def _flush(path: Path) -> None:
+    """To the disk, so that a crash after the renaming finds the content there."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,208 @@
+"""Many requests at once: a thread that runs one batch, which requests join and leave between steps.
+
+    with Scheduler(engine, slots=8, queue=64) as scheduler:
+        handle = scheduler.submit(messages, SamplingParams(max_tokens=100))
+        for piece in handle: print(piece.text, end="")
+
+A request waits in the queue until a row of the cache is free, has its prompt read in the next step, and from then on
+gets a token in every step of the batch. No request waits for another to finish while there are rows; none is moved
+aside once it runs. (Orca, Yu et al. 2022, OSDI, calls this iteration-level scheduling.)
+"""
+
+import queue
+import threading
+import time
+from collections import deque
+
+from inference.batch import Piece, Sequence
+from inference.engine import Completion, Engine, completion
+from inference.sampling import SamplingParams
+
+
+class QueueFull(RuntimeError):
+    """As many requests wait as may; try again later."""
+
+
+class Closed(RuntimeError):
+    """The scheduler does not run any more."""
+
+
+class Handle:
+    """A request on its way. Iterate over it for the pieces of its answers as they come, from one thread."""
+
+    def __init__(self, scheduler: "Scheduler", samples: list[Sequence]):
+        self.scheduler, self.samples = scheduler, samples
+        self.open = len(samples)  # samples that go on
+        self.submitted = time.monotonic()
+        self.first_token: float | None = None  # when it came, on the same clock; finished likewise
+        self.finished: float | None = None
+        self.cancelled = False
+        self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
+
+    def __iter__(self):
+        while True:
+            piece = self._pieces.get()
+            if isinstance(piece, BaseException):
+                raise piece
+            if piece is None:
+                return
+            yield piece
+
+    def result(self) -> list[Completion]:
+        """Waits for the end; the n samples. Of a cancelled request what there is, finish_reason "cancelled"."""
+        for _ in self:
+            pass
+        return [completion(sample) for sample in self.samples]
+
+    def cancel(self) -> None:
+        """Its rows are free before the next step. Harmless where the request has ended."""
+        self.scheduler._cancel(self)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.samples[0].prompt)
+
+
+class Scheduler:
+    """One worker thread, `slots` rows (a request of n samples takes n), at most `queue` requests that wait."""
+
+    def __init__(self, engine: Engine, slots: int = 8, queue: int = 64):
+        if slots < 1 or queue < 0:
+            raise ValueError(f"slots must be at least 1 and queue at least 0, not {slots} and {queue}")
+        self.engine, self.slots, self.queue_limit = engine, slots, queue
+        self.batch = engine.batch(slots)
+        self.waiting: deque[Handle] = deque()
+        self.running: set[Handle] = set()
+        self.leaving: list[Handle] = []  # cancelled ones whose rows the worker has yet to free
+        self.counts = dict.fromkeys(
+            ("requests", "finished", "cancelled", "failed", "refused", "prompt_tokens", "new_tokens", "steps"), 0
+        )
+        self.closed = False
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------------------------------- for the requesters
+    def submit(self, prompt, params: SamplingParams | None = None) -> Handle:
+        """Any thread may call it; returns at once. prompt and params as for Engine.generate.
+
+        Raises ValueError for a prompt that cannot be answered or more samples than there are rows, QueueFull, Closed.
+        """
+        params = params or SamplingParams()
+        if params.n > self.slots:
+            raise ValueError(f"n is {params.n}, but only {self.slots} answers are generated at once")
+        handle = Handle(self, self.engine.sequences(self.engine.encode(prompt), params))
+        for sample in handle.samples:
+            sample.request = handle
+        with self._wake:
+            if self.closed:
+                raise Closed("the scheduler has been closed")
+            if len(self.waiting) >= self.queue_limit and not self._fits(handle):
+                self.counts["refused"] += 1
+                raise QueueFull(f"{len(self.waiting)} requests wait already")
+            self.counts["requests"] += 1
+            self.counts["prompt_tokens"] += handle.prompt_tokens
+            self.waiting.append(handle)
+            self._wake.notify()
+        return handle
+
+    def stats(self) -> dict:
+        """Counts since the start, and how many requests wait and run and how many rows are taken now."""
+        with self._wake:
+            taken = self.slots - self.batch.free
+            return self.counts | {"waiting": len(self.waiting), "running": len(self.running), "rows": taken}
+
+    def close(self) -> None:
+        """Ends all requests as cancelled and stops the thread."""
+        with self._wake:
+            self.closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def __enter__(self) -> "Scheduler":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _fits(self, handle: Handle) -> bool:
+        """Whether rows are free for it at once: nobody waits, and those who leave have not taken what there is."""
+        return not self.waiting and self.batch.free >= len(handle.samples)
+
+    def _cancel(self, handle: Handle) -> None:
+        with self._wake:
+            if handle.finished or handle.cancelled:
+                return
+            handle.cancelled = True
+            if handle in self.waiting:
+                self.waiting.remove(handle)
+                self._end(handle, "cancelled")
+            else:
+                self.leaving.append(handle)
+                self._wake.notify()
+
+    # ----------------------------------------------------------------------------------------------- for the worker
+    def _work(self) -> None:
+        while True:
+            try:
+                if not self._let_in_and_out():
+                    return
+                gained = self.batch.step()
+            except Exception as error:  # out of memory, for one: those who ran are told, the next ones get a new batch
+                self._fail(error)
+                continue
+            with self._wake:
+                self.counts["steps"] += 1
+                for sequence, piece in gained:
+                    self._hand_over(sequence.request, piece)
+
+    def _let_in_and_out(self) -> bool:
+        """Frees the rows of the cancelled, lets in who fits; sleeps while there is nothing to do. False: closed."""
+        with self._wake:
+            while True:
+                if self.closed:
+                    self.leaving += [handle for handle in self.running if not handle.cancelled]
+                for handle in self.leaving:
+                    for sample in handle.samples:
+                        self.batch.leave(sample)
+                    self._end(handle, "cancelled")
+                self.leaving.clear()
+                if self.closed:
+                    while self.waiting:
+                        self._end(self.waiting.popleft(), "cancelled")
+                    return False
+                while self.waiting and self.batch.free >= len(self.waiting[0].samples):
+                    handle = self.waiting.popleft()
+                    self.running.add(handle)
+                    self.batch.join(list(handle.samples))
+                if self.batch.busy:
+                    return True
+                self._wake.wait()
+
+    def _hand_over(self, handle: Handle, piece: Piece) -> None:
+        if handle.finished or handle.cancelled:
+            return
+        handle.first_token = handle.first_token or time.monotonic()
+        self.counts["new_tokens"] += len(piece.token_ids)
+        handle._pieces.put(piece)
+        handle.open -= piece.finish_reason is not None
+        if not handle.open:
+            self._end(handle, "finished")
+
+    def _end(self, handle: Handle, how: str, error: BaseException | None = None) -> None:
+        """The last thing a handle hears. `how` is the count it goes to."""
+        if handle.finished:
+            return
+        handle.finished = time.monotonic()
+        self.running.discard(handle)
+        self.counts[how] += 1
+        for sample in handle.samples:
+            sample.finish_reason = sample.finish_reason or "cancelled"
+        handle._pieces.put(error)
+
+    def _fail(self, error: Exception) -> None:
+        with self._wake:
+            for handle in list(self.running):
+                self._end(handle, "failed", error)
+            self.leaving.clear()
+            self.batch = self.engine.batch(self.slots)

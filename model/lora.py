@@ -1,0 +1,321 @@
+"""Low-rank adapters: a small trainable update beside frozen weights (Hu et al. 2021, arXiv 2106.09685).
+
+    y = W x + (alpha / rank) B A x        W (out, in) frozen, A (rank, in) random, B (out, rank) zero at the start
+
+A layer becomes its adapted twin in place: same module, same weight, same name, and beside them any number of adapters
+by name, one of which is active. Experts are stacks of matrices, and so are their adapters.
+
+    add_lora(model, rank=8, alpha=16, dropout=0.05)     freeze the model, add adapters to train
+    save_lora(path, model)                              the adapters alone: a few hundred kilobytes
+    load_lora(model, path, name="medical")              put saved ones beside those that are there
+    use_lora(model, "medical")                          switch; None: the model without any
+    merge_lora(model)                                   add them to the weights for good: a plain model again
+"""
+
+import fnmatch
+import hashlib
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.model import MiniMindForCausalLM
+from model.moe import Experts
+from model.weights import LORA_FORMAT, describe, load_model, read_file, save_atomically
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """rank of the update; alpha / rank scales it; dropout on its input in training; targets: see `matches`."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = PROJECTIONS
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"the rank of an adapter must be a whole number of at least 1, not {self.rank!r}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha of an adapter must be above 0, not {self.alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout of an adapter must lie in [0, 1), not {self.dropout!r}")
+
+
+# ----------------------------------------------------------------------------------------------------- the modules
+class Adapter(nn.Module):
+    """The update of one weight (..., out, in): A (..., rank, in) and B (..., out, rank), stacked as the weight is."""
+
+    def __init__(self, weight: Tensor, config: LoraConfig):
+        super().__init__()
+        *stack, n_out, n_in = weight.shape
+        bound = n_in**-0.5  # peft's start: uniform in +-1 / sqrt(in)
+        self.A = nn.Parameter(weight.new_empty(*stack, config.rank, n_in).uniform_(-bound, bound))
+        self.B = nn.Parameter(weight.new_zeros(*stack, n_out, config.rank))
+        self.scaling, self.dropout = config.alpha / config.rank, config.dropout
+
+    def forward(self, x: Tensor, expert: int | None = None) -> Tensor:
+        """x (..., in) -> what is added to W x, (..., out)."""
+        A, B = (self.A, self.B) if expert is None else (self.A[expert], self.B[expert])
+        return self.scaling * F.linear(F.linear(F.dropout(x, self.dropout, self.training), A), B)
+
+    def delta(self) -> Tensor:
+        """What is added to W, (..., out, in)."""
+        return self.scaling * self.B @ self.A
+
+
+class LoraLayer(nn.Module):
+    """What adapted layers share. adapters[name][weight]: the Adapter of the layer's parameter called `weight`."""
+
+    adapters: nn.ModuleDict
+    active: str | None
+    plain: dict[str, Tensor]  # the weights as they were, while an adapter is merged into them
+
+    def add(self, name: str, config: LoraConfig) -> None:
+        weights = [(key, p) for key, p in self.named_parameters(recurse=False) if p.ndim >= 2]
+        self.adapters[name] = nn.ModuleDict({key: Adapter(p, config) for key, p in weights}).train(self.training)
+
+    @property
+    def adapter(self) -> nn.ModuleDict | None:
+        """The one that computes."""
+        return None if self.active is None or self.plain else self.adapters[self.active]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        if self.adapter is not None:
+            adapter = self.adapter
+            self.plain = {key: getattr(self, key).detach().clone() for key in adapter}
+            for key in adapter:
+                getattr(self, key).add_(adapter[key].delta())
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        for key, weight in self.plain.items():
+            getattr(self, key).copy_(weight)  # not subtracted again: that would leave rounding behind
+        self.plain = {}
+
+
+class LoraLinear(LoraLayer, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        return out if self.adapter is None else out + self.adapter["weight"](x)
+
+
+class LoraExperts(LoraLayer, Experts):
+    """One adapter for each expert, and therefore one expert after the other: their tokens meet different A and B."""
+
+    def forward(self, x: Tensor, token: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """x (N, D) -> (N, D); the arguments of Experts.forward."""
+        if self.adapter is None:
+            return super().forward(x, token, weight, counts)
+        widen, narrow = self.adapter["gate_up_proj"], self.adapter["down_proj"]
+        counts, out = counts.tolist(), torch.zeros_like(x)
+        for e, (t, w) in enumerate(zip(token.split(counts), weight.split(counts), strict=True)):
+            rows = x[t]  # (n, D)
+            gate, up = (F.linear(rows, self.gate_up_proj[e]) + widen(rows, e)).chunk(2, dim=-1)
+            inner = F.silu(gate) * up  # (n, I)
+            routed = F.linear(inner, self.down_proj[e]) + narrow(inner, e)
+            out = out.index_add(0, t, (routed * w.unsqueeze(-1)).to(out.dtype))
+        return out
+
+
+ADAPTED = {nn.Linear: LoraLinear, Experts: LoraExperts}
+PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
+
+
+# --------------------------------------------------------------------------------------------------- add and switch
+def add_lora(model, rank=8, alpha=16.0, dropout=0.0, targets=PROJECTIONS, name="default"):
+    """Adds an adapter to every layer that `targets` name, makes it active, and freezes all else; returns the model.
+
+    targets: see `matches`. Drawn from torch's global random numbers. The model computes what it did before, since B
+    is zero. Raises ValueError where a target names no layer.
+    """
+    config = LoraConfig(rank, alpha, dropout, targets)
+    base = getattr(model, "lora_base", None) or fingerprint(model)
+    layers = targeted(model, config.targets)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in layers.values():
+        _adapt(layer).add(name, config)
+    model.lora_base = base
+    model.lora_configs = getattr(model, "lora_configs", {}) | {name: config}
+    return use_lora(model, name)
+
+
+def _adapt(layer) -> LoraLayer:
+    if type(layer) in ADAPTED:
+        layer.__class__ = ADAPTED[type(layer)]
+        layer.adapters, layer.active, layer.plain = nn.ModuleDict(), None, {}
+    return layer
+
+
+def matches(target: str, name: str) -> bool:
+    """Does `target` name this layer? The end of its dotted name ("q_proj", "self_attn.q_proj"), or with * or [...]
+    a pattern for the whole of it ("model.layers.[01].*_proj")."""
+    return name == target or name.endswith(f".{target}") or ("*" in target and fnmatch.fnmatchcase(name, target))
+
+
+def targeted(model, targets) -> dict[str, nn.Module]:
+    """Layers by name; ValueError for a target that names none. Head and router are taken only where a target says
+    their very name, and the routed experts by the target "experts"."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Experts)}
+    chosen = {}
+    for target in targets:
+        found = {name: m for name, m in layers.items() if matches(target, name)}
+        if "*" in target:
+            found = {n: m for n, m in found.items() if not n.endswith(("lm_head", "mlp.gate", "experts"))}
+        if not found and not (model.config.use_moe and target in PROJECTIONS):  # there without shared experts
+            ends = sorted({name.rsplit(".", 1)[-1] for name in layers})
+            raise ValueError(f"no layer is called {target!r}; the model's layers are {', '.join(ends)}")
+        chosen |= found
+    return {name: m for name, m in layers.items() if name in chosen}
+
+
+def use_lora(model, name: str | None):
+    """Makes the adapter called `name` the one that computes, and alone trainable; None: none does."""
+    if name is not None and name not in getattr(model, "lora_configs", {}):
+        raise ValueError(f"no adapter {name!r} is loaded; there are {', '.join(getattr(model, 'lora_configs', {}))}")
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+        layer.active = name if name in layer.adapters else None
+        for key, adapter in layer.adapters.items():
+            adapter.requires_grad_(key == name)
+    return model
+
+
+def adapted_layers(model) -> dict[str, LoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def merge_lora(model, keep=False):
+    """Adds the active adapter to the weights: the same outputs without its cost; returns the model.
+
+    The layers are plain ones again and all adapters gone; with `keep` they stay, and unmerge_lora takes the active
+    one out again to the last bit. A head that has an adapter is untied from the embedding, which has none.
+    """
+    head = model.lm_head
+    if isinstance(head, LoraLinear) and model.config.tie_word_embeddings:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+    for layer in adapted_layers(model).values():
+        layer.merge()
+        if not keep:
+            del layer.adapters, layer.active, layer.plain
+            layer.__class__ = PLAIN[type(layer)]
+    if not keep:
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        for attribute in ("lora_base", "lora_configs"):
+            model.__dict__.pop(attribute, None)
+    return model
+
+
+def unmerge_lora(model):
+    """Takes back merge_lora(model, keep=True)."""
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- save and load
+def fingerprint(model) -> str:
+    """16 hex digits of a model's shape and weights, adapters left out."""
+    digest = hashlib.blake2b(repr(sorted(model.config.fields().items())).encode(), digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        if ".adapters." not in name:
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def adapter_tensors(model, name: str) -> dict[str, Tensor]:
+    """{"model.layers.0.self_attn.q_proj.weight.A": ...} of one adapter: the parameter it belongs to, then A or B."""
+    return {
+        f"{layer_name}.{key}": p.detach().cpu()
+        for layer_name, layer in adapted_layers(model).items() if name in layer.adapters
+        for key, p in layer.adapters[name].named_parameters()
+    }  # fmt: skip
+
+
+def save_lora(path, model, record: dict | None = None, name: str | None = None) -> None:
+    """Writes one adapter (the active one by default), what it fits on and its training record, atomically."""
+    name = name or active_lora(model)
+    content = {
+        "format": LORA_FORMAT, "config": model.config.fields(), "lora": asdict(model.lora_configs[name]),
+        "base": model.lora_base, "tokenizer": None, "record": record or {}, "model": adapter_tensors(model, name),
+    }  # fmt: skip
+    save_atomically(content, path)
+
+
+def active_lora(model) -> str:
+    """Name of the active adapter; ValueError where there is none."""
+    names = {layer.active for layer in adapted_layers(model).values()} - {None}
+    if not names:
+        raise ValueError("no adapter is active: add or load one first")
+    return names.pop()
+
+
+def load_lora(model, path, name: str | None = None):
+    """Loads a saved adapter (ours, or a peft folder) beside those that are there and makes it active.
+
+    name: by default the file's. Raises ValueError for a file that is no adapter or one for another shape; warns where
+    it was trained on other weights of this shape.
+    """
+    path = Path(path)
+    name = (name or path.stem).replace(".", "_")
+    if path.is_dir():
+        from model.peft_folder import load_peft
+
+        return load_peft(model, path, name)
+    content = read_file(path)
+    if not isinstance(content, dict) or content.get("format") != LORA_FORMAT:
+        raise ValueError(f"{path} is not an adapter")
+    return attach(model, content, name, path)
+
+
+def attach(model, content: dict, name: str, path):
+    """Adds the adapter that an adapter file holds to the model it fits."""
+    theirs, ours = content["config"], model.config.fields()
+    free = ("dropout", "aux_loss_alpha", "max_seq_len", "use_cache")  # fields that no weight depends on
+    wrong = [f"{key} {theirs.get(key)} (here: {ours.get(key)})" for key in sorted(theirs.keys() | ours.keys())
+             if theirs.get(key) != ours.get(key) and key not in free]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{path} is an adapter for another shape: {', '.join(wrong)}")
+    if content["base"] != (getattr(model, "lora_base", None) or fingerprint(model)):
+        warnings.warn(f"{path} was trained on other weights of this shape ({describe(model.config)})", stacklevel=3)
+    config = LoraConfig(**content["lora"])
+    add_lora(model, config.rank, config.alpha, config.dropout, config.targets, name)
+    return fill(model, name, content["model"], path)
+
+
+@torch.no_grad()
+def fill(model, name: str, tensors: dict[str, Tensor], path):
+    """Copies tensors, named as in adapter_tensors, into the adapter `name`; ValueError where they are not its own."""
+    own = {
+        f"{layer_name}.{key}": p
+        for layer_name, layer in adapted_layers(model).items() if name in layer.adapters
+        for key, p in layer.adapters[name].named_parameters()
+    }  # fmt: skip
+    odd = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+    if odd:
+        raise ValueError(f"{path} does not fit this model: {odd[0]} (and {len(odd) - 1} more) differ")
+    for key, parameter in own.items():
+        parameter.copy_(tensors[key])
+    return model
+
+
+def load_merged(path, content: dict) -> tuple[MiniMindForCausalLM, object, dict]:
+    """What load_model gives for an adapter file: the model it was trained on, from where it was then, with the
+    adapter merged in."""
+    base = content["record"].get("came_from")
+    if not base or not Path(base).exists():
+        raise ValueError(
+            f"{path} is an adapter for the weights {base}, which are not there; load them and use model.lora.load_lora"
+        )
+    model, tokenizer, _ = load_model(base)
+    return merge_lora(attach(model, content, "default", path)), tokenizer, content["record"]
