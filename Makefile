@@ -14,7 +14,7 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(TEST_ENV) .venv/bin/python -m pytest -n 2 --dist loadfile
 
-test-all: .venv/installed-dev
+test-all: .venv/installed-all
 	$(TEST_ENV) .venv/bin/python -m pytest -n 2 --dist loadfile --all
 
 lint: .venv/installed-dev
@@ -30,4 +30,8 @@ lint: .venv/installed-dev
 
 .venv/installed-dev: requirements.txt requirements-dev.txt | .venv/bin/python
 	$(PIP_INSTALL) -r requirements-dev.txt
+	touch $@
+
+.venv/installed-all: requirements-export.txt requirements-eval.txt .venv/installed-dev
+	$(PIP_INSTALL) -r requirements-export.txt -r requirements-eval.txt
 	touch $@

@@ -58,7 +58,7 @@ def transformers_config(config: LMConfig, dtype: str) -> dict:
         "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id,
         # transformers 5 reads rope_parameters and dtype; transformers 4 and the servers built on it the other three.
         "rope_parameters": rope, "rope_theta": config.rope_theta,
-        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "rope_scaling": None if rope["rope_type"] == "default" else {k: rope[k] for k in rope if k != "rope_theta"},
         "dtype": dtype, "torch_dtype": dtype,
     }  # fmt: skip
     if kind == "llama":
@@ -70,6 +70,7 @@ def transformers_config(config: LMConfig, dtype: str) -> dict:
             "intermediate_size": config.moe_hidden_dim,
             "shared_intermediate_size": config.n_shared_experts * config.moe_hidden_dim,
             "num_local_experts": config.n_routed_experts, "num_experts_per_tok": config.num_experts_per_tok,
+            "num_experts": config.n_routed_experts,  # the name under which trl looks for it
             "router_aux_loss_coef": config.aux_loss_alpha, "output_router_logits": False,
             # Granite multiplies at four places; ours divides attention scores by sqrt(head width) and nothing else.
             "attention_multiplier": config.head_dim**-0.5,

@@ -202,4 +202,6 @@ def write_vocabulary(writer, config: LMConfig, tokenizer, splitter: str) -> None
     writer.add_add_bos_token(False)  # the template writes the markers
     writer.add_add_eos_token(False)
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+        # llama.cpp sets enable_thinking for every template that reads it, so each answer would begin inside a think
+        # block, of models that never saw one too. Under MiniMind's name the switch stays off until a request asks.
+        writer.add_chat_template(tokenizer.chat_template.replace("enable_thinking", "open_thinking"))

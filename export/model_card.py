@@ -7,7 +7,7 @@ from model.LMConfig import LMConfig
 STAGES = {
     "pretrain": "a base model, trained to continue text", "full_sft": "a chat model, trained on conversations",
     "lora": "a chat model with a low-rank adapter merged in", "dpo": "a chat model, trained on preference pairs",
-    "full_dist": "a chat model, distilled from a larger one", "reason": "a reasoning model, it thinks before it answers",
+    "full_dist": "a chat model, distilled from a larger one", "reason": "a model that thinks before it answers",
     "grpo": "a reasoning model, trained by reinforcement",
 }  # fmt: skip
 SETTINGS = ("data", "seq_len", "rows_per_step", "epochs", "max_steps", "learning_rate", "optimizer", "schedule",

@@ -11,8 +11,11 @@ from pathlib import Path
 @contextmanager
 def stage_beside(out: Path):
     """A fresh folder on the file system of `out`, gone afterwards unless it was renamed to `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write to {out.parent}: {error.strerror}") from None
     try:
         stage.chmod(0o755)
         yield stage
@@ -32,7 +35,7 @@ def check_folder(out: Path, names) -> None:
 def publish_folder(stage: Path, out: Path, overwrite: bool) -> None:
     """Renames `stage` to `out`. A folder of other content is kept unless `overwrite`."""
     for path in stage.iterdir():
-        _flush(path)
+        _settle(path)
     if not out.exists():
         os.rename(stage, out)
         return
@@ -51,7 +54,7 @@ def publish_files(stage: Path, folder: Path, overwrite: bool) -> None:
     """Moves the files of `stage` into `folder`; where one is there with other content, none unless `overwrite`."""
     files = sorted(stage.iterdir())
     for path in files:
-        _flush(path)
+        _settle(path)
         there = folder / path.name
         if there.exists() and not overwrite and not filecmp.cmp(path, there, shallow=False):
             raise ValueError(f"{there} is there with other content and was kept; --overwrite replaces it")
@@ -63,7 +66,9 @@ def _all_equal(a: Path, b: Path, names) -> bool:
     return all(filecmp.cmp(a / name, b / name, shallow=False) for name in names)
 
 
-def _flush(path: Path) -> None:
-    """To the disk, so that a crash after the renaming finds the content there."""
+def _settle(path: Path) -> None:
+    """To the disk, so that a crash after the renaming finds the content there; readable by all (servers run as
+    other users, and safetensors writes for the owner alone)."""
+    path.chmod(0o644)
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

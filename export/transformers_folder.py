@@ -26,11 +26,12 @@ def write_transformers_folder(folder, model, tokenizer, record: dict, name: str,
     state = {key: cast(tensor, dtype, key) for key, tensor in transformers_state(model).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    chat = bool(tokenizer.chat_template) and record.get("stage") != "pretrain"
     texts = {
         "config.json": to_json(config),
         "generation_config.json": to_json(generation),
         "training_record.json": to_json(public_record(record)),
-        "README.md": model_card(name, model.config, config, record, bool(tokenizer.chat_template)),
+        "README.md": model_card(name, model.config, config, record, chat),
         **tokenizer_to_dict(tokenizer),
     }
     for file, text in texts.items():

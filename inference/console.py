@@ -31,6 +31,7 @@ def add_model_flags(parser) -> None:
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (auto)")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                    help="(auto: bfloat16 where a GPU has it, else float32)")  # fmt: skip
+    g.add_argument("--quantize", choices=("none", "int8"), default="none", help="8-bit weights, CPU only (none)")
     g.add_argument("--rope_scaling", type=rope_scaling, default=None, metavar="none|linear:F|yarn:F",
                    help="texts up to F times as long as those trained on (none)")  # fmt: skip
 
@@ -96,7 +97,7 @@ def open_engine(args, path: Path, **options) -> tuple[Engine, dict]:
         stretch(model.config, *args.rope_scaling, record.get("seq_len"))
     device = pick_device(args.device)
     model = model.to(device, pick_dtype(args.dtype, device))
-    return Engine(model, tokenizer, **options), record
+    return Engine(model, tokenizer, quantize=None if args.quantize == "none" else args.quantize, **options), record
 
 
 def stretch(config, kind: str, factor: float, trained: int | None) -> None:

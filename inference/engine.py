@@ -63,16 +63,18 @@ class Engine:
 
     max_batch   sequences generated side by side; more prompts take turns
     enable_thinking   for chats, see model.tokenizer.render: None leaves it to the model
+    quantize    None, or "int8": 8-bit weights on a CPU, see inference.prepare
     """
 
     model: object
     tokenizer: object
     max_batch: int = 32
     enable_thinking: bool | None = None
+    quantize: str | None = None
     speed: Speed = field(default_factory=Speed)
 
     def __post_init__(self):
-        self.source, self.model = self.model, prepared(self.model)
+        self.source, self.model = self.model, prepared(self.model, self.quantize)
         config = self.model.config
         self.context = config.max_position_embeddings
         self.vocab_size = config.vocab_size

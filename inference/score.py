@@ -15,7 +15,10 @@ from torch import Tensor
 from inference.cache import StaticCache
 
 MIN_PREFIX = 16  # tokens in common that are worth a pass of their own
-PASS_TOKENS = 4096  # tokens of one pass
+PASS_TOKENS = 1024  # tokens of one pass; more are no faster, they leave the processor's cache
+FULL_PASS = (
+    256  # from so many tokens on a pass is left as it is rather than joined by a longer row, which pads all others
+)
 CHUNK = 512
 
 
@@ -49,10 +52,11 @@ def score_sequences(model, pairs: list[tuple[list[int], list[int]]], max_batch: 
         ids = tuple(prompt + target[:-1])  # the last token is predicted, not fed in
         rows.setdefault(ids, _Row(ids, [])).asked.append((number, target))
     scores: dict[int, Score] = {}
+    cache = StaticCache(min(max_batch, len(rows)), max((len(ids) for ids in rows), default=0))
     for group, prefix in _groups(sorted(rows.values(), key=lambda row: row.ids)):
-        cache = StaticCache(max_batch, max(len(row.ids) for row in group))
-        _read_prefix(model, cache, group[0].ids[:prefix])
-        for batch in _batches(group, prefix, max_batch):
+        batches = list(_batches(group, prefix, max_batch))
+        _read_prefix(model, cache, group[0].ids[:prefix], rows=max(map(len, batches)))
+        for batch in batches:
             for row, logits in zip(batch, _suffix_logits(model, cache, batch, prefix), strict=True):
                 scores |= _row_scores(row, logits)
     return [scores[number] for number in range(len(pairs))]
@@ -90,22 +94,24 @@ def _common(a: tuple, b: tuple, limit: int) -> int:
     return min(len(a), len(b), limit)
 
 
-def _read_prefix(model, cache: StaticCache, ids: tuple[int, ...]) -> None:
-    """Fills row 0 with the common beginning and gives every row a copy."""
+def _read_prefix(model, cache: StaticCache, ids: tuple[int, ...], rows: int) -> None:
+    """Fills row 0 with the common beginning and gives the others a copy. What an earlier group left is overwritten."""
     for start in range(0, len(ids), CHUNK):
         chunk = torch.tensor([ids[start : start + CHUNK]], device=model.device)
         positions = torch.arange(start, start + chunk.shape[1], device=model.device).unsqueeze(0)
         _forward(model, cache, chunk, positions, start + chunk.shape[1], keep=1)
-    for row in range(1, cache.rows if ids else 0):
+    for row in range(1, rows if ids else 0):
         cache.copy_row(0, row, len(ids))
 
 
 def _batches(group: list[_Row], prefix: int, max_batch: int):
     """Rows of like length together, so that little is padding."""
-    group = sorted(group, key=lambda row: len(row.ids))
     batch: list[_Row] = []
-    for row in group:
-        if batch and (len(batch) == max_batch or (len(row.ids) - prefix) * (len(batch) + 1) > PASS_TOKENS):
+    for row in sorted(group, key=lambda row: len(row.ids)):
+        size = len(row.ids) - prefix
+        full = len(batch) == max_batch or size * (len(batch) + 1) > PASS_TOKENS
+        padded = size * len(batch) >= FULL_PASS and size > 1.1 * (len(batch[0].ids) - prefix)
+        if batch and (full or padded):
             yield batch
             batch = []
         batch.append(row)

@@ -209,7 +209,7 @@ class LMConfig(PretrainedConfig):
 _V1 = {"n_heads": 16, "n_kv_heads": 8, "rope_theta": 1e4}
 _V3 = {"dim": 768, "n_layers": 8, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 2432, "norm_eps": 1e-6, "qk_norm": True}
 PRESETS = {
-    "tiny": {"dim": 192, "n_layers": 6, "n_heads": 6, "n_kv_heads": 2, "max_seq_len": 2048},
+    "tiny": {"dim": 160, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 2048},
     "minimind-v1-small": {"dim": 512, "n_layers": 8, **_V1},
     "minimind-v1-moe": {"dim": 512, "n_layers": 8, "use_moe": True, **_V1},
     "minimind-v1": {"dim": 768, "n_layers": 16, **_V1},

@@ -3,6 +3,7 @@
 Ours: Llama's names; the experts of a layer stacked into two tensors; shared experts as one block.
 """
 
+import math
 import re
 
 import torch
@@ -17,12 +18,11 @@ _V1_NAMES = [
     ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"), ("feed_forward.", "mlp."),
     (".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj."),
 ]  # fmt: skip
-_FOREIGN_FIELDS = {"hidden_act", "flash_attn", "inference_rope_scaling", "attention_bias", "attention_dropout",
-                   "mlp_bias", "pretraining_tp", "max_window_layers", "sliding_window", "use_sliding_window",
-                   "layer_types", "decoder_sparse_step", "mlp_only_layers", "output_router_logits", "auto_map",
-                   "architectures", "model_type", "num_local_experts", "shared_intermediate_size", "base_model_prefix",
-                   "embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier",
-                   "rope_scaling", "router_jitter_noise", "position_embedding_type"}  # fmt: skip
+_ONLY = {  # settings of transformers' classes that change what is computed, and the one value known here
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+    "partial_rotary_factor": 1, "decoder_sparse_step": 1, "mlp_only_layers": [], "embedding_multiplier": 1,
+    "logits_scaling": 1, "residual_multiplier": 1,
+}  # fmt: skip
 
 
 def state_dict_of(content, path) -> dict[str, Tensor]:
@@ -42,8 +42,8 @@ def state_dict_of(content, path) -> dict[str, Tensor]:
 def from_minimind(state: dict[str, Tensor], preset: str | None = None) -> tuple[LMConfig, dict[str, Tensor]]:
     """A bare MiniMind state dict of any version -> (config, our state dict).
 
-    The number of heads cannot be read off the shapes, so the config is the one preset that fits them; where none or
-    several do, `preset` must say it.
+    The number of heads cannot be read off the tensors, so they must have the shape of a preset, or `preset` names the
+    one with the same heads and rotation; width, layers and experts are then the tensors' own.
     """
     interleaved = "tok_embeddings.weight" in state
     if interleaved:
@@ -51,22 +51,31 @@ def from_minimind(state: dict[str, Tensor], preset: str | None = None) -> tuple[
     if "model.embed_tokens.weight" not in state:
         raise ValueError(f"these are no MiniMind weights: no embedding among {', '.join(list(state)[:3])}, ...")
     state = stack_experts(state)
-    seen = _seen_shape(state)
-    if preset is not None:
-        fitting = [preset]
-    else:
-        fitting = [name for name in PRESETS if _fits(LMConfig.from_preset(name), seen)]
-    if len(fitting) != 1:
-        which = "no preset fits" if not fitting else f"the presets {', '.join(fitting)} fit"
-        raise ValueError(f"{which} weights of {seen}; name the shape with --preset")
-    config = LMConfig.from_preset(fitting[0], vocab_size=seen["vocab_size"])
-    if not _fits(config, seen):
-        raise ValueError(f"weights of {seen} are not of the shape {fitting[0]}")
+    try:
+        shape, kv_width = _seen_shape(state)
+    except KeyError as missing:
+        raise ValueError(f"these are no whole MiniMind weights: {missing.args[0]} is missing") from None
+    config = _config_of(shape, kv_width, preset)
     if interleaved:
         for name in state:
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 state[name] = interleaved_to_halves(state[name], config.head_dim)
     return config, state
+
+
+def _config_of(shape: dict, kv_width: int, preset: str | None) -> LMConfig:
+    """The preset of this shape, or this shape with the heads of the preset that is named."""
+    if preset is not None:
+        config = LMConfig.from_preset(preset, **shape)
+        if config.n_kv_heads * config.head_dim != kv_width:
+            raise ValueError(f"weights of {shape} with keys of width {kv_width} have not the heads of {preset}")
+        return config
+    for name in PRESETS:
+        config = LMConfig.from_preset(name, vocab_size=shape["vocab_size"])
+        same = all(getattr(config, field) == value for field, value in shape.items())
+        if same and config.n_kv_heads * config.head_dim == kv_width:
+            return config
+    raise ValueError(f"no preset has the shape {shape}; name one with the same number of heads by --preset")
 
 
 def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, dict[str, Tensor]]:
@@ -77,9 +86,10 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
     kind = raw.get("model_type")
     if kind not in ("minimind", "llama", "qwen3", "qwen3_moe", "granitemoeshared"):
         raise ValueError(f"a transformers model of type {kind!r} has no counterpart here")
-    if raw.get("attention_bias") or raw.get("mlp_bias"):
-        raise ValueError("a model with bias terms has no counterpart here")
-    fields = {key: value for key, value in raw.items() if key not in _FOREIGN_FIELDS and value is not None}
+    for key, value in _ONLY.items():
+        if raw.get(key) is not None and raw[key] != value:
+            raise ValueError(f"a model with {key} {raw[key]!r} has no counterpart here, only with {value!r}")
+    fields = {key: value for key, value in raw.items() if value is not None}
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     if rope:
         rope.setdefault("rope_type", rope.pop("type", "default"))
@@ -96,7 +106,9 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
         fields["norm_topk_prob"] = bool(raw.get("norm_topk_prob", False))
         fields["n_shared_experts"] = 0
     if kind == "granitemoeshared":
-        fields["n_routed_experts"] = raw["num_local_experts"]
+        width = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+        if not math.isclose(raw.get("attention_multiplier", 1), width**-0.5, rel_tol=1e-6):
+            raise ValueError(f"attention_multiplier must be {width}**-0.5, as everywhere but in Granite")
         fields["moe_hidden_dim"] = raw["intermediate_size"]
         fields["n_shared_experts"] = raw.get("shared_intermediate_size", 0) // raw["intermediate_size"]
         state = _from_granite(state)
@@ -120,16 +132,24 @@ def stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             out[name] = tensor
     for prefix, parts in experts.items():
-        n = 1 + max(index for index, _ in parts)
+        n = _whole(parts, f"{prefix}experts")
         gate_up = [torch.cat([parts[e, "gate"], parts[e, "up"]]) for e in range(n)]
         out[f"{prefix}experts.gate_up_proj"] = torch.stack(gate_up)  # (E, 2I, D)
         out[f"{prefix}experts.down_proj"] = torch.stack([parts[e, "down"] for e in range(n)])  # (E, D, I)
     for prefix, parts in shared.items():
-        n = 1 + max(index for index, _ in parts)
+        n = _whole(parts, f"{prefix}shared_experts")
         for which, axis in (("gate", 0), ("up", 0), ("down", 1)):
             joined = torch.cat([parts[e, which] for e in range(n)], dim=axis)
             out[f"{prefix}shared_experts.{which}_proj.weight"] = joined
     return out
+
+
+def _whole(parts: dict, name: str) -> int:
+    """The number of experts, each of which must have its three matrices."""
+    n = 1 + max(index for index, _ in parts)
+    if len(parts) != 3 * n:
+        raise ValueError(f"{name}: {len(parts)} matrices are no {n} experts of three")
+    return n
 
 
 def interleaved_to_halves(weight: Tensor, head_dim: int) -> Tensor:
@@ -159,7 +179,7 @@ def _from_granite(state):
         elif name.endswith("block_sparse_moe.output_linear.weight"):
             out[name.replace("block_sparse_moe.output_linear.weight", "mlp.experts.down_proj")] = tensor
         elif name.endswith("shared_mlp.input_linear.weight"):
-            gate, up = tensor.chunk(2)
+            gate, up = (half.clone() for half in tensor.chunk(2))  # two tensors, not two views of one
             prefix = name.replace("shared_mlp.input_linear.weight", "mlp.shared_experts.")
             out[f"{prefix}gate_proj.weight"], out[f"{prefix}up_proj.weight"] = gate, up
         elif name.endswith("shared_mlp.output_linear.weight"):
@@ -169,30 +189,19 @@ def _from_granite(state):
     return out
 
 
-def _seen_shape(state) -> dict:
-    """What the tensors' shapes tell of the config."""
-    layers = 1 + max(int(match[1]) for name in state if (match := re.match(r"model\.layers\.(\d+)\.", name)))
+def _seen_shape(state) -> tuple[dict, int]:
+    """The fields of LMConfig that the tensors' shapes tell, and the width of all keys together."""
+    numbers = [int(match[1]) for name in state if (match := re.match(r"model\.layers\.(\d+)\.", name))]
     vocab_size, dim = state["model.embed_tokens.weight"].shape
     first = "model.layers.0."
-    seen = {"dim": dim, "n_layers": layers, "vocab_size": vocab_size,
-            "kv_width": state[f"{first}self_attn.k_proj.weight"].shape[0],
-            "use_moe": f"{first}mlp.experts.down_proj" in state,
-            "qk_norm": f"{first}self_attn.q_norm.weight" in state}  # fmt: skip
-    if seen["use_moe"]:
+    shape = {"dim": dim, "n_layers": 1 + max(numbers, default=0), "vocab_size": vocab_size,
+             "qk_norm": f"{first}self_attn.q_norm.weight" in state,
+             "use_moe": f"{first}mlp.experts.down_proj" in state}  # fmt: skip
+    if shape["use_moe"]:
         n_experts, _, hidden = state[f"{first}mlp.experts.down_proj"].shape
         shared = state.get(f"{first}mlp.shared_experts.down_proj.weight")
-        seen |= {"n_experts": n_experts, "hidden": hidden, "shared": 0 if shared is None else shared.shape[1] // hidden}
+        shape |= {"n_routed_experts": n_experts, "moe_hidden_dim": hidden,
+                  "n_shared_experts": 0 if shared is None else shared.shape[1] // hidden}  # fmt: skip
     else:
-        seen |= {"hidden": state[f"{first}mlp.gate_proj.weight"].shape[0]}
-    return seen
-
-
-def _fits(config: LMConfig, seen: dict) -> bool:
-    mine = {"dim": config.dim, "n_layers": config.n_layers, "kv_width": config.n_kv_heads * config.head_dim,
-            "use_moe": config.use_moe, "qk_norm": config.qk_norm}  # fmt: skip
-    if config.use_moe:
-        mine |= {"n_experts": config.n_routed_experts, "hidden": config.moe_hidden_dim,
-                 "shared": config.n_shared_experts}  # fmt: skip
-    else:
-        mine |= {"hidden": config.hidden_dim}
-    return all(seen[key] == value for key, value in mine.items())
+        shape["hidden_dim"] = state[f"{first}mlp.gate_proj.weight"].shape[0]
+    return shape, state[f"{first}self_attn.k_proj.weight"].shape[0]

@@ -13,7 +13,6 @@ by name, one of which is active. Experts are stacks of matrices, and so are thei
 """
 
 import fnmatch
-import hashlib
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from model.model import MiniMindForCausalLM
 from model.moe import Experts
-from model.weights import LORA_FORMAT, describe, load_model, read_file, save_atomically
+from model.weights import FREE_FIELDS, LORA_FORMAT, describe, fingerprint, load_model, read_file, save_atomically
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -224,15 +223,6 @@ def unmerge_lora(model):
 
 
 # ---------------------------------------------------------------------------------------------------- save and load
-def fingerprint(model) -> str:
-    """16 hex digits of a model's shape and weights, adapters left out."""
-    digest = hashlib.blake2b(repr(sorted(model.config.fields().items())).encode(), digest_size=8)
-    for name, tensor in sorted(model.state_dict().items()):
-        if ".adapters." not in name:
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def adapter_tensors(model, name: str) -> dict[str, Tensor]:
     """{"model.layers.0.self_attn.q_proj.weight.A": ...} of one adapter: the parameter it belongs to, then A or B."""
     return {
@@ -281,9 +271,8 @@ def load_lora(model, path, name: str | None = None):
 def attach(model, content: dict, name: str, path):
     """Adds the adapter that an adapter file holds to the model it fits."""
     theirs, ours = content["config"], model.config.fields()
-    free = ("dropout", "aux_loss_alpha", "max_seq_len", "use_cache")  # fields that no weight depends on
     wrong = [f"{key} {theirs.get(key)} (here: {ours.get(key)})" for key in sorted(theirs.keys() | ours.keys())
-             if theirs.get(key) != ours.get(key) and key not in free]  # fmt: skip
+             if theirs.get(key) != ours.get(key) and key not in FREE_FIELDS]  # fmt: skip
     if wrong:
         raise ValueError(f"{path} is an adapter for another shape: {', '.join(wrong)}")
     if content["base"] != (getattr(model, "lora_base", None) or fingerprint(model)):

@@ -316,7 +316,10 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         loss, aux_loss = None, hidden["aux_loss"]
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = loss if aux_loss is None else loss + aux_loss
+            if aux_loss is not None:
+                items = kwargs.get("num_items_in_batch")  # of all micro-batches: this one adds its share of the mean
+                share = 1 if items is None else (labels[:, 1:] != -100).sum() / items
+                loss = loss + share * aux_loss
         return MoeCausalLMOutputWithPast(
             loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=hidden.past_key_values
         )

@@ -76,7 +76,8 @@ class MoEFeedForward(nn.Module):
         scores = self.gate(flat).softmax(dim=-1, dtype=torch.float32)  # (N, E)
         weight, chosen = route(scores, self.config.num_experts_per_tok, self.config.norm_topk_prob)  # (N, K) each
 
-        counts = torch.bincount(chosen.flatten(), minlength=self.config.n_routed_experts)
+        expert = torch.arange(self.config.n_routed_experts, device=x.device)
+        counts = (chosen.flatten() == expert.unsqueeze(-1)).sum(dim=-1)  # (E,)
         order = chosen.flatten().argsort(stable=True)  # the N*K (token, expert) pairs, expert by expert
         token = order // chosen.shape[1]
         out = self.experts(flat, token, weight.flatten()[order], counts)  # (N, D)
@@ -142,7 +143,7 @@ def experts_kind(x: Tensor, weight: Tensor) -> str:
 def experts_together(x, token, weight, counts, gate_up, down) -> Tensor:
     """Arguments of `Experts.forward` and its matrices -> (N, D): two kernels, each for all experts at once."""
     gate, up = grouped_linear(x[token], gate_up, counts).chunk(2, dim=-1)  # (M, I) each
-    # Weighting the I inner values gives the same sum as weighting the D outputs, and I is the smaller of the two.
+    # Weighting the inner values is weighting the outputs, and spares keeping the outputs for the weights' gradient.
     routed = grouped_linear(F.silu(gate) * up * weight.unsqueeze(-1), down, counts)  # (M, D)
     return torch.zeros_like(x).index_add(0, token, routed)
 
@@ -191,15 +192,17 @@ class ExpertLoop(torch.autograd.Function):
         for e, (t, w, h, d_w) in enumerate(groups):
             w, d_y = w.unsqueeze(-1), d_out.index_select(0, t)  # (n, 1), (n, D)
             gate, up = h.chunk(2, dim=-1)
-            sigma = gate.sigmoid()
-            silu = gate * sigma
+            silu = F.silu(gate)
             inner = silu * up
             d_inner = d_y @ down[e]  # (n, I), of the weighted inner values
             torch.sum(d_inner * inner, dim=-1, out=d_w)
+            d_inner.mul_(w)
             if learns:
                 torch.mm(d_y.t(), inner.mul_(w), out=d_down[e])
-            d_inner.mul_(w)
-            d_h = torch.cat((d_inner * up * (sigma + silu * (1 - sigma)), d_inner * silu), dim=-1)  # (n, 2I)
+            d_h = torch.empty_like(h)  # (n, 2I)
+            d_gate, d_up = d_h.chunk(2, dim=-1)
+            torch.mul(d_inner, silu, out=d_up)
+            torch.ops.aten.silu_backward(d_inner.mul_(up), gate, grad_input=d_gate)  # times silu'(gate), in one pass
             if learns:
                 torch.mm(d_h.t(), x.index_select(0, t), out=d_gate_up[e])
             d_x.index_add_(0, t, d_h @ gate_up[e])

@@ -5,8 +5,10 @@ plain containers and tensors so that it loads with `weights_only=True` and runs 
 all. Also read: transformers folders and MiniMind's releases (see model/convert.py).
 """
 
+import hashlib
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,15 +21,16 @@ from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_to_di
 
 FORMAT = "minimind-weights-1"
 LORA_FORMAT = "minimind-lora-1"  # of an adapter's file, see model/lora.py
+FREE_FIELDS = ("dropout", "aux_loss_alpha", "seq_aux", "max_seq_len", "use_cache")  # a trained model may change them
 STATE_SUFFIX = "_resume"  # <name>_resume.pth beside the weights holds what a resumed run needs
 
 
 def load_model(path, preset=None):
     """-> (model in eval mode, fp32, on the CPU; tokenizer or None; training record, {} where there is none).
 
-    path: one of our files, a transformers folder, or a MiniMind state dict (`preset` names the shape where several
-    shapes fit its tensors). The tokenizer is the one in the file or beside it. An adapter's file brings the weights
-    it was trained on, with the adapter merged into them.
+    path: one of our files, a transformers folder, or a MiniMind state dict (where it has no preset's shape, `preset`
+    names one with the same heads). The tokenizer is the one in the file or beside it. An adapter's file brings the
+    weights it was trained on, with the adapter merged into them.
     Raises ValueError, in a sentence, for anything that cannot be read or does not fit.
     """
     path = Path(path)
@@ -41,12 +44,14 @@ def load_model(path, preset=None):
 
         return load_merged(path, content)
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        config, state = LMConfig(**content["config"]), content["model"]
+        with _told_of(path):
+            config, state = LMConfig(**content["config"]), content["model"]
         tokenizer = tokenizer_from_dict(content["tokenizer"]) if content["tokenizer"] else None
         record = content["record"]
     else:
         state = convert.state_dict_of(content, path)
-        config, state = convert.from_minimind(state, preset)
+        with _told_of(path):
+            config, state = convert.from_minimind(state, preset)
         tokenizer, record = _tokenizer_beside(path.parent), {}
     return build_model(config, state, path), tokenizer, record
 
@@ -76,6 +81,16 @@ def describe(config: LMConfig) -> str:
     """A shape in words: "dim 512, 8 layers, 8/2 heads"."""
     text = f"dim {config.dim}, {config.n_layers} layers, {config.n_heads}/{config.n_kv_heads} heads"
     return text + (f", {config.n_routed_experts} experts" if config.use_moe else "")
+
+
+def fingerprint(model) -> str:
+    """16 hex digits of a model's weights and what is computed with them, adapters left out."""
+    fields = {key: value for key, value in model.config.fields().items() if key not in FREE_FIELDS}
+    digest = hashlib.blake2b(repr(sorted(fields.items())).encode(), digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        if ".adapters." not in name:
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_weights(path, model, tokenizer, record: dict) -> None:
@@ -141,6 +156,15 @@ def read_file(path: Path, mmap=False):
         raise ValueError(f"{path} cannot be read as weights: {reason}") from None
 
 
+@contextmanager
+def _told_of(path):
+    """Puts the path before what is wrong with its content."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _tokenizer_beside(folder: Path):
     return load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
 
@@ -159,7 +183,8 @@ def _load_folder(folder: Path):
     state = {}
     for file in files:
         state |= convert.state_dict_of(read_file(file), file)
-    config, state = convert.from_transformers(raw_config, state)
+    with _told_of(folder):
+        config, state = convert.from_transformers(raw_config, state)
     record_file = folder / "training_record.json"
     record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
     return build_model(config, state, folder), _tokenizer_beside(folder), record

@@ -5,10 +5,10 @@ nature, so here a bad row, or a whole bad file, becomes a Dropped with its reaso
 is bounded by the longest row, and rows have a limit (MAX_ROW_BYTES).
 """
 
+import codecs
 import csv
-import gzip
+import io
 import json
-import os
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ MAX_CSV_RECORD = 4 * 2**20  # a longer record is a quote that does not close
 TXT_DOCUMENT_BYTES = 300_000  # about 100,000 Chinese characters; a longer .txt is cut at the next blank line
 SNIFFED_BYTES = 65_536
 ENCODINGS = ("utf-8", "gb18030")
+BETWEEN = " \t\r\n,\ufeff"  # what may stand between the elements of an array
 
 
 class Dropped(Exception):
@@ -42,24 +43,22 @@ class RawRow(NamedTuple):
     converted: bool = False
 
 
-def find_files(paths) -> tuple[list[Path], list[Path]]:
-    """(data files, files of other kinds): files as they are given, folders walked in the order of their names."""
-    files, others = [], []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"no such file or folder: {path}")
-        if path.is_file() and kind_of(path) is None:
-            raise UserError(f"{path}: unknown kind of file; data files end in {', '.join(KINDS)}, or these with .gz")
-        inside = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        for file in inside:
-            (others if kind_of(file) is None else files).append(file)
+def find_files(path) -> tuple[list[Path], list[Path]]:
+    """(data files, files of other kinds): the file itself, or a folder walked in the order of its names."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no such file or folder: {path}")
+    if path.is_file() and kind_of(path) is None:
+        raise UserError(f"{path}: unknown kind of file; data files end in {', '.join(KINDS)} (.gz, .zst)")
+    inside = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [file for file in inside if kind_of(file)]
     if not files:
-        raise UserError(f"no data files in {', '.join(map(str, paths))}; they end in {', '.join(KINDS)}")
-    return files, others
+        raise UserError(f"no data files in {path}; they end in {', '.join(KINDS)}")
+    return files, [file for file in inside if not kind_of(file)]
 
 
 def kind_of(path: Path) -> str | None:
-    """".jsonl" of "a.jsonl.gz"; None if the file is of no kind we read."""
+    """The ending that counts, ".jsonl" of "a.jsonl.gz"; None if the file is of no kind we read."""
     suffix = Path(path.stem).suffix if path.suffix in ARCHIVES else path.suffix
     return suffix if suffix in KINDS else None
 
@@ -105,7 +104,7 @@ def columns_of(path: Path, encoding: str = "utf-8") -> list[str] | None:
         except (ArrowInvalid, OSError):
             return None  # reading says why
     if kind_of(path) == ".csv":
-        first = next(iter(raw_rows(path, encoding)), None)
+        first = next(iter(raw_rows(path, encoding)), None)  # a file without rows has nothing to judge
         return list(first.raw) if first and isinstance(first.raw, dict) else None
     return None
 
@@ -202,11 +201,110 @@ def _json_rows(path, encoding) -> Iterator[RawRow]:
 
 def _array_rows(path, encoding) -> Iterator[RawRow]:
     """Elements of an array one after another, without holding the array; `line` is the element's number."""
-    decoder, buffer, number, block = json.JSONDecoder(), "", 0, 2**20
+    decoder, number, position = json.JSONDecoder(), 0, 0
     with open_bytes(path) as file:
-        data = file.read(block)
-        pieces = _text_blocks(file, data, encoding, block)
-        buffer = next(pieces).lstrip("\ufeff \t\r\n").removeprefix("[")
-        for piece in [*[""], *()] if False else pieces:
-            buffer += piece
-    yield from ()
+        codec = _codec_of(file.read(SNIFFED_BYTES), encoding)
+    with io.TextIOWrapper(open_bytes(path), encoding=codec) as file:
+        buffer = file.read(2**20).lstrip(BETWEEN)[1:]
+        while True:
+            while position < len(buffer) and buffer[position] in BETWEEN:
+                position += 1
+            if buffer[position : position + 1] == "]":
+                return
+            try:
+                record, end = decoder.raw_decode(buffer, position)
+            except json.JSONDecodeError as error:
+                buffer, position = buffer[position:], 0
+                more = file.read(max(2**20, len(buffer)))  # doubles, so that a long element is parsed a few times only
+                if not more or len(buffer) > MAX_ROW_BYTES:
+                    raise Dropped("not JSON", f"element {number + 1} of the array: {error.msg}") from None
+                buffer += more
+                continue
+            number, position = number + 1, end
+            yield RawRow(number, record if isinstance(record, dict) else _no_object(record), codec != "utf-8-sig")
+
+
+def _codec_of(head: bytes, encoding: str) -> str:
+    """One encoding for a whole array: it has no lines to decide by."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+        return "utf-8-sig"
+    except UnicodeDecodeError:
+        if encoding == "gb18030":
+            return "gb18030"
+        raise Dropped("not UTF-8", "an array in another encoding; --encoding gb18030 converts GB18030") from None
+
+
+def _no_object(record) -> Dropped:
+    return Dropped("wrong shape", f"a row must be a JSON object, not {type(record).__name__}")
+
+
+def _csv_rows(path, encoding) -> Iterator[RawRow]:
+    """Records of a CSV file. Behind a broken one reading goes on at the next line, so one quote costs one row."""
+    with open_bytes(path) as file:
+        lines = _CsvLines(_lines(file), encoding)
+        header = None
+        while True:
+            lines.begin_record()
+            try:
+                values = next(csv.reader(lines, strict=True), None)
+            except Dropped as dropped:
+                yield RawRow(lines.first, dropped)
+                continue
+            except csv.Error as error:
+                yield RawRow(lines.first, Dropped("broken CSV", f"{error}; reading goes on at the next line"))
+                lines.back_to_second()
+                continue
+            if values is None:
+                return
+            if not values:  # a blank line
+                continue
+            if header is None:
+                header = values
+            elif len(values) != len(header):
+                yield RawRow(lines.first, Dropped("broken CSV", f"{len(values)} fields for {len(header)} columns"))
+            else:
+                yield RawRow(lines.first, dict(zip(header, values, strict=True)), lines.converted)
+
+
+class _CsvLines:
+    """The lines of a file as csv.reader wants them; remembers a record's lines, to go back when it proves broken."""
+
+    def __init__(self, lines, encoding: str):
+        csv.field_size_limit(MAX_CSV_RECORD)
+        self.lines, self.encoding = lines, encoding
+        self.waiting, self.taken = deque(), []
+        self.first, self.converted = 0, False
+
+    def begin_record(self):
+        self.taken, self.size, self.converted = [], 0, False
+
+    def back_to_second(self):
+        self.waiting.extendleft(reversed(self.taken[1:]))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> str:
+        number, line = self.waiting.popleft() if self.waiting else next(self.lines)
+        if not self.taken:
+            self.first = number
+        if line is None:
+            raise _too_long()
+        self.taken.append((number, line))
+        self.size += len(line)
+        if self.size > MAX_CSV_RECORD:
+            raise csv.Error(f"a quote that does not close within {MAX_CSV_RECORD // 2**20} MB")
+        text, converted = decode(line, self.encoding)
+        self.converted |= converted
+        return text
+
+
+def _parquet_rows(path) -> Iterator[RawRow]:
+    from pyarrow import parquet
+
+    number = 0
+    for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
+        for record in batch.to_pylist():
+            number += 1
+            yield RawRow(number, record)

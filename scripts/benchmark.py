@@ -84,7 +84,7 @@ def main():
     command = commands.add_parser("moe", help=moe.__doc__)
     command.add_argument("--tokens", type=int, default=4096, help="tokens of one step")
     command.add_argument("--n_layers", type=int, default=8)
-    command.add_argument("--pairs", type=int, default=5, help="paired measurements")
+    command.add_argument("--pairs", type=int, default=7, help="paired measurements")
     command.set_defaults(run=moe)
     args = parser.parse_args()
     torch.set_num_threads(1)

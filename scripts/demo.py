@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = "dataset/sample"
 SHAPE = "--preset tiny"
 # Steps are fixed, so that every machine does the same work; the rates were chosen on held-out questions.
-PRETRAIN = "--seq_len 256 --batch_size 16 --accumulation_steps 1 --epochs 4 --learning_rate 4e-3"
-SFT = "--seq_len 256 --batch_size 16 --accumulation_steps 1 --epochs 3 --learning_rate 4e-3 --optimizer muon"
+PRETRAIN = "--seq_len 256 --batch_size 8 --accumulation_steps 1 --epochs 6 --learning_rate 4e-3"
+SFT = "--seq_len 256 --batch_size 8 --accumulation_steps 1 --epochs 6 --learning_rate 4e-3 --optimizer muon"
 WATCH = "--log_interval 25 --eval_interval 100 --save_interval 50 --val_split 0.01"
 DIALOGUES = 8  # questions of the held-out file whose answers are shown
 
@@ -39,12 +39,12 @@ def commands(out: str, again: str) -> dict[str, str]:
                      f"--out_dir {out}/tokenizer{fresh}",
         "pretrain": f"1-pretrain.py --data_path {pretrain} --tokenizer {out}/tokenizer {SHAPE} {PRETRAIN} {WATCH} "
                     f"--out_dir {out} {again}",
-        "full_sft": f"3-full_sft.py --data_path {sft} --from_weight {out}/pretrain_192.pth {SFT} {WATCH} "
+        "full_sft": f"3-full_sft.py --data_path {sft} --from_weight {out}/pretrain_160.pth {SFT} {WATCH} "
                     f"--out_dir {out} {again}",
-        "questions": f"2-eval.py --questions {SAMPLE}/heldout.jsonl --weight {out}/full_sft_192.pth "
+        "questions": f"2-eval.py --questions {SAMPLE}/heldout.jsonl --weight {out}/full_sft_160.pth "
                      f"--answers_file {out}/answers.jsonl",
-        "exam": f"eval_ceval.py --data_dir {exam} --weight {out}/full_sft_192.pth --out_dir {out}/exam",
-        "dialogues": f"2-eval.py --prompts {out}/dialogues.txt --weight {out}/full_sft_192.pth "
+        "exam": f"eval_ceval.py --data_dir {exam} --weight {out}/full_sft_160.pth --out_dir {out}/exam",
+        "dialogues": f"2-eval.py --prompts {out}/dialogues.txt --weight {out}/full_sft_160.pth "
                      f"--answers_file {out}/dialogues.jsonl",
     }  # fmt: skip
 
@@ -90,7 +90,7 @@ def main(argv=None) -> dict:
 
     by_kind = results["questions"]["by_kind"]
     print(f"""
-Curves: {out}/pretrain_192.png, {out}/full_sft_192.png    all answers: {out}/answers.jsonl
+Curves: {out}/pretrain_160.png, {out}/full_sft_160.png    all answers: {out}/answers.jsonl
 Next:
   python 2-eval.py                                            chat with it
   python 1-pretrain.py --data_path my_text.jsonl              pretrain on your own text ({{"text": ...}} a line)

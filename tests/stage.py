@@ -5,7 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import torch
+
+from model.LMConfig import LMConfig
+from model.model import MiniMindForCausalLM
+from model.tokenizer import load_tokenizer
+from model.weights import save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
@@ -55,3 +63,92 @@ def run(script: str, *args, **kwargs) -> subprocess.CompletedProcess:
 
 def last_json(stdout: str) -> dict:
     return json.loads(stdout.strip().splitlines()[-1])
+
+
+# --------------------------------------------------------------------- the stages that start from a chat model
+LATER_STAGES = {
+    "lora": "4-lora_sft.py", "dpo": "5-dpo_train.py",
+    "full_dist": "train_distill.py", "reason": "train_distill_reason.py",
+}  # fmt: skip
+SHORT = "--seq_len 64 --batch_size 2 --accumulation_steps 2 --log_interval 1 --device cpu".split()  # noqa: SIM905
+SMALL = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64}
+
+
+def chat_weights(folder, seed=0, name="full_sft_32.pth", **fields) -> Path:
+    """Random weights of a small chat model, sharpened so that its choices differ."""
+    torch.manual_seed(seed)
+    model = MiniMindForCausalLM(LMConfig(**(SMALL | {"aux_loss_alpha": 0.01} | fields)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / name, model, load_tokenizer(), {"stage": "full_sft"})
+    return folder / name
+
+
+def write_pairs(path, n=40):
+    rows = []
+    for i in range(n):
+        prompt = [{"role": "user", "content": f"{i}加{i % 7}？" + "请回答。" * (i % 4)}]
+        answers = (f"等于{i + i % 7}。", f"不是{i + i % 7}。")
+        chosen, rejected = ([*prompt, {"role": "assistant", "content": a}] for a in answers)
+        rows.append({"chosen": chosen, "rejected": rejected})
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def write_traces(path, n=40):
+    rows = []
+    for i in range(n):
+        answer = f"<think>\n{i}再加{i}，数一数。\n</think>\n<answer>\n{2 * i}\n</answer>"
+        rows.append([{"role": "user", "content": f"{i}+{i}=？"}, {"role": "assistant", "content": answer}])
+    path.write_text("".join(json.dumps({"conversations": r}, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+    return path
+
+
+def later_flags(stage: str, folder, steps=12) -> list[str]:
+    """Flags of a short run of a later stage with dropout, its data and starting weights written to `folder`."""
+    base = folder / "full_sft_32.pth"
+    base = base if base.exists() else chat_weights(folder)
+    write = {"dpo": write_pairs, "reason": write_traces}.get(stage, write_chats)
+    flags = [*SHORT, "--data_path", write(folder / f"{stage}.jsonl"), "--max_steps", steps, "--save_interval", 2,
+             "--eval_interval", 5, "--val_split", 0.2, "--dropout", 0.1]  # fmt: skip
+    flags += ["--teacher", base] if stage == "full_dist" else ["--from_weight", base]
+    flags += ["--save_weight", "x", "--lora_dropout", 0.1] if stage == "lora" else []
+    return list(map(str, flags))
+
+
+def later_weights(stage: str) -> str:
+    """Where in --out_dir a run of later_flags leaves its weights."""
+    return "lora/x_32.pth" if stage == "lora" else f"{stage}_32.pth"
+
+
+def same_after_a_kill(stage: str, folder, moment) -> subprocess.CompletedProcess:
+    """A later stage run to its end, and once more, killed after moment(process, state file) and resumed: all equal."""
+    whole, broken = folder / "whole", folder / "broken"
+    flags, script, weights = later_flags(stage, folder), LATER_STAGES[stage], later_weights(stage)
+    first = run(script, *flags, "--out_dir", whole)
+    assert first.returncode == 0, first.stderr
+    process = subprocess.Popen(command(script, *flags, "--out_dir", broken), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    moment(process, broken / weights.replace("_32", "_32_resume"))
+    process.kill()
+    process.wait()
+    again = run(script, *flags, "--out_dir", broken, "--resume")
+    assert again.returncode == 0, again.stderr
+    one, two = (torch.load(d / weights, weights_only=True) for d in (whole, broken))
+    assert one["model"].keys() == two["model"].keys()
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+    logs = [(d / weights).with_suffix(".jsonl").read_text() for d in (whole, broken)]
+    assert logs[0] == logs[1]
+    drop = ("seconds", "tokens_per_second", "peak_memory_bytes", "weights")
+    results = [{k: v for k, v in w["record"]["result"].items() if k not in drop} for w in (one, two)]
+    assert results[0] == results[1]
+    return again
+
+
+def after_a_save(process, state: Path) -> None:
+    while process.poll() is None and not state.exists():
+        time.sleep(0.01)
+    time.sleep(0.05)

@@ -5,7 +5,7 @@ import torch
 
 from inference.cache import StaticCache
 from inference.engine import Engine, SamplingParams
-from inference.prepare import MIN_ROWS, can_pack, prepared
+from inference.prepare import MIN_ROWS, Int8Product, has_int8, has_packed, prepared
 from inference.text import TextStream
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
@@ -74,15 +74,34 @@ def test_prepared_copy_computes_the_same(shape):
     assert isinstance(model.lm_head, torch.nn.Linear)  # the original is as it was
 
 
-@pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1)), reason="this torch has no packed matrix product")
+@pytest.mark.skipif(not has_packed(), reason="this torch has no packed matrix product")
+@pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_do_not_influence_each_other(shape):
-    twin = prepared(small_model(shape))
+def test_rows_do_not_influence_each_other(shape, quantize):
+    if quantize and not has_int8():
+        pytest.skip("this torch has no FBGEMM")
+    twin = prepared(small_model(shape), quantize)
     ids = torch.randint(0, 6400, (16, 1))
     with torch.no_grad():
         together = twin(ids, use_cache=False).logits
         for n in (1, 2, 3, MIN_ROWS, 7):
             assert torch.equal(twin(ids[:n], use_cache=False).logits, together[:n])
+
+
+@pytest.mark.skipif(not has_int8(), reason="this torch has no FBGEMM")
+def test_int8_products_equal_their_definition():
+    """Weights and inputs rounded to 8 bits by hand, then multiplied exactly."""
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(24, 64, generator=generator), torch.randn(5, 64, generator=generator)
+    w_scale, x_scale = w.abs().amax(1, keepdim=True) / 127, x.abs().amax(1, keepdim=True) * 2 / 255
+    w8, x8 = (w / w_scale).round() * w_scale, (x / x_scale).round() * x_scale
+    got, exact = Int8Product(w)(x), x @ w.T
+    assert (got - x8 @ w8.T).abs().max() < 0.02 * exact.abs().max()  # zero points and ties may round the other way
+    assert 0.001 < (got - exact).norm() / exact.norm() < 0.02
+    with pytest.raises(ValueError, match="float32"):
+        prepared(small_model().bfloat16(), "int8")
+    with pytest.raises(ValueError, match="int4"):
+        prepared(small_model(), "int4")
 
 
 # ------------------------------------------------------------------------------------------------------- the cache

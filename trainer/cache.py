@@ -34,6 +34,7 @@ from model.tokenizer import (
 )
 from trainer.cli import UserError
 from trainer.read import BadRow, check_file, parse, raw_rows
+from trainer.think import keep_thinking
 
 VERSION = 1  # of this layout; with another number old caches are not found
 BATCH_BYTES = 2**19  # raw bytes handed to a worker at a time: large enough to hide the hand-over
@@ -71,8 +72,9 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 def tokenised(path, kind: str, tokenizer, folder, skip_bad_lines=False, workers=None) -> Cache:
     """The cache of one data file under `folder`, built if it is not there.
 
-    kind "text" | "chat" | "pair". Raises UserError with file and line for the first bad rows, unless skip_bad_lines:
-    then they are counted in `meta["bad_lines"]` and reported. Uses all cores unless `workers` says how many.
+    kind "text" | "chat" | "pair", or "chat:0.8" for chats that keep their thinking in a share of 0.8, see
+    trainer/think.py. Raises UserError with file and line for the first bad rows, unless skip_bad_lines: then they are
+    counted in `meta["bad_lines"]` and reported. Uses all cores unless `workers` says how many.
     """
     path = check_file(path)
     key = cache_key(path, kind, tokenizer, skip_bad_lines)
@@ -193,9 +195,11 @@ def _encode_in_worker(batch):
 def encode_batch(batch, kind: str, tokenizer) -> tuple[dict, list]:
     """[(line, raw row), ...] -> (the arrays of a cache for these rows, [(line, reason), ...] of the bad ones)."""
     rows, bad = [], []
+    kind, _, think_share = kind.partition(":")
     for line, raw in batch:
         try:
             row = parse(raw, kind)
+            row = keep_thinking(row, float(think_share)) if think_share else row
             encoded = None if kind == "text" else _render_row(row, kind, tokenizer)
             rows.append((row, encoded))
         except (BadRow, ValueError) as error:  # ValueError: what render refuses

@@ -2,14 +2,17 @@
 
 `out/pretrain_512.pth` is for use, `out/pretrain_512_resume.pth` for resuming. The state holds its own copy of the
 weights, so no crash between the two files can leave a pair that does not belong together. It is removed when the run is
-finished; the weights' record then holds the result.
+finished; the weights' record then holds the result. What is not trained is in neither: a LoRA run writes its adapter
+alone.
 """
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from model.lora import save_lora
 from model.tokenizer import tokenizer_to_dict
 from model.weights import STATE_SUFFIX, read_header, save_atomically, save_weights
 from trainer.cli import RunFailed, UserError
@@ -21,7 +24,8 @@ class Files:
     """The paths of one run's files and what may be done to them."""
 
     def __init__(self, args, config):
-        self.folder = Path(args.out_dir)
+        self.folder = Path(args.out_dir) / args.subfolder
+        self.configuration = {"config": config.fields()}  # what a file at our place must have to be replaced unasked
         name = f"{args.save_weight}_{config.dim}{'_moe' if config.use_moe else ''}"
         self.name = name
         self.weights = self.folder / f"{name}.pth"
@@ -39,7 +43,7 @@ class Files:
         except OSError as error:
             raise UserError(f"cannot write to --out_dir {self.folder}: {error.strerror}") from None
 
-    def check_free(self, config, args) -> None:
+    def check_free(self, args) -> None:
         """Raises UserError where this run would destroy what another one left."""
         if args.resume or args.overwrite:
             return
@@ -49,10 +53,10 @@ class Files:
             )
         if self.weights.exists():
             try:
-                other = read_header(self.weights)["config"]
+                header = read_header(self.weights)
             except ValueError:
-                other = None
-            if other != config.fields():
+                header = {}
+            if any(header.get(key) != value for key, value in self.configuration.items()):
                 raise UserError(
                     f"{self.weights} has another configuration; use --save_weight NAME, --out_dir, or --overwrite"
                 )
@@ -80,12 +84,12 @@ class Files:
         content = {
             "format": FORMAT, "record": record, "step": step, "counters": counters,
             "config": engine.module.config.fields(), "tokenizer": tokenizer_to_dict(tokenizer),
-            "model": {name: tensor.detach().cpu() for name, tensor in engine.module.state_dict().items()},
+            "model": {name: tensor.detach().cpu() for name, tensor in learned_state(engine.module).items()},
             "engine": state,
         }  # fmt: skip
         try:
             save_atomically(content, self.state)
-            save_weights(self.weights, engine.module, tokenizer, record)
+            self.write(engine.module, tokenizer, record)
         except OSError as error:
             raise RunFailed(
                 f"cannot save step {step} to {self.folder}: {error.strerror}; what was saved before is whole"
@@ -99,16 +103,46 @@ class Files:
         """Writes the weights with their result, then removes the state."""
         if engine.world.first:
             try:
-                save_weights(self.weights, engine.module, tokenizer, record)
+                self.write(engine.module, tokenizer, record)
             except (OSError, RuntimeError) as error:
                 raise RunFailed(f"cannot save to {self.weights}: {error}; --resume goes on from {self.state}") from None
             self.state.unlink(missing_ok=True)
 
+    def write(self, model, tokenizer, record: dict) -> None:
+        """The file for use."""
+        save_weights(self.weights, model, tokenizer, record)
 
-def read_state(path) -> dict:
-    """The content of a state file; UserError where it cannot be read."""
+
+class AdapterFiles(Files):
+    """Those of a run that trains the adapter "default" of a frozen model."""
+
+    def __init__(self, args, model):
+        super().__init__(args, model.config)
+        self.configuration["lora"] = asdict(model.lora_configs["default"])
+
+    def write(self, model, tokenizer, record: dict) -> None:
+        save_lora(self.weights, model, record, name="default")
+
+
+def learned_state(model) -> dict[str, torch.Tensor]:
+    """What of a model's state is trained: all of it, or the adapters of a frozen model."""
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.requires_grad}
+
+
+@torch.no_grad()
+def load_learned(model, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts back what learned_state gave."""
+    own = learned_state(model)
+    if own.keys() != tensors.keys():
+        raise RuntimeError(f"the saved state does not fit: {sorted(own.keys() ^ tensors.keys())[:3]}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def read_state(path, mmap=False) -> dict:
+    """The content of a state file; UserError where it cannot be read. mmap: its tensors stay in the file."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
     except Exception as error:  # torch reports damaged files by a dozen types
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}; --overwrite starts afresh") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -119,7 +153,8 @@ def read_state(path) -> dict:
 def find_states(args) -> list[Path]:
     """State files in --out_dir that --save_weight can mean: pretrain_512_resume.pth, pretrain_640_moe_resume.pth."""
     pattern = re.compile(rf"{re.escape(args.save_weight)}_(\d+)(_moe)?{STATE_SUFFIX}\.pth")
-    return [path for path in sorted(Path(args.out_dir).glob("*.pth")) if pattern.fullmatch(path.name)]
+    folder = Path(args.out_dir) / args.subfolder
+    return [path for path in sorted(folder.glob("*.pth")) if pattern.fullmatch(path.name)]
 
 
 def check_recipe(saved: dict, mine: dict, path) -> None:

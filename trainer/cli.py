@@ -76,7 +76,7 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
         "from_weight": None, "preset": None, "val_split": 0.01,
     } | defaults  # fmt: skip
     parser = Parser(description=description)
-    parser.set_defaults(stage=stage, recipe_flags=())
+    parser.set_defaults(stage=stage, recipe_flags=(), subfolder="")
 
     g = parser.add_argument_group("files")
     g.add_argument(
@@ -85,7 +85,7 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
     g.add_argument("--tokenizer", metavar="FOLDER", help="default: the starting weights' own, else the project's")
     g.add_argument("--out_dir", default="out", metavar="FOLDER", help="where everything is written (out)")
     g.add_argument("--save_weight", default=d["save_weight"], metavar="NAME",
-                   help=f"first part of the weights' name ({d['save_weight']})")  # fmt: skip
+                   help=f"first part of the weights' name ({d['save_weight'] or 'that of the data'})")  # fmt: skip
     g.add_argument("--from_weight", default=d["from_weight"], metavar="PATH|STAGE|none",
                    help="starting weights: a path, a stage's name, or none for random ones")  # fmt: skip
 
@@ -171,6 +171,6 @@ def faults_of(args) -> list[str]:
         faults.append(f"--val_split must lie in [0, 1), not {args.val_split}")
     if args.resume and args.overwrite:
         faults.append("--resume continues a run and --overwrite starts it afresh; give one of them")
-    if "/" in args.save_weight or not args.save_weight:
+    if args.save_weight is not None and ("/" in args.save_weight or not args.save_weight):
         faults.append(f"--save_weight is the first part of a file's name, not {args.save_weight!r}; see --out_dir")
     return faults

@@ -10,7 +10,7 @@ import torch
 
 from trainer.cache import Cache
 from trainer.cli import UserError
-from trainer.pack import chat_items, item_lengths, pack, pack_texts
+from trainer.pack import chat_items, item_lengths, pack, pack_texts, pair_items
 
 IGNORED = -100  # label of a position from which nothing is learned, as in transformers
 
@@ -18,12 +18,14 @@ IGNORED = -100  # label of a position from which nothing is learned, as in trans
 class PackedRows:
     """Rows of one split of some caches.
 
-    kind "text" | "chat"; documents: indices into the caches' documents laid end to end. Rows per epoch are constant;
-    each epoch puts other documents of the same length into the same places and walks the rows in another order.
+    kind "text" | "chat" | "pair"; documents: indices into the caches' documents laid end to end. Rows per epoch are
+    constant; each epoch puts other documents of the same length into the same places and walks the rows in another
+    order. A pair's two documents stand next to each other in one row: odd segments are chosen, even ones rejected.
     """
 
     def __init__(self, caches: list[Cache], documents: np.ndarray, kind: str, seq_len: int, seed: int, shuffle=True):
         self.caches, self.seq_len, self.seed, self.shuffle, self.kind = caches, seq_len, seed, shuffle, kind
+        self.documents = documents
         firsts = np.cumsum([0] + [len(cache) for cache in caches])
         self.source = np.searchsorted(firsts, documents, side="right") - 1  # which cache each document lies in
         self.local = documents - firsts[self.source]
@@ -32,10 +34,17 @@ class PackedRows:
             lengths[self.source == c] = np.diff(cache.offsets)[self.local[self.source == c]]
         if kind == "text":
             self.items, self.slots, self.row_offsets = pack_texts(lengths, seq_len)
+            self.lengths = item_lengths(self.items)
         else:
-            self.items = chat_items(lengths, self._turns, seq_len)
-            self.slots, self.row_offsets = pack(item_lengths(self.items), seq_len)
-        self.lengths = item_lengths(self.items)
+            if kind == "pair":
+                answers = np.array([self._turns(i)[-1] for i in range(len(documents))], np.int64)
+                self.items, *self.cut_pairs = pair_items(lengths, answers, seq_len)
+            else:
+                self.items = chat_items(lengths, self._turns, seq_len)
+            # what is placed as a whole, an item or the two of a pair
+            self.lengths = item_lengths(self.items).reshape(-1, 2 if kind == "pair" else 1).sum(axis=1)
+            self.slots, self.row_offsets = pack(self.lengths, seq_len)
+        self.per_document: dict[str, np.ndarray] = {}  # numbers by document that go with a batch of pairs
         self._epochs: dict[int, tuple] = {}
 
     def __len__(self) -> int:
@@ -54,6 +63,12 @@ class PackedRows:
         """Learned tokens in the rows / learned tokens in the documents: below 1 where a single turn was cut."""
         in_documents, in_rows = self._learned()
         return in_rows / max(in_documents, 1)
+
+    def what_was_cut(self) -> str:
+        """In words, for the run's first lines: pairs too long for a row."""
+        prompts, answers = getattr(self, "cut_pairs", (0, 0))
+        text = f"; {prompts:,} pairs cut at the front of the prompt" if prompts else ""
+        return text + (f", {answers:,} of them in the answers too" if answers else "")
 
     def _learned(self) -> tuple[int, int]:
         """Learned tokens of the documents, and of the rows."""
@@ -78,20 +93,35 @@ class PackedRows:
         """Rows by global index (epoch * len + place in the epoch) as tensors; an index below 0 is an empty row.
 
         input_ids, labels, segment_ids (B, seq_len) int64; weight: targets learned; real_tokens: slots not padded.
+        Pairs: weight is their number; documents (B, S), the document of each segment or -1, and per_document's (B, S).
         """
-        rows = [self._row(*divmod(index, len(self))) if index >= 0 else self._empty() for index in indices]
+        items = [self._items_of_row(*divmod(index, len(self))) if index >= 0 else () for index in indices]
+        rows = [self._row(row) for row in items]
         ids, labels, segments = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows, strict=True))
-        return {
+        batch = {
             "input_ids": ids, "labels": labels, "segment_ids": segments,
             "weight": (labels[:, 1:] != IGNORED).sum(), "real_tokens": (segments > 0).sum(),
         }  # fmt: skip
+        return batch | self._pairs(items) if self.kind == "pair" else batch
 
-    def _row(self, epoch: int, index: int):
+    def _pairs(self, items_of_rows) -> dict[str, torch.Tensor]:
+        documents = np.full((len(items_of_rows), max(2, *map(len, items_of_rows))), -1)
+        for line, items in zip(documents, items_of_rows, strict=True):
+            line[: len(items)] = self.documents[self.items[np.asarray(items, np.int64), 0]]
+        numbers = {name: torch.from_numpy(values[documents]) for name, values in self.per_document.items()}
+        documents = torch.from_numpy(documents)
+        return {"documents": documents, "weight": (documents[:, ::2] >= 0).sum(), **numbers}
+
+    def _items_of_row(self, epoch: int, index: int):
         rows, item_of_slot = self._order(epoch)
         row = rows[index]
+        items = item_of_slot[self.row_offsets[row] : self.row_offsets[row + 1]]
+        return items if self.kind != "pair" else np.stack([2 * items, 2 * items + 1], axis=1).flatten()
+
+    def _row(self, items):
         ids, labels, segments = self._empty()
         at = 0
-        for segment, item in enumerate(item_of_slot[self.row_offsets[row] : self.row_offsets[row + 1]], start=1):
+        for segment, item in enumerate(items, start=1):
             document, prefix, start, end, learn_from = self.items[item]
             cache, begin = self._where(document)
             place = slice(at, at + prefix + end - start)
@@ -115,8 +145,8 @@ class PackedRows:
         if epoch not in self._epochs:
             rng = np.random.default_rng([self.seed, epoch])
             rows = rng.permutation(len(self)) if self.shuffle else np.arange(len(self))
-            tie_break = rng.random(len(self.items)) if self.shuffle else np.arange(len(self.items))
-            item_of_slot = np.empty(len(self.items), np.int64)
+            tie_break = rng.random(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
+            item_of_slot = np.empty(len(self.lengths), np.int64)
             item_of_slot[np.argsort(self.slots, kind="stable")] = np.lexsort((tie_break, self.lengths))
             while len(self._epochs) > 1:  # a step may straddle two epochs, not three
                 del self._epochs[min(self._epochs)]
@@ -144,12 +174,17 @@ def split_documents(caches: list[Cache], val_split: float) -> tuple[np.ndarray, 
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def packed_splits(caches, kind: str, seq_len: int, seed: int, val_split: float) -> tuple[PackedRows, PackedRows | None]:
-    """(training rows, validation rows); the latter None where no document was held out."""
-    train, val = split_documents(caches, val_split)
+def packed_splits(caches, kind: str, seq_len: int, seed: int, val_split: float, val_caches=None):
+    """(training rows, validation rows); the latter None where no document was held out.
+
+    val_caches: validate on all of these and train on all of the others.
+    """
+    train, val = split_documents(caches, 0 if val_caches else val_split)
     if len(train) == 0:
         raise UserError(f"--val_split {val_split} leaves no document to train on; lower it or bring more data")
-    val_rows = PackedRows(caches, val, kind, seq_len, seed, shuffle=False) if len(val) else None
+    if val_caches:
+        val = np.arange(sum(map(len, val_caches)))
+    val_rows = PackedRows(val_caches or caches, val, kind, seq_len, seed, shuffle=False) if len(val) else None
     return PackedRows(caches, train, kind, seq_len, seed), val_rows
 
 

@@ -43,6 +43,9 @@ class World:
         torch_dist.all_gather_object(values, value)
         return values
 
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
     def barrier(self) -> None:
         if self.size > 1:
             torch_dist.barrier()
@@ -126,7 +129,7 @@ class Engine:
             self.model = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
 
     def autocast(self):
-        return torch.autocast(self.world.device.type, self.world.dtype, enabled=self.world.dtype != torch.float32)
+        return self.world.autocast()
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool):

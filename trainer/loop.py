@@ -10,12 +10,13 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 
 import torch
 
 from model.weights import describe
 from trainer import log as logs
-from trainer.checkpoint import check_recipe
+from trainer.checkpoint import check_recipe, load_learned
 from trainer.cli import RunFailed, UserError
 from trainer.dist import Engine
 from trainer.losses import learned_bytes
@@ -24,11 +25,13 @@ from trainer.optim import learning_rate_factor
 from trainer.track import new_run_id, trackers
 
 
-def train(start, rows, loss_fn, world) -> dict:
+def train(start, rows, loss_fn, world, report=None) -> dict:
     """Trains start.model on rows with loss_fn, as start.args say, and returns the result that is printed as JSON.
 
     rows: (training rows, validation rows or None), see trainer/data.py. loss_fn(model, batch) -> (loss sum, weight it
-    is to be divided by, {name: number}). Raises RunFailed (NaN, full disk); exits 130 or 143 when told to stop.
+    is to be divided by, {name: sum of another number}); "ce" among the names is the cross-entropy of the text where
+    the loss is something else. report(engine) -> further figures of the trained model for the result. Raises RunFailed
+    (NaN, full disk); exits 130 or 143 when told to stop.
     """
     args, train_rows, val_rows = start.args, *rows
     state = start.state
@@ -46,7 +49,7 @@ def train(start, rows, loss_fn, world) -> dict:
     engine = Engine(start.model, args, world)
     step, counters = 0, {"tokens": 0, "seconds": 0.0, "run_id": new_run_id()}
     if state is not None:
-        engine.module.load_state_dict(state["model"])
+        load_learned(engine.module, state["model"])
         engine.load_state(state["engine"])
         step, counters = state["step"], state["counters"]
         start.state = state = None  # the copies in it would stay in memory for the whole run
@@ -73,6 +76,7 @@ def train(start, rows, loss_fn, world) -> dict:
     if finished:
         validation = evaluate(engine, val_rows, loss_fn, args.batch_size, start.bytes_of_token)
         log.validation(step, **validation)
+        validation |= report(engine) if report else {}
     counters["seconds"] = time.perf_counter() - begin
     result = {
         "stage": args.stage, "steps": step, "tokens": counters["tokens"], "loss": loss, **validation,
@@ -141,26 +145,35 @@ def take_step(engine: Engine, micro_batches, loss_fn, factor: float, step: int) 
 
 @torch.no_grad()
 def evaluate(engine: Engine, rows, loss_fn, batch_size: int, bytes_of_token) -> dict:
-    """Loss over the validation rows of all processes, and bits per byte of their text; None where there are no rows."""
+    """Loss over the validation rows of all processes, bits per byte of their text, and the loss function's own
+    numbers; None where there are no rows."""
     if rows is None:
         return {"val_loss": None, "val_bits_per_byte": None}
     world = engine.world
     engine.module.eval()
     table = bytes_of_token.to(world.device) if bytes_of_token is not None else None
-    loss_sum = weight_sum = byte_sum = 0.0
+    sums = Counter()
     for first in range(world.rank * batch_size, len(rows), world.size * batch_size):
         batch = rows.batch(range(first, min(first + batch_size, len(rows))))
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
         with engine.autocast():
-            loss, weight, _ = loss_fn(engine.module, batch)
-        loss_sum, weight_sum = loss_sum + float(loss), weight_sum + float(weight)
+            loss, weight, numbers = loss_fn(engine.module, batch)
+        for name, value in {"weight": weight, "loss": loss, **numbers}.items():
+            sums[name] += float(value)
         if table is not None:
-            byte_sum += float(learned_bytes(batch["labels"], table))
+            sums["bytes"] += float(learned_bytes(batch["labels"], table))
     engine.module.train()
-    loss_sum, weight_sum, byte_sum = world.sum(loss_sum, weight_sum, byte_sum)
+    total = Counter()
+    for part in world.gather(sums):  # a process without rows of its own knows no names
+        total.update(part)
+    weight, n_bytes = total.pop("weight", 0), total.pop("bytes", 0)
+    if not weight:
+        return {"val_loss": None, "val_bits_per_byte": None}
+    nats = total.get("ce", total["loss"])
     return {
-        "val_loss": loss_sum / weight_sum if weight_sum else None,
-        "val_bits_per_byte": loss_sum / math.log(2) / byte_sum if byte_sum else None,
+        "val_loss": total.pop("loss") / weight,
+        "val_bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
+        **{f"val_{name}": value / weight for name, value in total.items()},
     }
 
 
@@ -215,8 +228,11 @@ def announce(start, plan: Plan, rows, world, state) -> None:
     """Says what is about to be done, before anything is."""
     args, config = start.args, start.model.config
     total, active = config.parameter_count(), config.active_parameter_count()
+    learned = sum(p.numel() for p in start.model.parameters() if p.requires_grad)
     print(
-        f"{args.stage}: {describe(config)}; {total:,} parameters" + (f", {active:,} active" if active != total else "")
+        f"{args.stage}: {describe(config)}; {total:,} parameters"
+        + (f", {active:,} active" if active != total else "")
+        + (f", {learned:,} trained" if learned != total else "")
     )
     print(f"  weights   {start.came_from}")
     print(f"  data      {', '.join(map(str, start.data_files))}")
@@ -224,6 +240,7 @@ def announce(start, plan: Plan, rows, world, state) -> None:
         if part is not None:
             print(
                 f"  {what:<9} {len(part):,} rows of {part.seq_len} tokens, {part.real_token_share():.1%} of them real"
+                + part.what_was_cut()
             )
         else:
             print(f"  {what:<9} none: no validation figure (see --val_split)")
@@ -232,7 +249,7 @@ def announce(start, plan: Plan, rows, world, state) -> None:
     print(f"  optimizer {args.optimizer}, rate {args.learning_rate:g}, {args.schedule}, warmup {plan.warmup} steps, "
           f"decay {args.weight_decay:g}, clip {args.grad_clip:g}, seed {args.seed}")  # fmt: skip
     print(f"  machine   {world.device}, {str(world.dtype).removeprefix('torch.')}, {torch.get_num_threads()} thread(s)")
-    print(f"  memory    {memory_line(config, args, world)}")
+    print(f"  memory    {memory_line(config, args, world, learned, start.other_parameters)}")
     print(f"  output    {start.files.weights}")
     if state is not None:
         print(f"  resumed   at step {state['step']}")

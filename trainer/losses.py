@@ -4,9 +4,12 @@ A mean over one micro-batch cannot be averaged with others of another size; sums
 processes, and divided once.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def lm_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,20 +24,132 @@ def lm_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def language_model(model, batch: dict) -> tuple[Tensor, Tensor, dict]:
-    """The loss of pretraining and of every kind of SFT: cross-entropy, and the experts' balance loss if any.
+    """The loss of pretraining and of every kind of SFT: cross-entropy, and the experts' balance loss if any."""
+    out = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
+    loss, count = lm_loss(out.logits, batch["labels"])
+    loss, numbers = with_balance(loss, out, batch)
+    return loss, count, numbers
+
+
+def with_balance(loss: Tensor, out, batch: dict) -> tuple[Tensor, dict]:
+    """Adds the experts' balance loss of a forward pass, if there is one -> (sum, numbers that tell the two apart).
 
     batch["aux_scale"] (a number the loop sets) makes the balance loss a mean over the step's real tokens, in the unit
     of the sum: see trainer/loop.py.
     """
-    out = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
-    loss, count = lm_loss(out.logits, batch["labels"])
     if out.aux_loss is None:
-        return loss, count, {}
+        return loss, {}
     balance = out.aux_loss * batch["aux_scale"]
-    return loss + balance, count, {"loss": loss.detach(), "balance": balance.detach()}
+    return loss + balance, {"loss": loss.detach(), "balance": balance.detach()}
+
+
+def weighted_lm_loss(logits: Tensor, labels: Tensor, token_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """lm_loss in which a target of id i counts token_weight[i] times: (weighted sum, number of targets, plain sum).
+
+    token_weight (V,). The number is that of the targets, as in lm_loss: it does not grow with the weights.
+    """
+    targets = labels[:, 1:].flatten()
+    predictions = logits[:, :-1].flatten(0, 1).float()
+    nats = F.cross_entropy(predictions, targets, ignore_index=-100, reduction="none")  # 0 where nothing is learned
+    return (nats * token_weight[targets.clamp(min=0)]).sum(), (targets != -100).sum(), nats.detach().sum()
 
 
 def learned_bytes(labels: Tensor, bytes_of_token: Tensor) -> Tensor:
     """UTF-8 bytes of the learned targets; labels (B, T), bytes_of_token (V,)."""
     targets = labels[:, 1:]
     return torch.where(targets == -100, 0, bytes_of_token[targets.clamp(min=0)]).sum()
+
+
+# ----------------------------------------------------------------------------------------------------- preferences
+def segment_log_probs(logits: Tensor, labels: Tensor, segment_ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Log-probability, in nats, of each packed document's learned tokens, and their number: (B, n) each.
+
+    logits (B, T, V), labels (B, T), segment_ids (B, T) with 0 for padding and documents numbered 1 to n.
+    """
+    B, T = labels.shape
+    targets = labels[:, 1:].flatten()
+    nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="none")
+    document = segment_ids[:, 1:]  # a document's first token is no target of its own: no target belongs to two
+    sums = nats.new_zeros(B, n + 1).scatter_add(1, document, -nats.view(B, T - 1))
+    counts = nats.new_zeros(B, n + 1).scatter_add(1, document, (targets != -100).to(nats.dtype).view(B, T - 1))
+    return sums[:, 1:], counts[:, 1:]
+
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0, kind="sigmoid"):
+    """Loss of each pair from the log-probabilities (nats) of its answers under policy and frozen reference, (n,) each.
+
+    h is how much more than the reference the policy prefers the chosen answer.
+    sigmoid  -log sigmoid(beta h) (Rafailov et al. 2023, arXiv 2305.18290); label_smoothing is the share of pairs whose
+             answers are thought to be swapped
+    ipo      (h - 1 / (2 beta))^2, of log-probabilities per token: stops at a margin instead of growing for ever (Azar
+             et al. 2023, arXiv 2310.12036)
+    """
+    h = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
+    if kind == "sigmoid":
+        return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+    if kind == "ipo":
+        return (h - 1 / (2 * beta)) ** 2
+    raise ValueError(f"kind must be sigmoid or ipo, not {kind!r}")
+
+
+def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """-log sigmoid(beta (chosen - rejected) - gamma), log-probabilities per token and no reference, (n,).
+
+    Meng et al. 2024, arXiv 2405.14734.
+    """
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """SFT on the chosen answer and beta times -log sigmoid of the log odds ratio, log-probabilities per token, (n,).
+
+    Hong et al. 2024, arXiv 2403.07691; odds(p) = p / (1 - p).
+    """
+    log_odds_ratio = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+    return -chosen - beta * F.logsigmoid(log_odds_ratio)
+
+
+# ---------------------------------------------------------------------------------------------------- distillation
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature=1.0, kind="forward", skew=0.1):
+    """T^2 times the divergence of teacher and student at temperature T, in nats: (sum over the mask, its size).
+
+    logits (..., V); mask (...), true where a distribution is compared. With p = softmax(teacher / T), q of the student:
+    forward  KL(p || q): the student covers all the teacher might say (Hinton et al. 2015, arXiv 1503.02531)
+    reverse  KL(q || p): it keeps to what the teacher finds likely (Gu et al. 2023, MiniLLM, arXiv 2306.08543)
+    skewed   KL(p || skew p + (1 - skew) q): forward, bounded where q is nearly 0 (Ko et al. 2024, arXiv 2402.03898)
+    T^2 keeps the gradient's size when T changes.
+    """
+    log_p = (teacher_logits[mask].float() / temperature).log_softmax(dim=-1)  # (n, V)
+    log_q = (student_logits[mask].float() / temperature).log_softmax(dim=-1)
+    if kind == "reverse":
+        log_p, log_q = log_q, log_p
+    elif kind == "skewed":
+        log_q = torch.logaddexp(log_p + math.log(skew), log_q + math.log1p(-skew))
+    elif kind != "forward":
+        raise ValueError(f"kind must be forward, reverse or skewed, not {kind!r}")
+    divergence = (log_p.exp() * (log_p - log_q)).sum()
+    return temperature**2 * divergence, mask.sum()
+
+
+def distillation_sums(student_logits, hidden, head, labels, temperature=1.0, kind="forward", skew=0.1, chunk=1024):
+    """Over the learned targets: (cross-entropy sum, kd_loss sum, their number), the teacher's logits in pieces.
+
+    student_logits (B, T, V); hidden (B, T, D') the teacher's, whose logits are head(hidden); labels (B, T). `chunk`
+    targets at a time are compared, and what a chunk needs for its gradient is computed again in the backward pass: of
+    the teacher, and of what stands between logits and loss, only (chunk, V) numbers are ever in memory.
+    """
+    where = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    targets = labels[:, 1:][where]  # (n,)
+
+    def compare(student: Tensor, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            teacher = head(hidden)  # (chunk, V)
+        divergence, _ = kd_loss(student, teacher, torch.ones_like(target, dtype=torch.bool), temperature, kind, skew)
+        return F.cross_entropy(student.float(), target, reduction="sum"), divergence
+
+    sums = [(0.0 * student_logits[:0]).float().sum()] * 2  # zero, and joined to the graph where there is no target
+    parts = (x.split(chunk) for x in (student_logits[:, :-1][where], hidden[:, :-1][where], targets))
+    for part in zip(*parts, strict=True):
+        found = checkpoint(compare, *part, use_reentrant=False, preserve_rng_state=False)
+        sums = [a + b for a, b in zip(sums, found, strict=True)]
+    return *sums, (labels[:, 1:] != -100).sum()

@@ -6,15 +6,14 @@ GB = 2**30
 FRAMEWORK = {"cpu": 0.45 * GB, "cuda": 0.0, "mps": 0.0}  # the process with torch loaded, as peak_memory counts it
 
 
-def training_bytes(config, args, world, trainable: int | None = None) -> int:
+def training_bytes(config, args, world, trainable: int, others=0) -> int:
     """Estimated peak bytes of one process.
 
-    Weights, gradients and AdamW's two moments (Muon: one for the matrices) at 4 bytes; the activations kept for the
-    backward pass; the logits and their gradient. The factors count the tensors autograd saves in one layer and were
-    checked against measured peaks.
+    Weights (further models' `others` among them) and, of the trainable ones, gradients and AdamW's two moments (Muon:
+    one for the matrices) at 4 bytes; the activations kept for the backward pass; the logits and their gradient. The
+    factors count the tensors autograd saves in one layer and were checked against measured peaks.
     """
-    total = config.parameter_count()
-    trainable = total if trainable is None else trainable
+    total = config.parameter_count() + others
     moments = 1.2 if args.optimizer == "muon" else 2
     states = 4 * (total + (1 + moments) * trainable)
     tokens = args.batch_size * args.seq_len
@@ -34,9 +33,9 @@ def training_bytes(config, args, world, trainable: int | None = None) -> int:
     return int(states + activations + logits + masks + FRAMEWORK.get(world.device.type, 0))
 
 
-def memory_line(config, args, world) -> str:
+def memory_line(config, args, world, trainable: int, others=0) -> str:
     """The estimate in words, with what to lower where the device has less."""
-    need = training_bytes(config, args, world)
+    need = training_bytes(config, args, world, trainable, others)
     have = device_bytes(world.device)
     text = f"about {need / GB:.1f} GB a process (estimate)"
     if have and need > 0.9 * have:

@@ -78,6 +78,27 @@ def _context(borders: list[int], begin: int, longest: int) -> tuple[int, int]:
     return head, start
 
 
+def pair_items(lengths: np.ndarray, answers: np.ndarray, longest: int) -> tuple[np.ndarray, int, int]:
+    """Pairs -> (items (2n, 5), pairs cut at the front of their prompt, pairs whose answers are cut too).
+
+    lengths (2n,): chosen and rejected in turns; answers (2n,): where each one's last turn begins, at the end of the
+    common prompt. The two items of a pair together have at most `longest` tokens. What a pair has too many is taken
+    from the front of the prompt, the same for both; where the answers alone are longer, from their ends.
+    """
+    lengths = np.asarray(lengths, np.int64).reshape(-1, 2)
+    prompt = np.asarray(answers, np.int64).reshape(-1, 2).min(axis=1)
+    surplus = np.maximum(0, lengths.sum(axis=1) - longest)
+    start = np.minimum(-(-surplus // 2), prompt)
+    kept = lengths - start[:, None]
+    first = np.minimum(kept[:, 0], np.maximum(longest // 2, longest - kept[:, 1]))  # a short one leaves room
+    second = np.minimum(kept[:, 1], longest - first)
+    end = start[:, None] + np.stack([first, second], axis=1)
+    starts = np.repeat(start, 2)
+    zero = np.zeros_like(starts)
+    items = np.stack([np.arange(lengths.size), zero, starts, end.flatten(), zero], axis=1)
+    return items, int((start > 0).sum()), int((end < lengths).any(axis=1).sum())
+
+
 # ------------------------------------------------------------------------------------------------------------ rows
 def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Item lengths -> (slots, row_offsets): row r holds items of lengths slots[row_offsets[r]:row_offsets[r + 1]].

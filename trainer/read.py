@@ -206,7 +206,7 @@ def as_chat(record: dict) -> list[dict]:
         return check_messages(record.get("conversations", record.get("messages")))
     if "q" in record and "a" in record:
         messages = []
-        for question, answer in _history(record.get("history")):
+        for question, answer in parse_history(record.get("history")):
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         messages += [{"role": "user", "content": record["q"]}, {"role": "assistant", "content": record["a"]}]
         return check_messages(messages)
@@ -255,7 +255,7 @@ def record_text(record: dict) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _history(cell) -> list:
+def parse_history(cell) -> list:
     """MiniMind v1 keeps earlier turns as a Python literal, [[question, answer], ...]; parsed as a literal only."""
     if cell is None or cell == "":
         return []

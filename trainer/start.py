@@ -8,9 +8,9 @@ import torch
 from model.LMConfig import DEFAULT_PRESET, LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_hash
-from model.weights import load_model, newest_weights
+from model.weights import fingerprint, load_model, newest_weights
 from trainer.cache import Cache, tokenised
-from trainer.checkpoint import Files, find_states, read_state
+from trainer.checkpoint import AdapterFiles, Files, find_states, read_state
 from trainer.cli import SHAPE_FLAGS, UserError
 from trainer.data import packed_splits, token_bytes
 from trainer.dist import pick_device, pick_dtype
@@ -34,54 +34,80 @@ class Start:
     files: Files
     state: dict | None = None  # what a resumed run goes on from
     record: dict = field(default_factory=dict)
-    bytes_of_token: torch.Tensor | None = None
+    bytes_of_token: torch.Tensor | None = None  # None where the loss is not that of a text
+    fixed: dict[str, str] = field(default_factory=dict)  # fingerprints of what is used and not trained, by its role
+    other_parameters: int = 0  # of further models in memory
 
-    def caches(self, kind: str, world) -> list[Cache]:
-        """The data files, tokenised: by the first process, found by the others."""
-        folder = Path(self.args.out_dir) / "cache"
+    def caches(self, kind: str, world, files=None) -> list[Cache]:
+        """The data files (or others), tokenised: by the first process, found by the others."""
+        folder, skip = Path(self.args.out_dir) / "cache", self.args.skip_bad_lines
 
         def find():
-            return [tokenised(file, kind, self.tokenizer, folder, self.args.skip_bad_lines) for file in self.data_files]
+            return [tokenised(file, kind, self.tokenizer, folder, skip) for file in files or self.data_files]
 
         return world.first_then_all(find)
 
-    def packed(self, kind: str, world):
-        """(training rows, validation rows or None) of the data files, see trainer/data.py."""
-        args = self.args
-        return packed_splits(self.caches(kind, world), kind, args.seq_len, args.seed, args.val_split)
+    def packed(self, kind: str, world, val_files=None):
+        """(training rows, validation rows or None) of the data files, see trainer/data.py.
+
+        kind: as for trainer.cache.tokenised. val_files: validate on these instead of on a part of the data.
+        """
+        args, caches = self.args, self.caches(kind, world)
+        val_caches = self.caches(kind, world, val_files) if val_files else None
+        return packed_splits(caches, kind.partition(":")[0], args.seq_len, args.seed, args.val_split, val_caches)
+
+    def use_frozen(self, role: str, model, path) -> None:
+        """Notes that the run depends on a second model that is not trained: it must be the same when resumed."""
+        self.fixed[role] = fingerprint(model)
+        self.record[role] = str(path)
+        self.other_parameters += model.num_parameters()
 
     def recipe(self, rows, rows_per_step: int) -> dict:
         """All that decides the mathematics of the run: a resumed run must have the same."""
         train_rows = rows[0]
         return {name: getattr(self.args, name) for name in RECIPE_FLAGS + tuple(self.args.recipe_flags)} | {
+            **self.fixed,
             "config": self.model.config.fields(),
             "data": [cache.folder.name for cache in train_rows.caches],
             "rows_per_step": rows_per_step,
         }
 
 
-def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), required=False) -> Start:
-    """Resolves data, weights and tokenizer of a stage.
+def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), required=False, make=None, adapt=None):
+    """Resolves data, weights and tokenizer of a stage -> Start.
 
     minimind_files: names in dataset/ taken where --data_path is not given, the first that is there; else the embedded
     sample's file. before: stages whose newest weights this one starts from by default; required: refuse to start from
-    random ones.
+    random ones. make() -> (model, tokenizer, where from, record): what to start from in place of random weights of the
+    default shape. adapt(model): adds adapters; then they alone are trained and written.
     """
     pick_dtype(args.dtype, pick_device(args.device))
     data_files = resolve_data(args, minimind_files, sample)
-    state = _resumed_state(args) if args.resume else None
-    if state is not None:
+    args.save_weight = args.save_weight or data_files[0].name.split(".")[0]
+    state = resumed_state(args) if args.resume else None
+    if adapt is not None:
+        if state is not None:  # it holds adapters; the weights under them are where they were
+            args.from_weight = args.from_weight or state["record"]["came_from"]
+        model, tokenizer, came_from, record = resolve_weights(args, before, required, make)
+        record = state["record"] if state is not None else record
+        torch.manual_seed(args.seed)  # of the adapters' start
+        try:
+            adapt(model)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    elif state is not None:
         config, tokenizer = LMConfig(**state["config"]), tokenizer_from_dict(state["tokenizer"])
         _check_shape_flags(args, config, "the run to be resumed")
         model, came_from, record = MiniMindForCausalLM(config), "those of the run to be resumed", state["record"]
     else:
-        model, tokenizer, came_from, record = resolve_weights(args, before, required)
-    files = Files(args, model.config)
+        model, tokenizer, came_from, record = resolve_weights(args, before, required, make)
+    files = Files(args, model.config) if adapt is None else AdapterFiles(args, model)
     files.check_writable()
-    files.check_free(model.config, args)
+    files.check_free(args)
     record = record | {"stage": args.stage, "seq_len": args.seq_len, "came_from": came_from}
     record.pop("result", None)
-    return Start(args, model, tokenizer, data_files, came_from, files, state, record, token_bytes(tokenizer))
+    fixed = {"base": model.lora_base} if adapt is not None else {}
+    return Start(args, model, tokenizer, data_files, came_from, files, state, record, token_bytes(tokenizer), fixed)
 
 
 def resolve_data(args, minimind_files, sample: str) -> list[Path]:
@@ -99,25 +125,17 @@ def resolve_data(args, minimind_files, sample: str) -> list[Path]:
     return [path]
 
 
-def resolve_weights(args, before, required: bool):
+def resolve_weights(args, before, required: bool, make=None):
     """-> (model, tokenizer, where they came from in words, record of the starting weights)."""
-    path = _starting_path(args, before)
+    path = find_weights("--from_weight", args.from_weight, before, args.out_dir)
     if path is None:
-        if required:
-            stage = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}.get(before[0], before[0])
-            raise UserError(f"no weights of {' or '.join(before)} in {args.out_dir} or out; run `python {stage}` first")
+        if required and args.from_weight is None:
+            refuse_without_weights(before, args.out_dir)
+        if make is not None:
+            return make()
         tokenizer = _load_tokenizer(args.tokenizer)
-        preset = args.preset or DEFAULT_PRESET
-        try:
-            config = LMConfig.from_preset(preset, **({"vocab_size": len(tokenizer)} | _shape_flags(args)))
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        torch.manual_seed(args.seed)
-        return MiniMindForCausalLM(config), tokenizer, "random (from nothing)", {}
-    try:
-        model, tokenizer, record = load_model(path, args.preset)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        return random_model(args, len(tokenizer)), tokenizer, "random (from nothing)", {}
+    model, tokenizer, record = load_weights(path, args.preset)
     _check_shape_flags(args, model.config, str(path))
     if args.tokenizer or tokenizer is None:
         chosen = _load_tokenizer(args.tokenizer)
@@ -131,22 +149,52 @@ def resolve_weights(args, before, required: bool):
     return model, tokenizer, str(path), record
 
 
-def _starting_path(args, before) -> Path | None:
-    """The file --from_weight means; None for random weights."""
-    if args.from_weight == "none" or (args.from_weight is None and not before):
+def load_weights(path, preset=None):
+    """model.weights.load_model, its complaints as the user's mistakes."""
+    try:
+        return load_model(path, preset)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def random_model(args, vocab_size: int) -> MiniMindForCausalLM:
+    """Random weights, a function of --seed, of the shape that --preset and the shape flags name."""
+    try:
+        config = LMConfig.from_preset(args.preset or DEFAULT_PRESET, **({"vocab_size": vocab_size} | shape_flags(args)))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    torch.manual_seed(args.seed)
+    return MiniMindForCausalLM(config)
+
+
+def find_weights(flag: str, value: str | None, before, out_dir) -> Path | None:
+    """The file that a flag's value means: a path, or a stage's name. Without a value the newest weights of the stages
+    `before` in out_dir, else in out/. None: random weights."""
+    if value == "none" or (value is None and not before):
         return None
-    if args.from_weight is not None and (Path(args.from_weight).exists() or "/" in args.from_weight):
-        return Path(args.from_weight)
-    stages = before if args.from_weight is None else (args.from_weight,)
-    for folder in dict.fromkeys((args.out_dir, "out")):
+    if value is not None and (Path(value).exists() or "/" in value):
+        return Path(value)
+    stages = before if value is None else (value,)
+    for folder in dict.fromkeys((out_dir, "out")):
         found = [path for stage in stages if (path := newest_weights(folder, want=stage))]
         if found:
             return max(found, key=lambda path: path.stat().st_mtime_ns)
-    if args.from_weight is not None:
-        raise UserError(
-            f"--from_weight {args.from_weight}: no such file, and no {args.from_weight}_* in {args.out_dir}"
-        )
+    if value is not None:
+        raise UserError(f"{flag} {value}: no such file, and no {value}_* in {out_dir}")
     return None
+
+
+def find_frozen(args, role: str, value: str | None, before) -> Path:
+    """The file of a second model that is used and not trained: what the flag --<role> says, else what the run to be
+    resumed had, else the newest weights of the stages `before`; UserError where there are none."""
+    state = resumed_state(args, mmap=True) if args.resume and value is None else None
+    path = find_weights(f"--{role}", state["record"][role] if state else value, before, args.out_dir)
+    return path or refuse_without_weights(before, args.out_dir)
+
+
+def refuse_without_weights(before, out_dir) -> None:
+    stage = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}.get(before[0], before[0])
+    raise UserError(f"no weights of {' or '.join(before)} in {out_dir} or out; run `python {stage}` first")
 
 
 def _load_tokenizer(folder):
@@ -159,13 +207,14 @@ def _load_tokenizer(folder):
     return tokenizer
 
 
-def _shape_flags(args) -> dict:
+def shape_flags(args) -> dict:
+    """The shape flags that were given."""
     return {name: getattr(args, name) for name in SHAPE_FLAGS if getattr(args, name) is not None}
 
 
 def _check_shape_flags(args, config, whose: str) -> None:
     """Flags may repeat the shape that weights have; they cannot change it (dropout and balance can change)."""
-    wanted = _shape_flags(args)
+    wanted = shape_flags(args)
     for name in ("dropout", "aux_loss_alpha"):
         if name in wanted:
             setattr(config, name, wanted[name])
@@ -180,12 +229,12 @@ def _check_shape_flags(args, config, whose: str) -> None:
         raise UserError(f"{whose} has another shape than the flags say: {', '.join(wrong)}; leave them out")
 
 
-def _resumed_state(args) -> dict | None:
-    """The state of the run that --resume means, None where there is none."""
+def resumed_state(args, mmap=False) -> dict | None:
+    """The state of the run that --resume means, None where there is none. mmap: to look at its record only."""
     paths = find_states(args)
     if args.dim is not None or args.preset is not None:
         dim = args.dim or LMConfig.from_preset(args.preset).dim
         paths = [path for path in paths if f"_{dim}_" in path.name]
     if len(paths) > 1:
         raise UserError(f"--resume could mean {' or '.join(map(str, paths))}; say which with --dim or --use_moe")
-    return read_state(paths[0]) if paths else None
+    return read_state(paths[0], mmap) if paths else None

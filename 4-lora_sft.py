@@ -1,0 +1,87 @@
+"""Stage 4: teach a finished model something more, cheaply. Conversations in, a small adapter out.
+
+  in    --data_path FILE...   rows of {"conversations": [{"role", "content"}, ...]}
+        --from_weight         a chat model; default: the newest full_sft_* in --out_dir or out/. It is not changed
+  out   out/lora/<name>_<dim>.pth  (the adapter, and which weights it belongs to), .jsonl (every step), .png (curve)
+        --peft_dir FOLDER     the adapter once more, as the peft library reads it
+
+Low-rank adaptation (Hu et al. 2021): beside each frozen matrix W stands a product B A of low rank, and only A and B
+are trained. See model/lora.py. The adapter's file is given to other programs like any weights:
+`python 2-eval.py --weight out/lora/lora_identity_512.pth` loads the model under it and adds it.
+
+  python 4-lora_sft.py                                        the embedded sample, or dataset/lora_identity.jsonl
+  python 4-lora_sft.py --data_path medical.jsonl --rank 16    your own; <name> is the file's, or --save_weight
+  python 4-lora_sft.py --targets q_proj v_proj experts        which layers: see model.lora.matches
+"""
+
+import re
+
+from model.lora import PROJECTIONS, LoraConfig, add_lora, load_lora
+from model.peft_folder import check_peft, save_peft
+from trainer import dist
+from trainer.cli import UserError, parse, run_main, stage_parser
+from trainer.loop import train
+from trainer.losses import language_model
+from trainer.read import open_bytes
+from trainer.start import prepare
+
+MINIMIND_FILES = ("lora_identity.jsonl", "lora_medical.jsonl")
+PLACEHOLDER = re.compile(rb"\{\{(name|author)\}\}")
+
+
+def parser():
+    p = stage_parser("lora", __doc__, save_weight=None, learning_rate=1e-3, epochs=10.0, batch_size=4,
+                     accumulation_steps=1, weight_decay=0.0, val_split=0.05)  # fmt: skip
+    g = p.add_argument_group("adapter")
+    g.add_argument("--rank", type=int, default=8, metavar="N", help="rank of the update (8)")
+    g.add_argument("--alpha", type=float, default=16.0, metavar="X", help="the update is scaled by alpha / rank (16)")
+    g.add_argument("--lora_dropout", type=float, default=0.0, metavar="SHARE", help="of its input, in training (0)")
+    g.add_argument(
+        "--targets",
+        nargs="+",
+        default=list(PROJECTIONS),
+        metavar="LAYER",
+        help="ends of layers' names, or patterns with * (all projections of attention and feed-forward)",
+    )
+    p.flag(g, "lora_experts", False, "adapt each routed expert as well; the same as the target `experts`")
+    g.add_argument("--peft_dir", metavar="FOLDER", help="write the adapter for the peft library too")
+    g.add_argument("--lora_name", dest="save_weight", metavar="NAME", help="MiniMind's name of --save_weight")
+    p.set_defaults(recipe_flags=("rank", "alpha", "lora_dropout", "targets"), subfolder="lora")
+    return p
+
+
+def refuse_placeholders(path) -> None:
+    """An adapter trained on them would call itself {{name}}."""
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, start=1):
+            if found := PLACEHOLDER.search(line):
+                raise UserError(f"{path}:{number}: the placeholder {found[0].decode()} is not filled in; "
+                                "`python data_process.py fill --set name=... author=...` does it")  # fmt: skip
+
+
+def main(argv=None) -> dict:
+    args = parse(parser(), argv)
+    args.targets = [*args.targets, "experts"] if args.lora_experts else args.targets
+    try:
+        config = LoraConfig(args.rank, args.alpha, args.lora_dropout, args.targets)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+    def adapt(model):
+        if args.peft_dir:
+            check_peft(model, config)
+        add_lora(model, config.rank, config.alpha, config.dropout, config.targets)
+
+    start = prepare(args, MINIMIND_FILES, "lora_domain.jsonl", before=("full_sft",), required=True, adapt=adapt)
+    for path in start.data_files:
+        refuse_placeholders(path)
+    with dist.join(args) as world:
+        result = train(start, start.packed("chat", world), language_model, world)
+        if args.peft_dir and world.first and not args.dry_run:
+            load_lora(start.model, result["weights"], "trained")  # also where the run was finished before
+            save_peft(args.peft_dir, start.model, base=start.came_from)
+    return result
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,99 @@
+"""Stage 5: learn what is liked better. Pairs of answers in, a chat model out that prefers as they do.
+
+  in    --data_path FILE...   rows of {"chosen": [messages], "rejected": [messages]} that differ in the last message
+        --from_weight         a chat model; default: the newest full_sft_* in --out_dir or out/. Its copy, frozen, is
+                              the reference that the loss compares with
+  out   out/dpo_<dim>.pth  (weights, config, tokenizer), .jsonl (every step), .png (curve)
+
+Direct preference optimisation (Rafailov et al. 2023): raise the chosen answer's log-probability over the rejected
+one's, compared with the reference. The reference is computed once, before training, and kept in out/cache.
+
+Printed, each a mean over pairs: accuracy (the chosen answer is the likelier one; per token: by the mean over its
+tokens), margin (beta times what the policy prefers it more than the reference), kl (nats by which the policy has left
+the reference on these answers). The last line adds how accuracy on held-out pairs changed, with its 95% interval.
+
+  python 5-dpo_train.py                                       the embedded sample, or dataset/dpo.jsonl
+  python 5-dpo_train.py --data_path pairs.jsonl --beta 0.05   your pairs; less bound to the reference
+"""
+
+from trainer import dist, losses
+from trainer.cli import UserError, parse, run_main, stage_parser
+from trainer.loop import train
+from trainer.preference import Reference, pair_log_probs
+from trainer.read import check_file
+from trainer.start import SAMPLE, prepare
+
+FLAGS = ("loss", "beta", "label_smoothing", "simpo_gamma", "per_token", "reference")
+
+
+def parser():
+    p = stage_parser("dpo", __doc__, learning_rate=5e-5, accumulation_steps=1, weight_decay=0.01, val_split=0.05)
+    g = p.add_argument_group("preferences")
+    g.add_argument("--loss", choices=("sigmoid", "ipo", "simpo", "orpo"), default="sigmoid",
+                   help="simpo and orpo compare with no reference (sigmoid)")  # fmt: skip
+    g.add_argument("--beta", type=float, default=0.1, metavar="X", help="how dear leaving the reference is (0.1)")
+    g.add_argument("--label_smoothing", type=float, default=0.0, metavar="SHARE",
+                   help="share of pairs thought to be swapped; sigmoid only (0)")  # fmt: skip
+    g.add_argument("--simpo_gamma", type=float, default=0.5, metavar="X", help="margin that simpo asks for (0.5)")
+    p.flag(g, "per_token", False, "compare log-probabilities a token, not summed; all but sigmoid always do")
+    g.add_argument("--reference", choices=("cached", "live"), default="cached",
+                   help="live: a second model in memory at every step (cached)")  # fmt: skip
+    g.add_argument("--val_path", nargs="+", metavar="FILE", help="held-out pairs, in place of --val_split's")
+    p.set_defaults(recipe_flags=FLAGS)
+    return p
+
+
+def check(args) -> None:
+    if not args.beta > 0:
+        raise UserError(f"--beta must be above 0, not {args.beta}")
+    if not 0 <= args.label_smoothing < 0.5:
+        raise UserError(f"--label_smoothing must lie in [0, 0.5), not {args.label_smoothing}")
+    if args.label_smoothing and args.loss != "sigmoid":
+        raise UserError(f"--label_smoothing belongs to --loss sigmoid, not to {args.loss}")
+
+
+def preference_loss(args, reference):
+    """The loss function: sums over pairs."""
+    per_token = args.per_token or args.loss != "sigmoid"
+
+    def loss_fn(model, batch):
+        out, log_probs, counts = pair_log_probs(model, batch)  # (B, S): chosen, rejected, chosen, rejected, ...
+        frozen = reference.log_probs(batch)
+        real = batch["documents"][:, ::2] >= 0
+        *sums, tokens = [(x[:, ::2][real], x[:, 1::2][real]) for x in (log_probs, frozen, counts)]  # (n,) each
+        means = [(chosen / tokens[0], rejected / tokens[1]) for chosen, rejected in sums]
+        policy, ref = means if per_token else sums
+        if args.loss == "simpo":
+            loss = losses.simpo_loss(*policy, args.beta, args.simpo_gamma)
+        elif args.loss == "orpo":
+            loss = losses.orpo_loss(*policy, args.beta)
+        else:
+            loss = losses.dpo_loss(*policy, *ref, args.beta, args.label_smoothing, args.loss)
+        total, numbers = losses.with_balance(loss.sum(), out, batch)
+        more = {
+            "accuracy": sums[0][0] > sums[0][1],
+            "accuracy_per_token": means[0][0] > means[0][1],
+            "margin": args.beta * ((policy[0] - ref[0]) - (policy[1] - ref[1])),
+            "kl": (sum(sums[1]) - sum(sums[0])) / 2,
+        }
+        return total, real.sum(), numbers | {name: values.detach().sum() for name, values in more.items()}
+
+    return loss_fn
+
+
+def main(argv=None) -> dict:
+    args = parse(parser(), argv)
+    check(args)
+    start = prepare(args, ("dpo.jsonl",), sample="dpo.jsonl", before=("full_sft",), required=True)
+    start.bytes_of_token = None  # the loss is not that of a text
+    reference = Reference(start)
+    sampled = start.data_files == [SAMPLE / "dpo.jsonl"]
+    val_files = [check_file(f) for f in args.val_path or ([SAMPLE / "dpo_heldout.jsonl"] if sampled else [])]
+    with dist.join(args) as world:
+        rows = start.packed("pair", world, val_files)
+        reference.ready(rows, world)
+        return train(start, rows, preference_loss(args, reference), world, reference.report(rows[1], world))
+
+
+if __name__ == "__main__":
+    run_main(main)

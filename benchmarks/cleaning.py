@@ -1,0 +1,134 @@
+"""Held-out bits per byte of the same small model, trained on as many tokens of a collection before and after cleaning.
+
+    python -m benchmarks.cleaning --data_path $DATA/pretrain --max_steps 300
+
+The held-out documents are rows of the clean collection; what is equal to one of them or nearly, in either training
+set, is left out, so that neither side has seen them. Both sides start from the same random weights, take the same
+number of steps over rows of the same length, and are measured on the same documents. The two runs of a seed stand side
+by side, so chance of the order and of the start can be told from the effect.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from benchmarks.report import spread
+from model.tokenizer import encode_document
+from model.weights import load_model
+from processing.clean import Settings, clean, row_text
+from processing.dedup import Fingerprints, exact_key, find_copies, signature
+from processing.normalise import normalise_row
+from processing.read_raw import Dropped, find_files, raw_rows
+from processing.shapes import parse_record, to_row
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def raw_texts(paths):
+    """Every row that has a text at all: what a user without cleaning would train on."""
+    for path in paths:
+        for file in find_files(path)[0]:
+            for row in raw_rows(file):
+                try:
+                    if isinstance(row.raw, Dropped):
+                        continue
+                    text = to_row(parse_record(row.raw), "text")
+                except Dropped:
+                    continue
+                if text["text"].strip():
+                    yield text
+
+
+def without_heldout(rows: list[dict], heldout: list[dict], folder: Path) -> list[dict]:
+    """The rows that are no copies of a held-out document."""
+    texts = [row_text(normalise_row(row)) for row in heldout + rows]
+    prints = Fingerprints(folder)
+    for text in texts:
+        prints.append([exact_key(text)], signature(text)[None])
+    prints.close()
+    of, _ = find_copies(prints)
+    return [row for row, copied in zip(rows, of[len(heldout) :]) if not 0 <= copied < len(heldout)]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def trained(data: Path, seed: int, args, out_dir: Path) -> dict:
+    """The result of one run of 1-pretrain.py."""
+    command = [sys.executable, "1-pretrain.py", "--data_path", str(data), "--preset", args.preset, "--seq_len",
+               str(args.seq_len), "--max_steps", str(args.max_steps), "--epochs", "1000", "--seed", str(seed),
+               "--val_split", "0", "--out_dir", str(out_dir), *args.flags]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@torch.inference_mode()
+def bits_per_byte(weights: Path, heldout: list[dict], seq_len: int) -> float:
+    """Sum of nats over all targets of the documents, end tokens included / (ln 2 x UTF-8 bytes of their text)."""
+    model, tokenizer, _ = load_model(weights)
+    model.eval()
+    nats = 0.0
+    for row in heldout:
+        ids = encode_document(tokenizer, row["text"])
+        for start in range(0, len(ids) - 1, seq_len):  # a piece begins with the last token of the one before
+            piece = torch.tensor([ids[start : start + seq_len + 1]])
+            logits = model(piece[:, :-1]).logits
+            nats += cross_entropy(logits[0].float(), piece[0, 1:], reduction="sum").item()
+    return nats / math.log(2) / sum(len(row["text"].encode()) for row in heldout)
+
+
+def run(args) -> dict:
+    """args: data_path (raw files, folders), heldout (share), preset, seq_len, max_steps, seeds, flags (of stage 1)."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        summary = clean(args.data_path, folder / "clean", Settings(heldout=args.heldout))
+        held = read(folder / "clean" / "pretrain_heldout.jsonl")
+        sides = {"before": list(raw_texts(args.data_path)), "after": read(folder / "clean" / "pretrain.jsonl")}
+        files = {}
+        for side, rows in sides.items():
+            rows = without_heldout(rows, held, folder / f"prints_{side}")
+            files[side] = write(folder / f"{side}.jsonl", rows)
+            print(f"{side}: {len(rows):,} rows, {sum(len(row['text']) for row in rows):,} characters", flush=True)
+        bits = {side: [] for side in files}
+        for seed in range(args.seeds):
+            for side, data in files.items():
+                result = trained(data, seed, args, folder / f"{side}_{seed}")
+                bits[side].append(bits_per_byte(result["weights"], held, args.seq_len))
+                print(f"seed {seed}, {side}: {result['tokens']:,} tokens, "
+                      f"{bits[side][-1]:.4f} bits per byte", flush=True)  # fmt: skip
+    difference = np.subtract(bits["after"], bits["before"]).tolist()
+    return {
+        "preset": args.preset, "tokens": result["tokens"], "heldout_documents": len(held),
+        "dropped": summary["reasons"], "before": spread(bits["before"]), "after": spread(bits["after"]),
+        "after_minus_before": spread(difference),
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", nargs="+", required=True)
+    parser.add_argument("--heldout", type=float, default=0.02)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--seq_len", type=int, default=512)
+    parser.add_argument("--max_steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="handed to 1-pretrain.py; the last flag")
+    print(json.dumps(run(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Worked answers before and after train_distill_reason.py: are they well-formed, and are they right?
+
+Greedy, up to 1,024 new tokens. Well-formed: one <think> block, then one <answer> block, then the end, nothing else;
+an answer that ran into the limit is malformed. Gate on the sample: at least 95% of its held-out questions.
+"""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.stages import SAMPLE, ask, chat_weights, read_rows, stage
+from inference.scoring import is_right
+
+FORM = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+TAG = re.compile(r"</?(?:think|answer)>")
+
+
+def add_flags(parser) -> None:
+    parser.add_argument("--weight", metavar="PATH", help="chat model to begin with (the newest full_sft_* in out/)")
+    parser.add_argument("--out_dir", default="out/benchmark_reason", help="(%(default)s)")
+    parser.add_argument("--data_path", nargs="+", default=[str(SAMPLE / "reason.jsonl")], metavar="FILE", help="traces")
+    parser.add_argument("--questions", default=str(SAMPLE / "reason_heldout.jsonl"), metavar="FILE",
+                        help="rows of question and answer (the sample's)")  # fmt: skip
+    parser.add_argument("flags", nargs="*", help="further flags of train_distill_reason.py, after --")
+
+
+def fault(completion) -> str | None:
+    """What is wrong with the form of an answer, None where nothing is."""
+    if completion.finish_reason == "length":
+        return "truncated"
+    tags = TAG.findall(completion.text)
+    if tags != ["<think>", "</think>", "<answer>", "</answer>"]:
+        missing = [tag for tag in ("<think>", "</think>", "<answer>", "</answer>") if tag not in tags]
+        return f"no {missing[0]}" if missing else "tags repeated or out of order"
+    if not FORM.fullmatch(completion.text):
+        return "text outside the blocks"
+    return None if FORM.fullmatch(completion.text)[2].strip() else "empty answer"
+
+
+def run(args) -> dict:
+    weights = chat_weights(args.weight)
+    found = stage("train_distill_reason.py", "--from_weight", weights, "--out_dir", Path(args.out_dir), "--overwrite",
+                  "--seq_len", 256, "--data_path", *args.data_path, *args.flags)  # fmt: skip
+    rows, result = read_rows(args.questions), {"questions": args.questions, "seconds": found["seconds"]}
+    for name, path in (("before", weights), ("after", found["weights"])):
+        answers = ask(path, [row["question"] for row in rows], max_tokens=1024)
+        faults = [fault(answer) for answer in answers]
+        right = [is_right(a.text, row["answer"], row.get("rivals") or ()) for a, row in zip(answers, rows, strict=True)]
+        result |= {
+            f"well_formed_{name}": faults.count(None) / len(rows), f"exact_match_{name}": sum(right) / len(rows),
+            f"faults_{name}": dict(Counter(f for f in faults if f)),
+        }  # fmt: skip
+    return result | {"n": len(rows), "passed": result["well_formed_after"] >= 0.95}

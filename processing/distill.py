@@ -1,0 +1,250 @@
+"""Black-box distillation: a teacher behind an OpenAI-compatible API answers prompts, the answers become rows for SFT.
+
+Every answer is appended to a journal (OUT.answers) the moment it comes, so that a run that is killed, or stopped by a
+limit, is paid for once: the same command goes on with the prompts that have no answer yet. The rows are written from
+the journal in the order of the prompts, so the output does not depend on the order in which answers came.
+
+Protocol: POST {base_url}/chat/completions, as in OpenAI's API reference; `reasoning_content` as DeepSeek's has it.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from processing.work import new_file
+from trainer.cli import RunFailed, UserError
+from trainer.read import BadRow, parse_record, raw_rows
+
+WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries; doubled each time
+REFUSED_IN_A_ROW = 20  # so many failed prompts one after another end the run: the server is gone
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Where to ask, and how."""
+
+    base_url: str
+    model: str
+    api_key: str = ""
+    max_tokens: int = 1024
+    temperature: float = 0.7
+    timeout: float = 120.0  # seconds
+    retries: int = 5
+    first_wait: float = FIRST_WAIT
+
+    def ask(self, messages: list[dict]) -> dict:
+        """One request with its retries -> {"content", "reasoning_content", "tokens"} or {"failed": reason, "tokens"}.
+
+        Raises UserError where no request can succeed: a wrong key, address or model.
+        """
+        pause = self.first_wait
+        for attempt in range(self.retries + 1):
+            try:
+                return self._ask_once(messages)
+            except urllib.error.HTTPError as error:
+                said = error.read(2000).decode("utf-8", "replace")
+                if error.code in (401, 403, 404):
+                    raise UserError(f"{self.base_url} answers {error.code}: {said.strip()[:300]}") from None
+                if error.code not in WORTH_ANOTHER_TRY:
+                    return {"failed": f"status {error.code}", "detail": said[:300], "tokens": 0}
+                reason, named = f"status {error.code}", error.headers.get("Retry-After", "")
+                pause = float(named) if named.isdecimal() else pause
+            except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off
+                reason = type(getattr(error, "reason", error)).__name__
+            except (ValueError, KeyError, IndexError, TypeError):
+                reason = "no chat completion in the reply"
+            if attempt < self.retries:
+                time.sleep(min(pause, LONGEST_WAIT))
+                pause *= 2
+        return {"failed": reason, "tokens": 0}
+
+    def _ask_once(self, messages: list[dict]) -> dict:
+        body = {"model": self.model, "messages": messages, "max_tokens": self.max_tokens,
+                "temperature": self.temperature}  # fmt: skip
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        url = f"{self.base_url.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+            completion = json.load(reply)
+        choice = completion["choices"][0]
+        tokens = int((completion.get("usage") or {}).get("total_tokens") or 0)
+        content = (choice["message"].get("content") or "").strip()
+        if choice.get("finish_reason") == "length":
+            return {"failed": "cut at max_tokens", "tokens": tokens}
+        if not content:
+            return {"failed": "empty answer", "tokens": tokens}
+        thinking = (choice["message"].get("reasoning_content") or "").strip()
+        return {"content": content, "tokens": tokens} | ({"reasoning_content": thinking} if thinking else {})
+
+
+def distill(path, out, teacher: Teacher, system=None, in_flight=4, max_requests=None, token_budget=None) -> dict:
+    """Answers for the prompts of `path` -> rows in `out` (.jsonl), {"conversations": [...]}.
+
+    in_flight: requests at a time. max_requests: prompts asked by this run; token_budget: tokens of all runs together,
+    as the server counts them. A limit stops asking; what was answered is written, and the same command goes on later.
+    """
+    out = Path(out)
+    if not out.name.endswith(".jsonl"):
+        raise UserError(f"--out {out}: the answers are JSON lines; let the name end in .jsonl")
+    if not teacher.base_url.startswith(("http://", "https://")):
+        raise UserError(f"--base_url {teacher.base_url}: write it as http://HOST:PORT/v1")
+    prompts = read_prompts(path)
+    journal = Journal(out, prompts, {"model": teacher.model, "system": system, "max_tokens": teacher.max_tokens,
+                                     "temperature": teacher.temperature})  # fmt: skip
+    waiting = [i for i in range(len(prompts)) if "content" not in journal.answers.get(i, {})]
+    begin, asked = time.time(), 0
+    try:
+        asked = _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests, token_budget)
+    finally:
+        journal.close()
+        rows = _write(out, prompts, journal.answers)
+    failed = Counter(answer["failed"] for answer in journal.answers.values() if "failed" in answer)
+    complete = len(journal.answers) == len(prompts)
+    if complete and not failed:
+        journal.path.unlink()
+    print(f"{rows:,} of {len(prompts):,} prompts answered, {journal.tokens:,} tokens -> {out}")
+    if not complete or failed:
+        print(f"{len(prompts) - rows:,} prompts without an answer; the same command asks them again")
+    return {
+        "stage": "distill", "prompts": len(prompts), "rows": rows, "asked": asked, "failed": dict(failed),
+        "complete": complete, "tokens": journal.tokens, "seconds": round(time.time() - begin, 1), "out": str(out),
+    }  # fmt: skip
+
+
+def _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests, token_budget) -> int:
+    """Keeps `in_flight` requests under way until the prompts or a limit are reached; returns the prompts asked."""
+    before = [{"role": "system", "content": system}] if system else []
+    todo = iter(waiting[:max_requests])
+    asked, failures, under_way = 0, 0, {}
+    bar = tqdm(desc="asking", total=len(waiting[:max_requests]), disable=not sys.stderr.isatty(), leave=False)
+    with ThreadPoolExecutor(in_flight) as pool, bar:
+        try:
+            while True:
+                # An answer costs at most max_tokens beside its prompt: what is under way counts against the budget.
+                spent = journal.tokens + len(under_way) * teacher.max_tokens
+                while len(under_way) < in_flight and (token_budget is None or spent < token_budget):
+                    if (i := next(todo, None)) is None:
+                        break
+                    under_way[pool.submit(teacher.ask, [*before, *prompts[i]])] = i
+                    asked, spent = asked + 1, spent + teacher.max_tokens
+                if not under_way:
+                    return asked
+                for done in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    answer = done.result()
+                    journal.append(under_way.pop(done), answer)
+                    bar.update()
+                    failures = failures + 1 if answer.get("failed") and not answer["tokens"] else 0
+                    if failures >= REFUSED_IN_A_ROW:
+                        raise RunFailed(f"{failures} prompts failed one after another ({answer['failed']}); "
+                                        "the same command goes on")  # fmt: skip
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def read_prompts(path) -> list[list[dict]]:
+    """The messages to send for each prompt. A .txt file has one prompt a line; rows of JSON have "prompt", "question",
+    or a conversation, of which the last answer is left out and asked for anew."""
+    path = Path(path)
+    if path.suffix == ".txt":
+        if not path.exists():
+            raise UserError(f"no such file: {path}")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        prompts = [[{"role": "user", "content": line.strip()}] for line in lines if line.strip()]
+    else:
+        prompts = []
+        for line, raw in raw_rows(path):
+            try:
+                prompts.append(_prompt(parse_record(raw)))
+            except BadRow as error:
+                raise UserError(f"{path}:{line}: {error}") from None
+    if not prompts:
+        raise UserError(f"{path} holds no prompts")
+    return prompts
+
+
+def _prompt(record: dict) -> list[dict]:
+    messages = record.get("conversations", record.get("messages"))
+    if messages is None:
+        text = record.get("prompt", record.get("question"))
+        if not isinstance(text, str) or not text.strip():
+            raise BadRow('no text under "prompt" or "question" and no "conversations"')
+        return [{"role": "user", "content": text}]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise BadRow('"conversations" must be a list of messages')
+    messages = [{"role": m["role"], "content": m.get("content") or ""} for m in messages]
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    if not messages:
+        raise BadRow("the conversation has no question of the user")
+    return messages
+
+
+class Journal:
+    """Answers so far, a line of JSON each, behind a first line that names prompts and settings."""
+
+    def __init__(self, out: Path, prompts, settings: dict):
+        self.path = out.with_name(f"{out.name}.answers")
+        digest = hashlib.blake2b(json.dumps(prompts).encode(), digest_size=8).hexdigest()
+        head = settings | {"prompts": digest}
+        self.answers, self.tokens = {}, 0
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._read(head)
+        else:
+            with new_file(self.path) as file:
+                file.write(json.dumps(head, ensure_ascii=False) + "\n")
+        self.file = open(self.path, "a", encoding="utf-8")
+
+    def _read(self, head: dict):
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]  # a kill may have cut the last line
+        first, *lines = whole.splitlines()
+        if json.loads(first) != head:
+            raise UserError(f"{self.path} belongs to other prompts or settings; delete it, or name another --out")
+        os.truncate(self.path, len(whole))
+        for line in lines:
+            record = json.loads(line)
+            self._take(record["prompt"], record["answer"])
+
+    def _take(self, i: int, answer: dict):
+        self.tokens += answer["tokens"]
+        self.answers[i] = answer
+
+    def append(self, i: int, answer: dict):
+        self.file.write(json.dumps({"prompt": i, "answer": answer}, ensure_ascii=False) + "\n")
+        self.file.flush()
+        self._take(i, answer)
+
+    def close(self):
+        self.file.close()
+
+
+def _write(out: Path, prompts, answers: dict) -> int:
+    rows = 0
+    with new_file(out) as file:
+        for i, messages in enumerate(prompts):
+            answer = answers.get(i, {})
+            if "content" in answer:
+                told = {key: answer[key] for key in ("content", "reasoning_content") if key in answer}
+                row = {"conversations": [*messages, {"role": "assistant", **told}]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                rows += 1
+    return rows

@@ -1,0 +1,197 @@
+"""Brings a record of any published shape into the three that the stages read (trainer/read.py names them).
+
+  text  {"text"}                     from "text", "content" or the column that --text_key names
+  chat  {"conversations": [...]}     from MiniMind v2/v3's and OpenAI's lists, ShareGPT's from/value, Alpaca's
+                                     instruction/input/output, the columns history, q, a of MiniMind v1 and of its
+                                     sft_data_zh (where `input` stands before q and `output` before a), and bare
+                                     question/answer columns
+  pair  {"chosen", "rejected"}       from two conversations, or from a prompt and two answers
+
+"any" takes every shape and joins its text: for the tokenizer. Facts on MiniMind's files: its README and dataset code.
+"""
+
+import json
+
+from processing.read_raw import Dropped
+from trainer.read import BadRow, as_pair, check_messages, parse_history, record_text
+
+TEXT_KEYS = ("text", "content")
+QUESTION_ANSWER = (("question", "answer"), ("prompt", "response"), ("prompt", "completion"), ("query", "response"))
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+KEPT_KEYS = ("role", "content", "reasoning_content", "tools", "tool_calls")
+
+
+def parse_record(raw: str | dict) -> dict:
+    """A line of JSON, or a record that is one already."""
+    if isinstance(raw, dict):
+        return raw
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise Dropped("not JSON", str(error)) from None
+    if not isinstance(record, dict):
+        raise Dropped("wrong shape", f"a row must be a JSON object, not {type(record).__name__}")
+    return record
+
+
+def to_row(record: dict, kind: str, text_key: str | None = None) -> dict:
+    """The record as a row of `kind` "text", "chat", "pair" or "any"; raises Dropped."""
+    try:
+        if kind == "text":
+            return {"text": _text(record, text_key)}
+        if kind == "chat":
+            return {"conversations": chat_of(record)}
+        if kind == "pair":
+            return pair_of(record)
+        return {"text": _any_text(record, text_key)}
+    except BadRow as error:
+        raise Dropped("wrong shape", str(error)) from None
+
+
+def knows(columns: list[str], kind: str, text_key: str | None = None) -> bool:
+    """Whether a table with these columns can hold rows of `kind`: asked before any work is done."""
+    has = set(columns).issuperset
+    text = any(has({key}) for key in ((text_key,) if text_key else TEXT_KEYS))
+    chat = any(map(has, ({"conversations"}, {"messages"}, {"q", "a"}, {"instruction", "output"}))) or any(
+        has(keys) for keys in QUESTION_ANSWER
+    )
+    pair = has({"chosen"}) and (has({"rejected"}) or has({"reject"}))
+    return {"text": text, "chat": chat, "pair": pair, "any": text or chat or pair}[kind]
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+def _text(record: dict, text_key: str | None) -> str:
+    key = text_key or next((key for key in TEXT_KEYS if key in record), "text")
+    text = record.get(key)
+    if text is None:
+        raise Dropped("wrong shape", f"no key {key!r} (found: {', '.join(map(str, list(record)[:8])) or 'none'})")
+    if not isinstance(text, str):
+        raise Dropped("wrong shape", f"{key!r} must be a string, not {type(text).__name__}")
+    return text
+
+
+def _any_text(record: dict, text_key: str | None) -> str:
+    if text_key or any(key in record for key in TEXT_KEYS):
+        return _text(record, text_key)
+    return record_text(pair_of(record) if "chosen" in record else {"conversations": chat_of(record)})
+
+
+# ------------------------------------------------------------------------------------------------------------- chat
+def chat_of(record: dict) -> list[dict]:
+    """The messages of a record of any chat shape, checked: user first, answers last, roles in turn."""
+    if "conversations" in record or "messages" in record:
+        messages = _messages(record.get("conversations", record.get("messages")))
+        messages = _with_tools(messages, record)
+    elif "q" in record and "a" in record:
+        question, answer = _joined(record, "input", "q"), _joined(record, "output", "a")
+        messages = _turns(record.get("history"), question, answer)
+    elif "instruction" in record and "output" in record:
+        question = "\n".join(part for part in (record["instruction"], record.get("input")) if part)
+        messages = _turns(record.get("history"), question, record["output"], record.get("system"))
+    else:
+        keys = next((keys for keys in QUESTION_ANSWER if record.keys() >= set(keys)), None)
+        if keys is None:
+            raise BadRow(f"no conversation in it (found: {', '.join(map(str, list(record)[:8])) or 'none'})")
+        messages = _turns(record.get("history"), record[keys[0]], record[keys[1]], record.get("system"))
+    return _checked(messages)
+
+
+def _messages(messages) -> list[dict]:
+    """Role and content of each message; a message list written as JSON in a CSV cell is read too."""
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            raise BadRow("the conversation is a string that is not JSON") from None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BadRow("a conversation must be a list of messages")
+    return [_message(message) for message in messages]
+
+
+def _message(message: dict) -> dict:
+    if "from" in message and "value" in message:  # ShareGPT
+        role, value = message["from"], message["value"]
+        if role == "function_call":
+            return {"role": "assistant", "content": "", "tool_calls": value if _is_list(value) else f"[{value}]"}
+        return {"role": SHAREGPT_ROLES.get(role, role), "content": value}
+    kept = {key: message[key] for key in KEPT_KEYS if message.get(key) not in (None, "", [])}
+    for key in ("tools", "tool_calls"):
+        if key in kept and not isinstance(kept[key], str):
+            kept[key] = json.dumps(kept[key], ensure_ascii=False)
+    return {"role": message.get("role"), "content": message.get("content") or "", **kept}
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("[")
+
+
+def _with_tools(messages: list[dict], record: dict) -> list[dict]:
+    """ShareGPT keeps system text and tools beside the list; ours stand in a system message."""
+    beside = {key: record[key] for key in ("system", "tools") if record.get(key) not in (None, "", "[]", [])}
+    if not beside or (messages and messages[0].get("role") == "system"):
+        return messages
+    system = {"role": "system", "content": str(beside.get("system", ""))}
+    if "tools" in beside:
+        tools = beside["tools"]
+        system["tools"] = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
+    return [system, *messages]
+
+
+def _joined(record: dict, before: str, key: str) -> str:
+    if not isinstance(record[key], str):
+        raise BadRow(f"{key!r} must be a string, not {type(record[key]).__name__}")
+    return f"{record.get(before) or ''}{record[key]}"
+
+
+def _turns(history, question, answer, system=None) -> list[dict]:
+    messages = [{"role": "system", "content": system}] if system else []
+    for earlier, reply in [*parse_history(history), (question, answer)]:
+        messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": reply}]
+    return messages
+
+
+def _checked(messages: list[dict]) -> list[dict]:
+    messages = check_messages(messages)
+    while messages[-1]["role"] != "assistant":  # a question that nobody answered teaches nothing
+        messages = messages[:-1]
+    turns = [message["role"] for message in messages if message["role"] != "system"]
+    if turns[0] != "user":
+        raise BadRow(f"the first turn is {turns[0]}'s, not the user's")
+    for before, after in zip(turns, turns[1:]):
+        if before == after != "tool":
+            raise BadRow(f"two {after} turns in a row")
+    return messages
+
+
+# ------------------------------------------------------------------------------------------------------------- pairs
+def pair_of(record: dict) -> dict:
+    """{"chosen", "rejected"} of a preference record of any shape."""
+    chosen, rejected = record.get("chosen"), record.get("rejected", record.get("reject"))
+    if chosen is None or rejected is None:
+        raise BadRow(f'no "chosen" and "rejected" (found: {", ".join(map(str, list(record)[:8])) or "none"})')
+    prompt = _prompt(record)
+    chosen, rejected = (_side(prompt, side) for side in (chosen, rejected))
+    return as_pair({"chosen": chosen, "rejected": rejected})
+
+
+def _prompt(record: dict) -> list[dict]:
+    """The messages before the two answers; empty where chosen and rejected are whole conversations."""
+    prompt = record.get("conversations", record.get("prompt", record.get("question", record.get("instruction"))))
+    if isinstance(prompt, list):
+        return _messages(prompt)
+    if not prompt:
+        return []
+    text = "\n".join(part for part in (prompt, record.get("input")) if part)
+    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    return [*system, {"role": "user", "content": text}]
+
+
+def _side(prompt: list[dict], side) -> list[dict]:
+    if isinstance(side, str):
+        side = [{"role": "assistant", "content": side}]
+    messages = _messages([side] if isinstance(side, dict) else side)
+    if any(message["role"] == "user" for message in messages):
+        return messages  # a whole conversation, whatever stands beside it
+    if not prompt:
+        raise BadRow("an answer without its prompt")
+    return [*prompt, *messages]

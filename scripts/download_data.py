@@ -1,0 +1,270 @@
+"""Downloads MiniMind's published data and weights, and the exams, by name.
+
+    python scripts/download_data.py                                    what there is
+    python scripts/download_data.py pretrain_hq sft_mini_512           into dataset/
+    python scripts/download_data.py ceval --source huggingface         into dataset/exams/ceval
+    HF_ENDPOINT=https://MIRROR python scripts/download_data.py ...     a mirror of Hugging Face
+    MODELSCOPE_ENDPOINT=https://HOST python scripts/download_data.py --source modelscope ...
+
+The sources' own client libraries do the transfer: a connection that drops is taken up again where it broke, also by a
+second start. Before anything is fetched sizes and licences are shown and the free disk is checked; afterwards a file
+whose SHA-256 the source publishes is compared with it.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from processing.exams import arrange
+from trainer.cli import Parser, RunFailed, UserError, run_main
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that can be fetched: files of a repository that match patterns, and where they go."""
+
+    about: str
+    huggingface: str
+    modelscope: str | None
+    files: tuple[str, ...]
+    folder: str = "dataset"
+    kind: str = "dataset"  # or "model"
+    exam: bool = False
+
+
+def _data(about: str, file: str) -> Item:
+    return Item(about, "jingyaogong/minimind_dataset", "gongjy/minimind_dataset", (file,))
+
+
+def _weights(about: str, name: str, modelscope: str) -> Item:
+    files = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.pth", "*.txt", "*.py")
+    return Item(about, f"jingyaogong/{name}", f"gongjy/{modelscope}", files, f"weights/{name}", "model")
+
+
+def _exam(about: str, repo: str, folder: str, *files: str) -> Item:
+    return Item(about, repo, None, files, f"dataset/exams/{folder}", exam=True)
+
+
+# Sizes here are for orientation, as MiniMind's README gives them; the sources are asked before a download.
+ITEMS = {
+    "pretrain_hq": _data("MiniMind 2, pretraining, 1.6 GB", "pretrain_hq.jsonl"),
+    "sft_mini_512": _data("MiniMind 2, conversations, 1.2 GB", "sft_mini_512.jsonl"),
+    "sft_512": _data("MiniMind 2, conversations, 7.5 GB", "sft_512.jsonl"),
+    "sft_1024": _data("MiniMind 2, conversations, 5.6 GB", "sft_1024.jsonl"),
+    "sft_2048": _data("MiniMind 2, conversations, 9 GB", "sft_2048.jsonl"),
+    "r1_mix_1024": _data("MiniMind 2, reasoning traces, 340 MB", "r1_mix_1024.jsonl"),
+    "dpo": _data("preference pairs", "dpo.jsonl"),
+    "lora_identity": _data("who the assistant is, 23 KB", "lora_identity.jsonl"),
+    "lora_medical": _data("medical questions, 34 MB", "lora_medical.jsonl"),
+    "tokenizer_train": _data("text for a tokenizer, 1 GB", "tokenizer_train.jsonl"),
+    "pretrain_t2t_mini": _data("MiniMind 3, pretraining, 1.2 GB", "pretrain_t2t_mini.jsonl"),
+    "pretrain_t2t": _data("MiniMind 3, pretraining, 8 GB", "pretrain_t2t.jsonl"),
+    "sft_t2t_mini": _data("MiniMind 3, conversations, 1.6 GB", "sft_t2t_mini.jsonl"),
+    "sft_t2t": _data("MiniMind 3, conversations, 14 GB", "sft_t2t.jsonl"),
+    "rlaif": _data("MiniMind 3, prompts for reinforcement, 24 MB", "rlaif.jsonl"),
+    "minimind2": _weights("104M, transformers format", "MiniMind2", "MiniMind2"),
+    "minimind2-pth": _weights("all MiniMind 2 weights as .pth", "MiniMind2-Pytorch", "MiniMind2-PyTorch"),
+    "minimind-3": _weights("64M, transformers format", "minimind-3", "minimind-3"),
+    "minimind-3-pth": _weights("all MiniMind 3 weights as .pth", "minimind-3-pytorch", "minimind-3-pytorch"),
+    "ceval": _exam("C-Eval, 52 subjects", "ceval/ceval-exam", "ceval", "*.parquet", "*.zip"),
+    "cmmlu": _exam("CMMLU, 67 subjects", "haonan-li/cmmlu", "cmmlu", "*.zip", "*.parquet"),
+    "aclue": _exam("ACLUE, old Chinese, 15 subjects", "tyouisen/aclue", "aclue", "*.zip", "*.parquet"),
+    "tmmluplus": _exam("TMMLU+, traditional Chinese, 66 subjects", "ikala/tmmluplus", "tmmluplus", "data/*.csv"),
+    "openbookqa": _exam("OpenBookQA", "allenai/openbookqa", "openbookqa", "main/*.parquet"),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ sources
+@dataclass(frozen=True)
+class Remote:
+    """A file at its source; size in bytes, sha256 where the source tells it."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+
+class HuggingFace:
+    """Through huggingface_hub; HF_ENDPOINT names a mirror."""
+
+    name = "huggingface"
+
+    def __init__(self):
+        from huggingface_hub import constants
+
+        self.endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+
+    def repository(self, item: Item) -> str:
+        return item.huggingface
+
+    def listing(self, item: Item) -> tuple[str, list[Remote]]:
+        from huggingface_hub import HfApi
+
+        info = HfApi(endpoint=self.endpoint).repo_info(item.huggingface, repo_type=item.kind, files_metadata=True)
+        licence = (info.card_data or {}).get("license") or "not stated"
+        return str(licence), [Remote(f.rfilename, f.size or 0, f.lfs.sha256 if f.lfs else None) for f in info.siblings]
+
+    def fetch(self, item: Item, file: Remote, folder: Path) -> None:
+        from huggingface_hub import hf_hub_download
+
+        hf_hub_download(item.huggingface, file.path, repo_type=item.kind, local_dir=folder, endpoint=self.endpoint)
+
+    def address(self, item: Item, path: str) -> str:
+        prefix = "datasets/" if item.kind == "dataset" else ""
+        return f"{self.endpoint}/{prefix}{item.huggingface}/resolve/main/{path}"
+
+
+class ModelScope:
+    """Through modelscope_hub, the client of modelscope; MODELSCOPE_ENDPOINT names another host."""
+
+    name = "modelscope"
+
+    def __init__(self):
+        try:
+            from modelscope_hub.api import HubApi
+        except ImportError:
+            raise UserError("--source modelscope needs its client: pip install modelscope-hub") from None
+        self.api = HubApi()
+
+    def repository(self, item: Item) -> str:
+        if item.modelscope is None:
+            raise UserError(f"{item.huggingface} is fetched from --source huggingface only")
+        return item.modelscope
+
+    def listing(self, item: Item) -> tuple[str, list[Remote]]:
+        licence = self.api.get_repo(item.modelscope, item.kind).license or "not stated"
+        files = self.api.list_repo_files(item.modelscope, item.kind)
+        return str(licence), [Remote(f.path, f.size, f.sha256) for f in files if not f.is_dir]
+
+    def fetch(self, item: Item, file: Remote, folder: Path) -> None:
+        self.api.download_file(item.modelscope, item.kind, file.path, local_dir=folder, expected_sha256=file.sha256,
+                               file_size=file.size or None)  # fmt: skip
+
+    def address(self, item: Item, path: str) -> str:
+        host = os.environ.get("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn")
+        return f"{host.rstrip('/')}/{item.kind}s/{item.modelscope}/resolve/master/{path}"
+
+
+SOURCES = {source.name: source for source in (HuggingFace, ModelScope)}
+
+
+# ----------------------------------------------------------------------------------------------------------- download
+def download(names: list[str], source, out_dir: str | None, overwrite: bool) -> dict:
+    """Fetches the named items; returns what was fetched, verified and already there."""
+    if unknown := [name for name in names if name not in ITEMS]:
+        raise UserError(f"unknown: {', '.join(unknown)}; there are {', '.join(ITEMS)}")
+    plan = []  # (item, file, where it goes)
+    for name in names:
+        item = ITEMS[name]
+        folder = Path(out_dir or item.folder)
+        licence, files = _listing(source, item, folder)
+        print(f"{name}: {item.about}; from {source.repository(item)}; licence: {licence}")
+        for file in files:
+            print(f"  {file.size / 2**20:>12,.1f} MB  {folder / file.path}")
+            plan.append((item, file, folder))
+    missing = [entry for entry in plan if not _is_there(*entry[1:], overwrite)]
+    needed = sum(file.size for _, file, _ in missing)
+    _check_disk({folder for *_, folder in plan}, needed)
+    print(f"{len(missing)} of {len(plan)} files to fetch, {needed / 2**30:.2f} GB")
+    verified = 0
+    for item, file, folder in missing:
+        _attempt(source, item, folder, file.path, partial(source.fetch, item, file, folder))
+        verified += _verify(folder / file.path, file)
+    for folder in sorted({folder for item, _, folder in plan if item.exam}):
+        print(f"{folder}: {arrange(folder)} files of questions")
+    return {
+        "stage": "download", "source": source.name, "files": [str(folder / file.path) for _, file, folder in plan],
+        "fetched": len(missing), "bytes": needed, "verified": verified,
+    }  # fmt: skip
+
+
+def _listing(source, item: Item, folder: Path) -> tuple[str, list[Remote]]:
+    source.repository(item)
+    licence, there = _attempt(source, item, folder, item.files[0], partial(source.listing, item))
+    files = [f for f in there if any(fnmatch.fnmatch(f.path, pattern) for pattern in item.files)]
+    if not files:
+        names = ", ".join(sorted(f.path for f in there)[:30])
+        raise RunFailed(f"{source.repository(item)} has no {' or '.join(item.files)} any more; it holds {names}")
+    return licence, files
+
+
+def _attempt(source, item: Item, folder: Path, path: str, action):
+    """action(), or one line that tells where to fetch the file by hand."""
+    try:
+        return action()
+    except (UserError, RunFailed, KeyboardInterrupt):
+        raise
+    except Exception as error:  # each client has errors of its own; they all mean that the file did not come
+        said = str(error).strip().splitlines() or [""]
+        raise RunFailed(
+            f"{source.name} did not answer ({type(error).__name__}: {said[0][:200]}); the same command goes on where "
+            f"it stopped. By hand: fetch {source.address(item, path)} and put it at {folder / path}"
+        ) from None
+
+
+def _is_there(file: Remote, folder: Path, overwrite: bool) -> bool:
+    """Whether the whole file is in place. Another file of its name is not replaced unasked."""
+    path = folder / file.path
+    if not path.exists():
+        return False
+    same = path.stat().st_size == file.size and (file.sha256 is None or sha256_of(path) == file.sha256)
+    if not same and not overwrite:
+        raise UserError(f"{path} exists and is another file than the source's; --overwrite replaces it")
+    if not same:
+        path.unlink()
+    return same
+
+
+def _check_disk(folders: set[Path], needed: int):
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise UserError(
+                f"{needed / 2**30:.2f} GB are needed and {free / 2**30:.2f} GB are free in {folder}; "
+                "make room, or name another disk with --out_dir"
+            )
+
+
+def _verify(path: Path, file: Remote) -> bool:
+    """True if the source tells a checksum and it fits; a wrong file is deleted."""
+    wrong = path.stat().st_size != file.size if file.size else False
+    if file.sha256:
+        wrong = wrong or sha256_of(path) != file.sha256
+    if wrong:
+        path.unlink()
+        raise RunFailed(f"{path} came damaged (its size or SHA-256 is not the source's) and was deleted; try again")
+    return file.sha256 is not None
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="what to fetch; without any the list is shown")
+    parser.add_argument("--source", choices=tuple(SOURCES), default="huggingface", help="(%(default)s)")
+    parser.add_argument("--out_dir", metavar="FOLDER", help="default: dataset, dataset/exams/NAME, weights/NAME")
+    parser.flag(parser, "overwrite", False, "replace files of the same name that are not the source's")
+    args = parser.parse_args(argv)
+    if not args.names:
+        for name, item in ITEMS.items():
+            print(f"{name:<20}{item.about:<48}{item.folder}")
+        print(json.dumps({"stage": "download", "names": list(ITEMS)}))
+        return
+    result = download(args.names, SOURCES[args.source](), args.out_dir, args.overwrite)
+    print(json.dumps(result, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run_main(main)

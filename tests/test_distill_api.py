@@ -1,0 +1,147 @@
+"""Answers from a teacher behind HTTP: a stub server speaks the protocol, fails in every way, and counts."""
+
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from processing.distill import Teacher, distill, read_prompts
+from trainer.cli import RunFailed, UserError
+from trainer.read import iter_rows
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers "答：" + the last message, 10 tokens each; `plan` maps a prompt to what goes wrong with it first."""
+
+    daemon_threads = True
+
+    def __init__(self, plan=None, slow=0.0):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.plan, self.slow = plan or {}, slow
+        self.asked, self.now, self.most, self.requests = Counter(), 0, 0, []
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def teacher(self, **flags):
+        return Teacher(f"http://127.0.0.1:{self.server_port}/v1", "stub", **{"first_wait": 0.01, "timeout": 5} | flags)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        stub = self.server
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = request["messages"][-1]["content"]
+        with stub.lock:
+            stub.asked[prompt] += 1
+            stub.requests.append((self.path, self.headers.get("Authorization"), request))
+            stub.now += 1
+            stub.most = max(stub.most, stub.now)
+        time.sleep(stub.slow)
+        with stub.lock:
+            stub.now -= 1
+        wrong = stub.plan.get(prompt, [])[stub.asked[prompt] - 1 : stub.asked[prompt]] or stub.plan.get(None, [])
+        self.answer(prompt, wrong[0] if wrong else "well")
+
+    def answer(self, prompt, how):
+        if how == "hang up":
+            self.connection.close()
+            return
+        status = how if isinstance(how, int) else 200
+        message = {"role": "assistant", "content": "" if how == "empty" else f"答：{prompt}"}
+        if how == "thinks":
+            message["reasoning_content"] = "想一想"
+        choice = {"index": 0, "message": message, "finish_reason": "length" if how == "long" else "stop"}
+        reply = {"object": "chat.completion", "choices": [choice], "usage": {"total_tokens": 10}}
+        body = b"<html>" if how == "nonsense" else json.dumps(reply if status == 200 else {"error": "no"}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Retry-After", "0")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"问题{i}\n" for i in range(12)), encoding="utf-8")
+    return path
+
+
+def answers(path):
+    return [messages[-1]["content"] for messages in iter_rows([path], "chat")]
+
+
+def test_rows_come_in_the_order_of_the_prompts_after_retries(prompts, tmp_path):
+    stub = Stub({"问题1": [429, 500], "问题2": ["hang up", 503], "问题3": ["nonsense"], "问题4": ["thinks"]}, slow=0.02)
+    out = tmp_path / "out.jsonl"
+    result = distill(prompts, out, stub.teacher(api_key="secret"), system="简短", in_flight=3)
+    assert answers(out) == [f"答：问题{i}" for i in range(12)]
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert rows[0] == {"conversations": [
+        {"role": "user", "content": "问题0"}, {"role": "assistant", "content": "答：问题0"}]}  # fmt: skip
+    assert rows[4]["conversations"][1]["reasoning_content"] == "想一想"
+    assert stub.asked["问题1"] == stub.asked["问题2"] == 3 and stub.asked["问题3"] == 2
+    assert 2 <= stub.most <= 3  # requests in flight
+    path, key, request = stub.requests[0]
+    assert path == "/v1/chat/completions" and key == "Bearer secret" and request["max_tokens"] == 1024
+    assert request["messages"][0] == {"role": "system", "content": "简短"}
+    assert result["complete"] and result["rows"] == 12 and result["tokens"] == 120
+    assert not (tmp_path / "out.jsonl.answers").exists()
+
+
+def test_limits_stop_a_run_and_the_next_goes_on_without_asking_twice(prompts, tmp_path):
+    stub, out = Stub(), tmp_path / "out.jsonl"
+    teacher = stub.teacher(max_tokens=10)
+    first = distill(prompts, out, teacher, in_flight=2, max_requests=5)
+    assert (first["rows"], first["complete"], first["asked"]) == (5, False, 5) and len(answers(out)) == 5
+    second = distill(prompts, out, teacher, in_flight=2, token_budget=90)
+    assert second["rows"] == 9 and second["tokens"] == 90
+    with pytest.raises(UserError, match="other prompts or settings"):
+        distill(prompts, out, stub.teacher(max_tokens=11))
+    journal = tmp_path / "out.jsonl.answers"
+    journal.write_bytes(journal.read_bytes()[:-7])  # as a kill in the middle of a line leaves it
+    third = distill(prompts, out, teacher)
+    assert third["complete"] and answers(out) == [f"答：问题{i}" for i in range(12)]
+    assert max(stub.asked.values()) == 2 and sum(stub.asked.values()) == 13  # the torn answer alone was asked twice
+
+
+def test_answers_that_are_no_good_are_counted_and_asked_again_later(prompts, tmp_path):
+    stub, out = Stub({"问题0": ["long"], "问题1": ["empty"], "问题2": [400]}), tmp_path / "out.jsonl"
+    result = distill(prompts, out, stub.teacher(), in_flight=1)
+    assert result["failed"] == {"cut at max_tokens": 1, "empty answer": 1, "status 400": 1} and result["rows"] == 9
+    result = distill(prompts, out, stub.teacher(), in_flight=1)
+    assert result["failed"] == {} and len(answers(out)) == 12 and stub.asked["问题5"] == 1
+
+
+def test_what_no_retry_can_mend_is_one_line(prompts, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match="answers 401"):
+        distill(prompts, out, Stub({None: [401]}).teacher())
+    with pytest.raises(UserError, match="http"):
+        distill(prompts, out, Teacher("localhost:1/v1", "x"))
+    many = tmp_path / "many.txt"
+    many.write_text("".join(f"{i}\n" for i in range(40)), encoding="utf-8")
+    stub = Stub({None: [500]})
+    with pytest.raises(RunFailed, match="20 prompts failed one after another"):
+        distill(many, tmp_path / "many.jsonl", stub.teacher(retries=0), in_flight=1)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no prompts"):
+        distill(empty, out, Teacher("http://x", "x"))
+
+
+def test_prompts_of_every_shape(tmp_path):
+    path = tmp_path / "a.jsonl"
+    user, reply = {"role": "user", "content": "问"}, {"role": "assistant", "content": "旧"}
+    rows = [{"prompt": "甲"}, {"question": "乙", "answer": "x"}, {"conversations": [user, reply, user, reply]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert read_prompts(path) == [[user | {"content": "甲"}], [user | {"content": "乙"}], [user, reply, user]]
+    path.write_text('{"text": "x"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="a.jsonl:1"):
+        read_prompts(path)

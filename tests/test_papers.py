@@ -1,0 +1,70 @@
+"""The papers keep their word: twins agree, named files exist, commands' flags exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TWINS = [(en, en.with_name(en.stem + "_zh.md")) for en in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+TWINS = [(en, zh) for en, zh in TWINS if zh.exists()]
+
+
+def blocks(text: str) -> list[str]:
+    """Code blocks without their comments."""
+    found = re.findall(r"```.*?\n(.*?)```", text, re.S)
+    return [re.sub(r"\s+#.*", "", block) for block in found]
+
+
+def numbers_of_tables(text: str) -> list[list[str]]:
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    return [re.findall(r"\d[\d,.]*", re.sub(r"`[^`]*`", "", row)) for row in rows]
+
+
+@pytest.mark.parametrize(("en", "zh"), TWINS, ids=lambda p: p.name)
+def test_twins_have_the_same_headings_commands_and_figures(en, zh):
+    one, two = en.read_text(encoding="utf-8"), zh.read_text(encoding="utf-8")
+    levels = [re.findall(r"^#+", text, re.M) for text in (one, two)]
+    assert levels[0] == levels[1]
+    assert blocks(one) == blocks(two)
+    tables = [len(rows) for rows in (numbers_of_tables(one), numbers_of_tables(two))]
+    assert tables[0] == tables[1]
+
+
+def test_readmes_tables_hold_the_same_code_spans():
+    spans = [
+        re.findall(r"^\|.*", (ROOT / name).read_text(encoding="utf-8"), re.M) for name in ("README.md", "README_zh.md")
+    ]
+    for one, two in zip(*spans, strict=True):
+        assert sorted(re.findall(r"`[^`]+`", one)) == sorted(re.findall(r"`[^`]+`", two)), one
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / name).read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_parameter_counts_in_the_table_are_the_presets(name):
+    from model.LMConfig import LMConfig
+
+    for preset, count in re.findall(r"^\| ([\w-]+) \| ([\d,]+) \|", (ROOT / name).read_text(encoding="utf-8"), re.M):
+        assert LMConfig.from_preset(preset).parameter_count() == int(count.replace(",", ""))
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_flags_of_the_commands_exist(name):
+    """Every --flag written after a script of ours is one that its --help knows."""
+    import subprocess
+    import sys
+
+    text = (ROOT / name).read_text(encoding="utf-8")
+    wanted = {}
+    for script, rest in re.findall(r"([\w/-]+\.py)((?: [^`\n#]*)?)", text):
+        if (ROOT / script).exists():
+            wanted.setdefault(script, set()).update(re.findall(r"(--\w+)", rest))
+    for script, flags in wanted.items():
+        if flags:
+            done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
+            assert not [flag for flag in flags if flag not in done.stdout], script

@@ -1,0 +1,109 @@
+"""White-box distillation: a small model learns from a large one's probabilities, not from its words alone.
+
+  in    --data_path FILE...   rows of {"conversations": [...]}; with --rows text rows of {"text": ...}
+        --teacher             a model with the same tokenizer; default: the newest chat weights in --out_dir or out/
+        --from_weight         the student; default: the shape that --preset and the shape flags name, random; without
+                              those every second layer of the teacher. Dense and expert models teach each other
+  out   out/full_dist_<dim>.pth  (weights, config, tokenizer), .jsonl (every step), .png (curve)
+
+The loss of a token is alpha * cross-entropy + (1 - alpha) * T^2 * KL(teacher || student) at temperature T (Hinton et
+al. 2015); other divergences by --kl, see trainer.losses.kd_loss. Black-box distillation needs no stage: let
+`data_process.py distill` ask a teacher for answers and train on them with 3-full_sft.py.
+
+  python train_distill.py                                                   half the layers of your newest chat model
+  python train_distill.py --teacher out/full_sft_768.pth --preset minimind2-small --epochs 3
+  python train_distill.py --teacher big.pth --rows text --data_path corpus.jsonl --kl reverse
+"""
+
+import torch
+
+from model.LMConfig import LMConfig
+from model.model import MiniMindForCausalLM
+from model.tokenizer import load_tokenizer, tokenizer_hash
+from model.weights import FREE_FIELDS
+from trainer import dist
+from trainer.cli import UserError, parse, run_main, stage_parser
+from trainer.loop import train
+from trainer.losses import distillation_sums, with_balance
+from trainer.start import find_frozen, load_weights, prepare, random_model, shape_flags
+
+MINIMIND_FILES = ("sft_mini_512.jsonl", "sft_t2t_mini.jsonl", "sft_512.jsonl")
+
+
+def parser():
+    p = stage_parser("full_dist", __doc__, learning_rate=5e-4, epochs=2.0, weight_decay=0.01)
+    g = p.add_argument_group("distillation")
+    g.add_argument("--teacher", "--from_teacher_weight", metavar="PATH|STAGE", help="see above")
+    g.add_argument("--alpha", type=float, default=0.5, metavar="SHARE", help="of the cross-entropy (0.5)")
+    g.add_argument("--temperature", type=float, default=1.5, metavar="T", help="softens both models' choices (1.5)")
+    g.add_argument("--kl", choices=("forward", "reverse", "skewed"), default="forward", help="divergence (forward)")
+    g.add_argument("--skew", type=float, default=0.1, metavar="SHARE",
+                   help="of the teacher in what the skewed divergence compares with (0.1)")  # fmt: skip
+    g.add_argument("--rows", choices=("chat", "text"), default="chat", help="what the data is (chat)")
+    p.set_defaults(recipe_flags=("alpha", "temperature", "kl", "skew", "rows"))
+    return p
+
+
+def check(args) -> None:
+    for name, value in (("alpha", args.alpha), ("skew", args.skew)):
+        if not 0 <= value <= 1 or (name == "skew" and value in (0, 1)):
+            raise UserError(f"--{name} must lie between 0 and 1, not {value}")
+    if not args.temperature > 0:
+        raise UserError(f"--temperature must be above 0, not {args.temperature}")
+
+
+def new_student(args, teacher):
+    """-> (student, where it comes from) where there is no file of it."""
+    given = shape_flags(args)
+    if args.preset or given.keys() - set(FREE_FIELDS):
+        return random_model(args, teacher.config.vocab_size), "random (from nothing)"
+    torch.manual_seed(args.seed)
+    half = {"n_layers": max(1, teacher.config.n_layers // 2)}
+    student = MiniMindForCausalLM(LMConfig(**(teacher.config.fields() | half | given)))
+    if args.from_weight == "none":
+        return student, "random (from nothing)"
+    student.load_state_dict(teacher.state_dict(), strict=False)  # embedding, final norm, head
+    for i, layer in enumerate(student.model.layers):
+        layer.load_state_dict(teacher.model.layers[2 * i].state_dict())
+    return student, "every second layer of the teacher"
+
+
+def distillation(args, teacher):
+    """The loss function: sums over the learned tokens."""
+
+    def loss_fn(model, batch):
+        out = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
+        with torch.no_grad():
+            hidden = teacher.model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"]).last_hidden_state
+        ce, kd, count = distillation_sums(
+            out.logits, hidden, teacher.lm_head, batch["labels"], args.temperature, args.kl, args.skew
+        )
+        loss, numbers = with_balance(args.alpha * ce + (1 - args.alpha) * kd, out, batch)
+        return loss, count, numbers | {"ce": ce.detach(), "kd": kd.detach()}
+
+    return loss_fn
+
+
+def main(argv=None) -> dict:
+    args = parse(parser(), argv)
+    check(args)
+    path = find_frozen(args, "teacher", args.teacher, before=("full_sft", "dpo"))
+    teacher, tokenizer, _ = load_weights(path)
+    tokenizer = tokenizer or load_tokenizer(args.tokenizer)
+    files = MINIMIND_FILES if args.rows == "chat" else ("pretrain_hq.jsonl", "pretrain_t2t_mini.jsonl")
+
+    def make():
+        student, came_from = new_student(args, teacher)
+        return student, tokenizer, came_from, {}
+
+    start = prepare(args, files, "sft.jsonl" if args.rows == "chat" else "pretrain.jsonl", make=make)
+    if tokenizer_hash(start.tokenizer) != tokenizer_hash(tokenizer):
+        raise UserError(f"the teacher {path} has another vocabulary than the student: their words cannot be compared")
+    start.use_frozen("teacher", teacher, path)
+    with dist.join(args) as world:
+        teacher.requires_grad_(False).to(world.device)
+        return train(start, start.packed(args.rows, world), distillation(args, teacher), world)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,82 @@
+"""Reasoning: learn to think before answering, from a larger model's worked answers. A model that thinks aloud out.
+
+  in    --data_path FILE...   conversations whose replies are <think>...</think><answer>...</answer>, or carry their
+                              thinking under "reasoning_content"
+        --from_weight         a chat model; default: the newest dpo_* or full_sft_* in --out_dir or out/
+  out   out/reason_<dim>.pth  (weights, config, tokenizer), .jsonl (every step), .png (curve)
+
+This is SFT with two additions. A token of a tag in the assistant's turn counts --tag_weight times in the sum of the
+loss (the divisor stays the number of learned tokens): four tokens of an answer decide whether it is well-formed. And
+only --think_ratio of the rows keep their thinking, the others get an empty block: the model learns to answer without
+thinking as well, when it is told to. Printed: ce, the loss without weights.
+
+  python train_distill_reason.py                              the embedded sample, or dataset/r1_mix_1024.jsonl
+  python train_distill_reason.py --data_path traces.jsonl --think_ratio 0.8
+"""
+
+import torch
+
+from trainer import dist
+from trainer.cli import UserError, parse, run_main, stage_parser
+from trainer.loop import train
+from trainer.losses import weighted_lm_loss, with_balance
+from trainer.start import prepare
+from trainer.think import REASONING_TAGS
+
+
+def parser():
+    p = stage_parser("reason", __doc__, learning_rate=5e-4, epochs=2.0, weight_decay=0.01)
+    g = p.add_argument_group("reasoning")
+    g.add_argument("--tag_weight", type=float, default=10.0, metavar="X",
+                   help="how often <think>, </think>, <answer>, </answer> count in the loss (10)")  # fmt: skip
+    g.add_argument("--think_ratio", type=float, default=1.0, metavar="SHARE",
+                   help="of rows that keep their thinking (1)")  # fmt: skip
+    p.set_defaults(recipe_flags=("tag_weight", "think_ratio"))
+    return p
+
+
+def check(args) -> None:
+    if not args.tag_weight > 0:
+        raise UserError(f"--tag_weight must be above 0, not {args.tag_weight}")
+    if not 0 <= args.think_ratio <= 1:
+        raise UserError(f"--think_ratio must lie in [0, 1], not {args.think_ratio}")
+
+
+def token_weights(tokenizer, vocab_size: int, tag_weight: float) -> torch.Tensor:
+    """(V,): tag_weight for the tags, 1 for all else."""
+    vocabulary = tokenizer.get_vocab()
+    missing = [tag for tag in REASONING_TAGS if tag not in vocabulary]
+    if missing and tag_weight != 1:
+        raise UserError(f"{' '.join(missing)} is no token of this vocabulary and has no weight of its own; "
+                        "use --tag_weight 1")  # fmt: skip
+    weights = torch.ones(vocab_size)
+    weights[[vocabulary[tag] for tag in REASONING_TAGS if tag not in missing]] = tag_weight
+    return weights
+
+
+def tagged_language_model(token_weight: torch.Tensor):
+    """The loss function: sums over the learned tokens."""
+
+    def loss_fn(model, batch):
+        out = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
+        loss, count, ce = weighted_lm_loss(out.logits, batch["labels"], token_weight)
+        loss, numbers = with_balance(loss, out, batch)
+        return loss, count, numbers | {"ce": ce}
+
+    return loss_fn
+
+
+def main(argv=None) -> dict:
+    args = parse(parser(), argv)
+    check(args)
+    files = ("r1_mix_1024.jsonl",)
+    start = prepare(args, files, sample="reason.jsonl", before=("full_sft", "dpo"), required=True)
+    weights = token_weights(start.tokenizer, start.model.config.vocab_size, args.tag_weight)
+    kind = "chat" if args.think_ratio == 1 else f"chat:{args.think_ratio}"
+    with dist.join(args) as world:
+        loss_fn = tagged_language_model(weights.to(world.device))
+        return train(start, start.packed(kind, world), loss_fn, world)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,141 @@
+"""Preference pairs: log-probabilities of their answers, the frozen reference's computed once, and what was learned.
+
+A pair is two neighbouring segments of a packed row, chosen then rejected; see trainer/data.py.
+"""
+
+import copy
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.weights import fingerprint
+from trainer.cli import UserError
+from trainer.losses import segment_log_probs
+from trainer.start import load_weights
+
+RESAMPLES = 2000  # of the bootstrap
+
+
+def pair_log_probs(model, batch: dict):
+    """-> (output of the forward pass; log-probabilities (nats) and token counts of each segment's answer, (B, S))."""
+    out = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
+    return out, *segment_log_probs(out.logits, batch["labels"], batch["segment_ids"], batch["documents"].shape[1])
+
+
+@torch.no_grad()
+def answers_of(model, rows, world, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probability and tokens of the answer in each document of the rows' caches, 0 where rows leave one out.
+
+    Every process computes a share of the rows; all get the whole. The model is left in eval mode.
+    """
+    model.to(world.device).eval()
+    found = np.zeros((2, sum(map(len, rows.caches))))
+    for first in range(world.rank * batch_size, len(rows), world.size * batch_size):
+        batch = rows.batch(range(first, min(first + batch_size, len(rows))))
+        batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
+        with world.autocast():
+            _, log_probs, counts = pair_log_probs(model, batch)
+        real = batch["documents"] >= 0
+        where = batch["documents"][real].cpu().numpy()
+        found[0, where], found[1, where] = log_probs[real].cpu().numpy(), counts[real].cpu().numpy()
+    log_probs, counts = sum(world.gather(found)).astype(np.float32)
+    return log_probs, counts
+
+
+class Reference:
+    """The frozen model that a run began with: its log-probabilities for batches, and the comparison at the end.
+
+    They are computed once, before training, and kept beside the token cache; or, with --reference live, by the model
+    itself at every step.
+    """
+
+    def __init__(self, start):
+        self.start, self.args, self.live = start, start.args, None
+        resumed = start.state and start.state["record"]["recipe"]["reference"]
+        start.fixed["reference"] = resumed or fingerprint(start.model)
+
+    def model(self):
+        """The weights that the run began with; UserError where they have changed since."""
+        start, origin = self.start, self.start.record["came_from"]
+        if start.state is None:
+            return start.model
+        model = load_weights(origin)[0]
+        if fingerprint(model) != start.fixed["reference"]:
+            raise UserError(f"{origin} is no longer what this run began with, its reference; --overwrite starts afresh")
+        return model
+
+    def ready(self, rows, world) -> None:
+        """Loads the live model, or sees to it that the batches of `rows` (training, validation) bring the numbers."""
+        if self.args.dry_run:
+            return
+        if self.args.reference == "live":
+            self.live = copy.deepcopy(self.model()).to(world.device).requires_grad_(False).eval()
+            self.start.other_parameters = self.live.num_parameters()
+            return
+        for part in filter(None, rows):
+            part.per_document["reference"] = self._cached(part, world)
+
+    def _cached(self, rows, world) -> np.ndarray:
+        caches = [cache.folder.name for cache in rows.caches]
+        key = json.dumps([self.start.fixed["reference"], caches, rows.seq_len, str(world.dtype)]).encode()
+        digest = hashlib.blake2b(key + rows.documents.tobytes(), digest_size=8).hexdigest()
+        path = Path(self.args.out_dir) / "cache" / f"reference-{digest}.npy"
+        if world.gather(path.exists())[0]:
+            return np.load(path)
+        values, _ = answers_of(self.model(), rows, world, self.args.batch_size)
+        if world.first:
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
+            np.save(temporary, values)
+            os.replace(temporary, path)
+        return values
+
+    @torch.no_grad()
+    def log_probs(self, batch: dict) -> torch.Tensor:
+        """Of each segment's answer, (B, S)."""
+        return batch["reference"] if self.live is None else pair_log_probs(self.live, batch)[1]
+
+    def report(self, rows, world):
+        """What training did on `rows` (None: nothing can be said), as train() asks for it: engine -> figures."""
+
+        def figures(engine) -> dict:
+            if rows is None:
+                return {}
+            after, counts = answers_of(engine.module, rows, world, self.args.batch_size)
+            before = rows.per_document.get("reference")
+            before = answers_of(self.live, rows, world, self.args.batch_size)[0] if before is None else before
+            return preference_report(*(x[rows.documents] for x in (before, after, counts)))
+
+        return figures
+
+
+# ------------------------------------------------------------------------------------------------------- what it did
+def preference_report(before: np.ndarray, after: np.ndarray, counts: np.ndarray) -> dict:
+    """What training did to the preferences on held-out pairs.
+
+    before, after, counts (2n,): log-probability (nats) of the answers, chosen and rejected in turns, before and after
+    training, and their tokens. accuracy: share of pairs whose chosen answer is the likelier one, by the sum over its
+    tokens and by its mean; gain_interval: 95% of the paired bootstrap's differences; longer_answer_accuracy: what
+    always choosing the longer answer would have (a tie is half).
+    """
+    chosen, rejected = counts[::2], counts[1::2]
+    result = {"heldout_pairs": len(chosen)}
+    for name, divisor in (("accuracy", np.ones_like(counts)), ("accuracy_per_token", np.maximum(counts, 1))):
+        right = [(x / divisor)[::2] > (x / divisor)[1::2] for x in (before, after)]
+        result |= {
+            name: float(right[1].mean()), f"{name}_before": float(right[0].mean()),
+            f"{name}_gain_interval": paired_bootstrap(*right),
+        }  # fmt: skip
+    result["longer_answer_accuracy"] = float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
+    return result
+
+
+def paired_bootstrap(before: np.ndarray, after: np.ndarray, resamples=RESAMPLES) -> list[float]:
+    """95% interval of mean(after) - mean(before) when the pairs are drawn again with replacement; (n,) each."""
+    difference = after.astype(float) - before.astype(float)
+    rng, n = np.random.default_rng(0), len(difference)
+    means = [difference[rng.integers(n, size=n)].mean() for _ in range(resamples)]
+    return np.quantile(means, [0.025, 0.975]).tolist()

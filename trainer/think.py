@@ -1,0 +1,28 @@
+"""Thinking in training data: <think>...</think> before an answer, in its text or under reasoning_content."""
+
+import hashlib
+import json
+import re
+
+BLOCK = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
+EMPTY = "<think>\n\n</think>\n\n"  # how a model is told not to think: see model.tokenizer.render
+REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def keep_thinking(messages: list[dict], share: float) -> list[dict]:
+    """The conversation as it is, or, for 1 - share of all conversations, with empty think blocks in place of full ones.
+
+    Its hash decides, so a conversation is treated alike in every epoch and every run.
+    """
+    text = json.dumps(messages, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
+    place = int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"think").digest(), "little") / 2**64
+    if place < share:
+        return messages
+    return [without_thinking(m) if m["role"] == "assistant" else m for m in messages]
+
+
+def without_thinking(message: dict) -> dict:
+    """An assistant message with its think block emptied; one without such a block stays as it is."""
+    if "reasoning_content" in message:
+        return message | {"reasoning_content": ""}
+    return message | {"content": BLOCK.sub(EMPTY, message["content"], count=1)}
