@@ -9,7 +9,7 @@ A base model continues text; it does not answer. Chat with a model that went on 
 
 from inference import console
 from inference.console import note
-from trainer.cli import Parser, UserError, run_main
+from trainer.cli import Parser, run_main, user_errors
 
 BEGINNINGS = (
     "中国的首都是", "一年有四个季节，", "水烧到一百度就会", "从前有一只小狐狸，",
@@ -42,10 +42,8 @@ def run(args):
 
 def main(argv=None):
     args = parse(argv)
-    try:
+    with user_errors():
         run(args)
-    except ValueError as error:
-        raise UserError(error) from None
 
 
 if __name__ == "__main__":

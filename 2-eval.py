@@ -17,7 +17,7 @@ from inference import console
 from inference.console import as_messages, note
 from inference.scoring import is_right
 from inference.text import split_thinking
-from trainer.cli import Parser, UserError, run_main
+from trainer.cli import Parser, UserError, run_main, user_errors
 
 
 def parse(argv):
@@ -154,10 +154,8 @@ def compare(args):
 def main(argv=None):
     args = parse(argv)
     mode = compare if args.compare else questions if args.questions else prompts if args.prompts else chat
-    try:
+    with user_errors():
         mode(args)
-    except ValueError as error:
-        raise UserError(error) from None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from inference import console, exam, exam_report
 from inference.console import note
-from trainer.cli import Parser, UserError, run_main
+from trainer.cli import Parser, UserError, run_main, user_errors
 
 SAMPLE = Path("dataset/sample/exam")
 
@@ -97,10 +97,8 @@ def run(args):
 
 def main(argv=None):
     args = parse(argv)
-    try:
+    with user_errors():
         run(args)
-    except ValueError as error:
-        raise UserError(error) from None
 
 
 if __name__ == "__main__":

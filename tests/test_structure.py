@@ -17,7 +17,7 @@ NEVER = {  # room: rooms it must not import
     "model": ("trainer", "inference", "processing", "scripts"),
     "inference": ("trainer", "processing", "scripts"),
     "trainer": ("inference", "processing", "scripts"),
-    "processing": ("scripts", "inference"),
+    "processing": ("scripts",),
     "export": ("trainer", "inference", "processing", "scripts"),
 }
 LAZY = (

@@ -1,6 +1,7 @@
 """The command line of every stage: common flags with one name, one meaning and one order, and errors in one line."""
 
 import argparse
+import contextlib
 import math
 import sys
 
@@ -23,6 +24,15 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """A failure that is not the user's (NaN, full disk, lost process). One line, exit code 1."""
+
+
+@contextlib.contextmanager
+def user_errors():
+    """A ValueError of model/ or inference/, which is worded for the user, becomes a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def run_main(main, argv=None) -> None:
