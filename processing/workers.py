@@ -9,6 +9,7 @@ over rows, so they run under `datasets`, datatrove or Ray Data too; docs/data.md
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -57,6 +58,7 @@ def ordered_map(function: Callable, batches: Iterable, workers: int, *context) -
 
 def _start_worker(function, context, parent: int):
     _worker["function"], _worker["context"] = function, context
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 
