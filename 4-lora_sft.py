@@ -30,7 +30,7 @@ PLACEHOLDER = re.compile(rb"\{\{(name|author)\}\}")
 
 
 def parser():
-    p = stage_parser("lora", __doc__, save_weight=None, learning_rate=1e-3, epochs=10.0, batch_size=4,
+    p = stage_parser("lora", __doc__, save_weight=None, learning_rate=2e-3, epochs=10.0, batch_size=4,
                      accumulation_steps=1, weight_decay=0.0, val_split=0.05)  # fmt: skip
     g = p.add_argument_group("adapter")
     g.add_argument("--rank", type=int, default=8, metavar="N", help="rank of the update (8)")

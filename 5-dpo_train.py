@@ -6,11 +6,14 @@
   out   out/dpo_<dim>.pth  (weights, config, tokenizer), .jsonl (every step), .png (curve)
 
 Direct preference optimisation (Rafailov et al. 2023): raise the chosen answer's log-probability over the rejected
-one's, compared with the reference. The reference is computed once, before training, and kept in out/cache.
+one's, compared with the reference. The reference is computed once, before training, and kept in out/cache. Alone this
+lowers the probability of both answers, and of what the model knew; the chosen one's cross-entropy beside it
+(--sft_weight, Pang et al. 2024, arXiv 2404.19733) holds them up.
 
-Printed, each a mean over pairs: accuracy (the chosen answer is the likelier one; per token: by the mean over its
-tokens), margin (beta times what the policy prefers it more than the reference), kl (nats by which the policy has left
-the reference on these answers). The last line adds how accuracy on held-out pairs changed, with its 95% interval.
+Printed, each a mean over pairs: loss (without that part), accuracy (the chosen answer is the likelier one; per token:
+by the mean over its tokens), margin (beta times what the policy prefers it more than the reference), kl (nats by which
+the policy has left the reference on these answers). The last line adds how accuracy on held-out pairs changed, with
+its 95% interval.
 
   python 5-dpo_train.py                                       the embedded sample, or dataset/dpo.jsonl
   python 5-dpo_train.py --data_path pairs.jsonl --beta 0.05   your pairs; less bound to the reference
@@ -23,11 +26,11 @@ from trainer.preference import Reference, pair_log_probs
 from trainer.read import check_file
 from trainer.start import SAMPLE, prepare
 
-FLAGS = ("loss", "beta", "label_smoothing", "simpo_gamma", "per_token", "reference")
+FLAGS = ("loss", "beta", "label_smoothing", "simpo_gamma", "per_token", "sft_weight", "reference")
 
 
 def parser():
-    p = stage_parser("dpo", __doc__, learning_rate=5e-5, accumulation_steps=1, weight_decay=0.01, val_split=0.05)
+    p = stage_parser("dpo", __doc__, learning_rate=1e-5, accumulation_steps=1, weight_decay=0.01, val_split=0.05)
     g = p.add_argument_group("preferences")
     g.add_argument("--loss", choices=("sigmoid", "ipo", "simpo", "orpo"), default="sigmoid",
                    help="simpo and orpo compare with no reference (sigmoid)")  # fmt: skip
@@ -36,6 +39,8 @@ def parser():
                    help="share of pairs thought to be swapped; sigmoid only (0)")  # fmt: skip
     g.add_argument("--simpo_gamma", type=float, default=0.5, metavar="X", help="margin that simpo asks for (0.5)")
     p.flag(g, "per_token", False, "compare log-probabilities a token, not summed; all but sigmoid always do")
+    g.add_argument("--sft_weight", type=float, default=1.0, metavar="X",
+                   help="of the chosen answer's cross-entropy a token beside the loss; 0: plain DPO (1)")  # fmt: skip
     g.add_argument("--reference", choices=("cached", "live"), default="cached",
                    help="live: a second model in memory at every step (cached)")  # fmt: skip
     g.add_argument("--val_path", nargs="+", metavar="FILE", help="held-out pairs, in place of --val_split's")
@@ -46,6 +51,8 @@ def parser():
 def check(args) -> None:
     if not args.beta > 0:
         raise UserError(f"--beta must be above 0, not {args.beta}")
+    if args.sft_weight < 0:
+        raise UserError(f"--sft_weight must not be negative, but is {args.sft_weight}")
     if not 0 <= args.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing must lie in [0, 0.5), not {args.label_smoothing}")
     if args.label_smoothing and args.loss != "sigmoid":
@@ -55,6 +62,7 @@ def check(args) -> None:
 def preference_loss(args, reference):
     """The loss function: sums over pairs."""
     per_token = args.per_token or args.loss != "sigmoid"
+    sft_weight = 0.0 if args.loss == "orpo" else args.sft_weight  # orpo has such a part of its own
 
     def loss_fn(model, batch):
         out, log_probs, counts = pair_log_probs(model, batch)  # (B, S): chosen, rejected, chosen, rejected, ...
@@ -69,14 +77,16 @@ def preference_loss(args, reference):
             loss = losses.orpo_loss(*policy, args.beta)
         else:
             loss = losses.dpo_loss(*policy, *ref, args.beta, args.label_smoothing, args.loss)
-        total, numbers = losses.with_balance(loss.sum(), out, batch)
+        learned = loss.sum() - sft_weight * means[0][0].sum()
+        total, numbers = losses.with_balance(learned, out, batch)
         more = {
             "accuracy": sums[0][0] > sums[0][1],
             "accuracy_per_token": means[0][0] > means[0][1],
             "margin": args.beta * ((policy[0] - ref[0]) - (policy[1] - ref[1])),
             "kl": (sum(sums[1]) - sum(sums[0])) / 2,
         }
-        return total, real.sum(), numbers | {name: values.detach().sum() for name, values in more.items()}
+        numbers |= {name: values.detach().sum() for name, values in {"loss": loss, **more}.items()}
+        return total, real.sum(), numbers
 
     return loss_fn
 

@@ -91,7 +91,7 @@ def add_clean(commands):
     from processing.dedup import THRESHOLD
     from processing.filters import PROFILES
     from processing.read_raw import ENCODINGS
-    from processing.workers import default_workers
+    from trainer.workers import default_workers
 
     command = commands.add_parser("clean", help=clean.__doc__, description=clean.__doc__)
     command.add_argument("--data_path", nargs="+", required=True, metavar="PATH", help="raw files and folders of them")
@@ -124,7 +124,7 @@ def add_clean(commands):
 
 
 def add_report(commands):
-    from processing.workers import default_workers
+    from trainer.workers import default_workers
 
     command = commands.add_parser("report", help=report.__doc__, description=report.__doc__)
     command.add_argument("file", metavar="FILE")

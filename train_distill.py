@@ -31,7 +31,7 @@ MINIMIND_FILES = ("sft_mini_512.jsonl", "sft_t2t_mini.jsonl", "sft_512.jsonl")
 
 
 def parser():
-    p = stage_parser("full_dist", __doc__, learning_rate=5e-4, epochs=2.0, weight_decay=0.01)
+    p = stage_parser("full_dist", __doc__, learning_rate=1e-3, epochs=2.0, accumulation_steps=1, weight_decay=0.01)
     g = p.add_argument_group("distillation")
     g.add_argument("--teacher", "--from_teacher_weight", metavar="PATH|STAGE", help="see above")
     g.add_argument("--alpha", type=float, default=0.5, metavar="SHARE", help="of the cross-entropy (0.5)")

@@ -25,7 +25,7 @@ from trainer.think import REASONING_TAGS
 
 
 def parser():
-    p = stage_parser("reason", __doc__, learning_rate=5e-4, epochs=2.0, weight_decay=0.01)
+    p = stage_parser("reason", __doc__, learning_rate=1e-3, epochs=3.0, accumulation_steps=1, weight_decay=0.01)
     g = p.add_argument_group("reasoning")
     g.add_argument("--tag_weight", type=float, default=10.0, metavar="X",
                    help="how often <think>, </think>, <answer>, </answer> count in the loss (10)")  # fmt: skip

@@ -1,6 +1,6 @@
 """Held-out bits per byte of the same small model, trained on as many tokens of a collection before and after cleaning.
 
-    python -m benchmarks.cleaning --data_path $DATA/pretrain --max_steps 300
+  python scripts/benchmark.py cleaning --data_path $DATA/pretrain --max_steps 300
 
 The held-out documents are rows of the clean collection; what is equal to one of them or nearly, in either training
 set, is left out, so that neither side has seen them. Both sides start from the same random weights, take the same
@@ -30,6 +30,16 @@ from processing.read_raw import Dropped, find_files, raw_rows
 from processing.shapes import parse_record, to_row
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def add_flags(parser) -> None:
+    parser.add_argument("--data_path", nargs="+", required=True)
+    parser.add_argument("--heldout", type=float, default=0.02)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--seq_len", type=int, default=512)
+    parser.add_argument("--max_steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="handed to 1-pretrain.py; the last flag")
 
 
 def raw_texts(paths):
@@ -116,19 +126,3 @@ def run(args) -> dict:
         "dropped": summary["reasons"], "before": spread(bits["before"]), "after": spread(bits["after"]),
         "after_minus_before": spread(difference),
     }  # fmt: skip
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", nargs="+", required=True)
-    parser.add_argument("--heldout", type=float, default=0.02)
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--seq_len", type=int, default=512)
-    parser.add_argument("--max_steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="handed to 1-pretrain.py; the last flag")
-    print(json.dumps(run(parser.parse_args())))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """`data_process.py clean` on many made-up documents among which edited copies are planted.
 
-    python -m benchmarks.dedup --documents 2000000
+  python scripts/benchmark.py dedup --documents 2000000
 
 Documents are drawn unit by unit with the uneven frequencies of language (Zipf over 3,000 Chinese characters), 50 to
 400 units long as MiniMind's are (median about 170); one in a hundred is a copy of an earlier one, with a tenth of its
@@ -8,7 +8,6 @@ units replaced at random places. Told are the share of copies found, the share o
 a second of the whole command, and the most memory that the command and its workers held.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -22,6 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PLANTED = 100  # one document in so many
 KEPT = 10_000  # earlier documents that copies are made of
 BLOCK = 10_000
+
+
+def add_flags(parser) -> None:
+    parser.add_argument("--documents", type=int, default=100_000)
+    parser.add_argument("--share", type=float, default=0.1, help="of a copy's units that is replaced (0.1)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out_dir", help="where the temporary files go")
 
 
 def write_documents(path: Path, count: int, share: float, seed: int = 0) -> set[int]:
@@ -80,16 +86,3 @@ def run(args) -> dict:
         f"{result['documents_per_second']:,.0f} documents/s, peak {result['peak_memory_bytes'] / 2**30:.2f} GB"
     )
     return result
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=100_000)
-    parser.add_argument("--share", type=float, default=0.1, help="of a copy's units that is replaced (0.1)")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out_dir", help="where the temporary files go")
-    print(json.dumps(run(parser.parse_args())))
-
-
-if __name__ == "__main__":
-    main()

@@ -30,19 +30,8 @@ def add_flags(parser) -> None:
 def run(args) -> dict:
     out = Path(args.out_dir)
     common = ["--data_path", *args.data_path, "--seq_len", args.seq_len, "--batch_size", args.batch_size, *RECIPE]
-    teacher = (
-        args.teacher
-        or stage(
-            "1-pretrain.py",
-            *common,
-            *TEACHER,
-            "--max_steps",
-            args.teacher_steps,
-            "--out_dir",
-            out / "teacher",
-            "--resume",
-        )["weights"]
-    )
+    teacher = args.teacher or stage("1-pretrain.py", *common, *TEACHER, "--max_steps", args.teacher_steps, "--out_dir",
+                                    out / "teacher", "--resume")["weights"]  # fmt: skip
     alone, distilled = [], []
     for seed in args.seeds:
         student = [*common, *STUDENT, "--from_weight", "none", "--max_steps", args.steps, "--seed", seed, "--overwrite"]

@@ -1,16 +1,22 @@
 """A new name for the assistant by an adapter: does it take, does it stay where it belongs, what does it cost?
 
-Gates: at least 18 of the 20 held-out identity questions get the new name, at most 2 of 100 ordinary questions do, and
-the bits per byte on held-out conversations of the sample rise by less than 2%. Beside it the same rows and steps with
-all weights trained: time and memory.
+The identity rows are few and say one thing, and a model trained on them alone forgets the rest; so they are given
+several times, mixed with ordinary conversations (a file named twice in --data_path is read twice).
+
+Gates: at least 18 of the 20 held-out identity questions get the new name (or author, where that is asked), at most 2 of
+100 ordinary questions do, and the bits per byte on held-out conversations of the sample rise by less than 2%. Beside it
+the same rows and steps with all weights trained: time and memory.
 """
 
 from pathlib import Path
 
-from benchmarks.stages import SAMPLE, ask, chat_weights, held_out, read_rows, stage
+from benchmarks.stages import SAMPLE, ask, chat_weights, held_out, read_lines, stage
+from inference.scoring import is_right
 from processing.fill import fill
 
 RECIPE = ["--seq_len", 256, "--batch_size", 4, "--accumulation_steps", 1, "--log_interval", 20, "--eval_interval", 0]
+
+ADAPTER = ["--rank", 16, "--alpha", 32, "--learning_rate", "3e-3"]
 
 
 def add_flags(parser) -> None:
@@ -18,7 +24,9 @@ def add_flags(parser) -> None:
     parser.add_argument("--out_dir", default="out/benchmark_lora", help="(%(default)s)")
     parser.add_argument("--name", default="小石头", help="the new name (%(default)s)")
     parser.add_argument("--author", default="石匠", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="(%(default)s)")
+    parser.add_argument("--repeat", type=int, default=8, help="times the identity rows are read (%(default)s)")
+    parser.add_argument("--ordinary", type=int, default=2400, help="ordinary conversations mixed in (%(default)s)")
     parser.add_argument("flags", nargs="*", help="further flags of 4-lora_sft.py, after --")
 
 
@@ -27,26 +35,30 @@ def run(args) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     data = out / "lora_identity.jsonl"
     fill(SAMPLE / "lora_identity.jsonl", data, {"name": args.name, "author": args.author})
-    common = ["--data_path", data, "--from_weight", weights, "--out_dir", out, "--max_steps", args.steps,
-              "--val_split", 0, "--overwrite", *RECIPE]  # fmt: skip
-    adapter = stage("4-lora_sft.py", *common, *args.flags)
-    everything = stage("3-full_sft.py", *common, "--learning_rate", "2e-4")
+    mixed_in, lines = out / "ordinary.jsonl", (SAMPLE / "sft.jsonl").read_text(encoding="utf-8").splitlines(True)
+    mixed_in.write_text("".join(lines[:: max(1, len(lines) // args.ordinary)][: args.ordinary]), encoding="utf-8")
+    # --val_split leaves out the very conversations that `held_out` asks for: a hash decides
+    common = ["--data_path", *[data] * args.repeat, mixed_in, "--from_weight", weights, "--out_dir", out,
+              "--max_steps", args.steps, "--val_split", 0.01, "--overwrite", *RECIPE]  # fmt: skip
+    adapter = stage("4-lora_sft.py", *common, "--save_weight", "identity", *ADAPTER, *args.flags)
+    everything = stage("3-full_sft.py", *common, "--save_weight", "identity_full", "--learning_rate", "2e-4")
 
-    identity = [row["question"] for row in read_rows(SAMPLE / "lora_identity_heldout.jsonl")]
-    ordinary = [row["question"] for row in read_rows(SAMPLE / "heldout.jsonl")]
+    text = (SAMPLE / "lora_identity_heldout.jsonl").read_text(encoding="utf-8")
+    identity = read_lines(text.replace("{{name}}", args.name).replace("{{author}}", args.author))
+    ordinary = read_lines((SAMPLE / "heldout.jsonl").read_text(encoding="utf-8"))
     ordinary = ordinary[:: len(ordinary) // 100][:100]
-    answers = ask(adapter["weights"], identity + ordinary)
-    named = [args.name in answer.text for answer in answers]
+    answers = [answer.text for answer in ask(adapter["weights"], [row["question"] for row in identity + ordinary])]
+    right = [is_right(answer, row["answer"], row["rivals"]) for answer, row in zip(answers, identity)]
+    leaks = sum(args.name in answer for answer in answers[len(identity) :])
     before, after = (held_out(w, SAMPLE / "sft.jsonl", out)["bits_per_byte"] for w in (weights, adapter["weights"]))
+    for row, answer, ok in zip(identity, answers, right):
+        print(f"  {'right' if ok else 'WRONG'}  {row['question']}  ->  {answer}")
     result = {
-        "steps": args.steps, "new_name_in_identity_questions": sum(named[:20]), "of_identity": 20,
-        "new_name_in_ordinary_questions": sum(named[20:]), "of_ordinary": len(ordinary),
+        "steps": args.steps, "identity_right": sum(right), "of_identity": len(identity),
+        "new_name_in_ordinary_questions": leaks, "of_ordinary": len(ordinary),
         "bits_per_byte_before": before, "bits_per_byte_after": after, "rise": after / before - 1,
         "adapter_bytes": Path(adapter["weights"]).stat().st_size, "weights_bytes": weights.stat().st_size,
     }  # fmt: skip
     for key in ("seconds", "tokens_per_second", "peak_memory_bytes"):
         result |= {f"lora_{key}": adapter[key], f"full_{key}": everything[key]}
-    passed = sum(named[:20]) >= 18 and sum(named[20:]) <= 2 and after / before < 1.02
-    for question, answer in zip(identity, answers):
-        print(f"  {question}  ->  {answer.text}")
-    return result | {"passed": passed}
+    return result | {"passed": sum(right) >= 18 and leaks <= 2 and after / before < 1.02}

@@ -15,6 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}
 
 
+def add_flags(parser) -> None:
+    parser.add_argument("--presets", nargs="+", default=["tiny", "minimind2-small"], metavar="NAME")
+    parser.add_argument("flags", nargs="*", help="further flags of the stages, after --")
+
+
 def measure(preset: str, stage: str, *flags) -> dict:
     """{"estimate", "peak"} in bytes of two steps."""
     with tempfile.TemporaryDirectory() as folder:

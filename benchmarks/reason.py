@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.stages import SAMPLE, ask, chat_weights, read_rows, stage
+from benchmarks.stages import SAMPLE, ask, chat_weights, read_lines, stage
 from inference.scoring import is_right
 
 FORM = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
@@ -41,7 +41,8 @@ def run(args) -> dict:
     weights = chat_weights(args.weight)
     found = stage("train_distill_reason.py", "--from_weight", weights, "--out_dir", Path(args.out_dir), "--overwrite",
                   "--seq_len", 256, "--data_path", *args.data_path, *args.flags)  # fmt: skip
-    rows, result = read_rows(args.questions), {"questions": args.questions, "seconds": found["seconds"]}
+    rows = read_lines(Path(args.questions).read_text(encoding="utf-8"))
+    result = {"questions": args.questions, "seconds": found["seconds"]}
     for name, path in (("before", weights), ("after", found["weights"])):
         answers = ask(path, [row["question"] for row in rows], max_tokens=1024)
         faults = [fault(answer) for answer in answers]

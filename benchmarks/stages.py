@@ -64,5 +64,6 @@ def ask(weights, questions: list[str], max_tokens=128) -> list[Completion]:
     return Engine(model, tokenizer).generate(prompts, SamplingParams(temperature=0, max_tokens=max_tokens))
 
 
-def read_rows(path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+def read_lines(text: str) -> list[dict]:
+    """JSON lines."""
+    return [json.loads(line) for line in text.splitlines()]

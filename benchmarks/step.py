@@ -1,7 +1,8 @@
 """One training step on the CPU: ours against transformers' Llama and against a bare matrix product.
 
-Both models see the same packed rows with the same mask and take forward, backward, clipping and AdamW. Runs alternate
-(A B A B); times are CPU seconds of the process, so a busy neighbour changes them little; medians and ranges are printed.
+Both models see the same packed rows with the same mask and take forward, backward, clipping and AdamW. Runs
+alternate (A B A B); times are CPU seconds of the process, so a busy neighbour changes them little; medians and ranges
+are printed.
 """
 
 import time
@@ -17,6 +18,12 @@ from trainer.log import flops_per_token
 from trainer.losses import lm_loss
 
 ROWS, SEQ_LEN, DOCUMENTS = 8, 512, 3
+
+
+def add_flags(parser) -> None:
+    parser.add_argument("--preset", default="minimind2-small", help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="paired runs (%(default)s)")
 
 
 def packed_rows(vocab_size: int) -> dict:

@@ -118,8 +118,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """softmax(q k' / sqrt(h)) v. mask: None (causal), a tensor broadcast to (B, H, T, S), or DocumentLengths."""
     if isinstance(mask, DocumentLengths):
         return mask.attend(q, k, v)
-    causal = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    B, H, T, h = q.shape
+    if T == 1 and (mask is None or mask.shape[1] == 1):
+        # One new token: the queries that share a key stand in its rows, so no key is repeated (twice as fast on a CPU).
+        out = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, h), k, v, attn_mask=mask)
+        return out.view(B, H, 1, h)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
 
 def packed_mask(segment_ids: Tensor) -> Tensor:
@@ -186,16 +190,17 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config.dim, config.hidden_dim)
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.dropout = config.dropout
+        self.config = config
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask=None, cache=None, documents: Tensor | None = None):
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache), self.dropout, self.training)
+        dropout = self.config.dropout
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache), dropout, self.training)
         normed, aux_loss = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, MoEFeedForward):
             update, aux_loss = self.mlp(normed, documents)
         else:
             update = self.mlp(normed)
-        return x + F.dropout(update, self.dropout, self.training), aux_loss
+        return x + F.dropout(update, dropout, self.training), aux_loss
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):

@@ -76,9 +76,9 @@ class MoEFeedForward(nn.Module):
         scores = self.gate(flat).softmax(dim=-1, dtype=torch.float32)  # (N, E)
         weight, chosen = route(scores, self.config.num_experts_per_tok, self.config.norm_topk_prob)  # (N, K) each
 
-        expert = torch.arange(self.config.n_routed_experts, device=x.device)
-        counts = (chosen.flatten() == expert.unsqueeze(-1)).sum(dim=-1)  # (E,)
-        order = chosen.flatten().argsort(stable=True)  # the N*K (token, expert) pairs, expert by expert
+        pairs = chosen.flatten()  # (N*K,) expert of each (token, expert) pair
+        counts = pairs.new_zeros(self.config.n_routed_experts).scatter_add_(0, pairs, torch.ones_like(pairs))  # (E,)
+        order = pairs.argsort(stable=True)  # the pairs expert by expert
         token = order // chosen.shape[1]
         out = self.experts(flat, token, weight.flatten()[order], counts)  # (N, D)
         if self.shared_experts is not None:

@@ -132,17 +132,22 @@ def read_header(path) -> dict:
     return {key: value for key, value in content.items() if key != "model"}
 
 
-def newest_weights(folder, want=None, unwanted=None) -> Path | None:
-    """The newest weights file in `folder` and the folders in it, adapters and resume states left out.
-
-    want, unwanted: the first part of the names to take or to leave, such as "pretrain".
-    """
+def all_weights(folder) -> list[Path]:
+    """The weights files in `folder` and the folders in it, newest first; adapters and resume states left out."""
     folder = Path(folder)
     found = [*folder.glob("*.pth"), *folder.glob("*/*.pth")]
     found = [p for p in found if not p.stem.endswith(STATE_SUFFIX) and p.parent.name != "lora" and p.name[0] != "."]
-    found = [p for p in found if (want is None or p.name.startswith(f"{want}_"))]
+    return sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True)
+
+
+def newest_weights(folder, want=None, unwanted=None) -> Path | None:
+    """The newest of all_weights.
+
+    want, unwanted: the first part of the names to take or to leave, such as "pretrain".
+    """
+    found = [p for p in all_weights(folder) if (want is None or p.name.startswith(f"{want}_"))]
     found = [p for p in found if (unwanted is None or not p.name.startswith(f"{unwanted}_"))]
-    return max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
+    return next(iter(found), None)
 
 
 def read_file(path: Path, mmap=False):

@@ -30,7 +30,7 @@ from processing.normalise import normalise_row
 from processing.read_raw import Dropped, RawRow, columns_of, find_files, raw_rows
 from processing.shapes import knows, parse_record, to_row
 from processing.work import Cleaned, Work
-from processing.workers import ordered_map
+from trainer.workers import ordered_map
 from trainer.cli import UserError
 
 SHAPE = {"pretrain": "text", "sft": "chat", "dpo": "pair", "tokenizer": "any"}  # of a stage's rows

@@ -20,7 +20,7 @@ from model.tokenizer import encode_texts, load_tokenizer, render_spans, tokenize
 from processing.clean import row_text
 from processing.dedup import Fingerprints, exact_key, find_copies, signature
 from processing.filters import language_of
-from processing.workers import ordered_map
+from trainer.workers import ordered_map
 from trainer.cli import UserError
 from trainer.read import BadRow, check_file, parse, parse_record, raw_rows
 
@@ -63,7 +63,6 @@ def describe(path, tokenizer_path=None, samples=3, seed=42, plot=None, workers=1
     kind, tokenizer = kind_of(path), load_tokenizer(tokenizer_path)
     totals, languages, shown = Counter(), Counter(), []
     characters, tokens, turns = [], [], []
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     with tempfile.TemporaryDirectory() as folder:
         prints = Fingerprints(Path(folder))
         context = (kind, tokenizer_to_dict(tokenizer), seed, samples)

@@ -25,7 +25,7 @@ from model.weights import load_model
 from trainer.cli import UserError, parse
 from trainer.dist import Engine, World
 from trainer.loop import evaluate, take_step
-from trainer.losses import dpo_loss, orpo_loss, simpo_loss
+from trainer.losses import dpo_loss, lm_loss, orpo_loss, simpo_loss
 from trainer.pack import pair_items
 from trainer.preference import Reference, answers_of, paired_bootstrap, preference_report
 from trainer.start import prepare
@@ -109,6 +109,14 @@ def test_packed_answers_have_the_log_probabilities_of_single_ones(tmp_path):
     assert not set(rows[0].documents) & set(rows[1].documents)
 
 
+def test_dropout_is_the_flags_where_a_run_starts_from_weights_that_had_none(tmp_path):
+    ids = torch.arange(20, 40)[None]
+    for share, same in ((0.3, False), (0, True)):
+        _, start, _, _ = begin(tmp_path, "--dropout", share)
+        model = start.model.train()
+        assert torch.equal(model(ids).logits, model(ids).logits) == same
+
+
 def gradients(tmp_path, batch_size, accumulation, *more):
     args, start, rows, reference = begin(tmp_path, *more)
     args.batch_size, args.accumulation_steps = batch_size, accumulation
@@ -131,6 +139,22 @@ def test_a_step_does_not_depend_on_how_it_was_dealt_out_nor_on_where_the_referen
             assert other[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_sft_part_is_the_chosen_answers_mean_cross_entropy(tmp_path):
+    """Gradients with and without it differ by those of a loss computed on each chosen conversation by itself."""
+    without, numbers, _ = gradients(tmp_path, 4, 1, "--sft_weight", 0)
+    with_it, others, (_, start, rows, _) = gradients(tmp_path, 4, 1, "--sft_weight", 0.5)
+    assert others == pytest.approx(numbers)  # it is not part of the printed loss
+    start.model.zero_grad()
+    chosen = [d for d in rows[0].batch(range(4))["documents"].flatten().tolist()[::2] if d >= 0]
+    for document in chosen:
+        row = json.loads((tmp_path / "dpo.jsonl").read_text().splitlines()[document // 2])
+        ids, mask = (torch.tensor([x]) for x in render(start.tokenizer, row["chosen"]))
+        nats, count = lm_loss(start.model(ids).logits, torch.where(mask > 0, ids, -100))
+        (0.5 * nats / count / len(chosen)).backward()
+    for name, parameter in start.model.named_parameters():
+        torch.testing.assert_close(with_it[name] - without[name], parameter.grad, rtol=2e-3, atol=2e-6, msg=name)
 
 
 def test_printed_numbers_are_means_over_pairs(tmp_path):

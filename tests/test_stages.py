@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from stage import ROOT, STAGES, TINY, load, run, write_chats, write_texts
+from stage import LATER_STAGES, ROOT, STAGES, TINY, load, run, write_chats, write_texts
 
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
@@ -222,6 +222,14 @@ def test_booleans_in_every_spelling():
 @pytest.mark.parametrize("script", sorted(STAGES.values()))
 def test_every_stage_has_the_common_flags_in_one_order(script):
     text = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True).stdout
+    places = [re.search(rf"^  --{name}\b", text, re.M) for name in COMMON]
+    assert all(places), [n for n, p in zip(COMMON, places) if not p]
+    assert [p.start() for p in places] == sorted(p.start() for p in places)
+
+
+@pytest.mark.parametrize("script", sorted(LATER_STAGES.values()))
+def test_every_later_stage_has_them_too(script):
+    text = load(script).parser().format_help()
     places = [re.search(rf"^  --{name}\b", text, re.M) for name in COMMON]
     assert all(places), [n for n, p in zip(COMMON, places) if not p]
     assert [p.start() for p in places] == sorted(p.start() for p in places)

@@ -11,15 +11,14 @@ memory does not grow with the file.
 A pair is two neighbouring documents, chosen then rejected, both with the hash of the prompt.
 """
 
+import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,7 @@ from model.tokenizer import (
 from trainer.cli import UserError
 from trainer.read import BadRow, check_file, parse, raw_rows
 from trainer.think import keep_thinking
+from trainer.workers import default_workers, ordered_map
 
 VERSION = 1  # of this layout; with another number old caches are not found
 BATCH_BYTES = 2**19  # raw bytes handed to a worker at a time: large enough to hide the hand-over
@@ -143,29 +143,13 @@ def _remove_abandoned(final: Path):
 
 def _encoded_batches(path, kind, tokenizer, workers):
     """Yields (arrays, bad lines) batch by batch in the file's order, encoded by this process or by workers."""
-    workers = workers or os.cpu_count() or 1
-    total = path.stat().st_size
-    label = f"tokenising {path.name}"
-    with tqdm(desc=label, unit=" rows", disable=not sys.stderr.isatty(), leave=False) as bar:
-        if workers == 1 or total < 4 * BATCH_BYTES:
-            for batch in _batches(path):
-                yield encode_batch(batch, kind, tokenizer)
-                bar.update(len(batch))
-            return
-        # fork shares what is loaded; elsewhere a worker imports and builds its tokenizer anew
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        initial = (tokenizer_to_dict(tokenizer), kind)
-        with context.Pool(workers, initializer=_start_worker, initargs=initial) as pool:
-            waiting = deque()
-            for batch in _batches(path):
-                waiting.append((len(batch), pool.apply_async(_encode_in_worker, (batch,))))
-                if len(waiting) > 2 * workers:
-                    rows, job = waiting.popleft()
-                    yield job.get()
-                    bar.update(rows)
-            for rows, job in waiting:
-                yield job.get()
-                bar.update(rows)
+    workers = workers or default_workers()
+    if path.stat().st_size < 4 * BATCH_BYTES:
+        workers = 1
+    with tqdm(desc=f"tokenising {path.name}", unit=" documents", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for encoded in ordered_map(_encode_in_worker, _batches(path), workers, kind, json.dumps(tokenizer_to_dict(tokenizer))):
+            yield encoded
+            bar.update(len(encoded[0]["hashes"]))
 
 
 def _batches(path):
@@ -180,16 +164,13 @@ def _batches(path):
         yield batch
 
 
-_worker: dict = {}
+@functools.lru_cache(maxsize=1)
+def _tokenizer(files: str):
+    return tokenizer_from_dict(json.loads(files))
 
 
-def _start_worker(tokenizer_files: dict, kind: str):
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the workers are the parallelism
-    _worker["tokenizer"], _worker["kind"] = tokenizer_from_dict(tokenizer_files), kind
-
-
-def _encode_in_worker(batch):
-    return encode_batch(batch, _worker["kind"], _worker["tokenizer"])
+def _encode_in_worker(batch, kind: str, tokenizer_files: str):
+    return encode_batch(batch, kind, _tokenizer(tokenizer_files))
 
 
 def encode_batch(batch, kind: str, tokenizer) -> tuple[dict, list]:

@@ -17,11 +17,15 @@ GPU_TFLOPS = {  # dense bfloat16 products with float32 sums, from the makers' da
     "H100": 989, "A100": 312, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX 3080": 60, "L40S": 362, "A10": 125,
 }  # fmt: skip
 
+LOSS_CURVES = (("loss", "training"), ("val_loss", "held out"))
+
 
 class Log:
     """The first process's log; the others have one that is silent."""
 
-    def __init__(self, files, world, total_steps: int, flops_per_token: float, log_interval: int, start_step: int, trackers=()):
+    def __init__(
+        self, files, world, total_steps: int, flops_per_token: float, log_interval: int, start_step: int, trackers=()
+    ):
         self.files, self.world, self.total, self.interval = files, world, total_steps, log_interval
         self.flops_per_token, self.peak_flops = flops_per_token, device_flops(world) if world.first else 0.0
         self.trackers = trackers if world.first else ()
@@ -97,9 +101,9 @@ class Log:
             tracker.log(record["step"], {k: v for k, v in record.items() if k != "step" and v is not None})
         self.file.write(json.dumps(record) + "\n")
 
-    def draw_curve(self) -> None:
-        """Writes the loss curve as a picture beside the weights."""
-        if not self.world.first or not any("loss" in record for record in self.history):
+    def draw_curve(self, curves=LOSS_CURVES, unit="loss") -> None:
+        """Writes the curves, (name of a number, what it is) each, as a picture beside the weights."""
+        if not self.world.first or not any(curves[0][0] in record for record in self.history):
             return
         try:
             import matplotlib
@@ -110,12 +114,12 @@ class Log:
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(7, 4))
-        for key, label in (("loss", "training"), ("val_loss", "held out")):
+        for key, label in curves:
             points = [(record["step"], record[key]) for record in self.history if record.get(key) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, marker="o" if key == "val_loss" else None)
+                axes.plot(*zip(*points, strict=True), label=label, marker=None if key == curves[0][0] else "o")
         axes.set_xlabel("step")
-        axes.set_ylabel("loss")
+        axes.set_ylabel(unit)
         axes.set_title(self.files.name)
         axes.legend()
         axes.grid(alpha=0.3)
@@ -124,16 +128,17 @@ class Log:
         pyplot.close(figure)
 
 
-def flops_per_token(config, seq_len: int) -> float:
+def flops_per_token(config, seq_len: int, learned_share=1.0) -> float:
     """Floating-point operations of forward and backward for one token of a row.
 
-    6 for each weight it meets (a tied embedding once: the head's product), and the causal half of the two attention
-    products: 6 * layers * heads * head width * row length.
+    6 for each weight it meets (a tied embedding once: the head's product): 2 forward, 2 for the gradient of its input
+    and 2 for its own, if it is among the learned_share that learns. And the causal half of the two attention products:
+    6 * layers * heads * head width * row length.
     """
     weights = config.active_parameter_count()
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.dim
-    return 6.0 * weights + 6.0 * config.n_layers * config.n_heads * config.head_dim * seq_len
+    return (4.0 + 2.0 * learned_share) * weights + 6.0 * config.n_layers * config.n_heads * config.head_dim * seq_len
 
 
 def device_flops(world) -> float:

@@ -16,9 +16,9 @@ import torch
 
 from model.weights import describe
 from trainer import log as logs
-from trainer.checkpoint import check_recipe, load_learned
+from trainer.checkpoint import check_recipe
 from trainer.cli import RunFailed, UserError
-from trainer.dist import Engine
+from trainer.dist import Engine, by_deepspeed_launcher, engine_in_words, make_engine
 from trainer.losses import learned_bytes
 from trainer.memory import memory_line
 from trainer.optim import learning_rate_factor
@@ -42,15 +42,14 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
     elif args.resume and (result := start.files.finished_result(recipe)):
         return finish_here(result)
     if world.first:
-        announce(start, plan, rows, world, state)
+        announce(start, plan, in_words(rows), world, state)
     if args.dry_run:
         return finish_here({"stage": args.stage, "dry_run": True, "steps": plan.steps})
 
-    engine = Engine(start.model, args, world)
+    engine = make_engine(start.model, args, world)
     step, counters = 0, {"tokens": 0, "seconds": 0.0, "run_id": new_run_id()}
     if state is not None:
-        load_learned(engine.module, state["model"])
-        engine.load_state(state["engine"])
+        engine.load_state(state["engine"] | {"model": state["model"]}, start.files.shards)
         step, counters = state["step"], state["counters"]
         start.state = state = None  # the copies in it would stay in memory for the whole run
     record = start.record | {"recipe": recipe}
@@ -102,7 +101,8 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
 
 def open_log(start, world, plan, step: int, recipe: dict, run_id: str) -> logs.Log:
     """The run's log, with the services the flags name attached."""
-    flops = logs.flops_per_token(start.model.config, start.args.seq_len)
+    total = start.model.config.parameter_count()
+    flops = logs.flops_per_token(start.model.config, start.args.seq_len, min(1.0, learned_parameters(start) / total))
     services = trackers(start.args, start.files, recipe, run_id) if world.first else ()
     return logs.Log(start.files, world, plan.steps, flops, start.args.log_interval, step, services)
 
@@ -153,8 +153,8 @@ def evaluate(engine: Engine, rows, loss_fn, batch_size: int, bytes_of_token) -> 
     engine.module.eval()
     table = bytes_of_token.to(world.device) if bytes_of_token is not None else None
     sums = Counter()
-    for first in range(world.rank * batch_size, len(rows), world.size * batch_size):
-        batch = rows.batch(range(first, min(first + batch_size, len(rows))))
+    for indices in world.shares(len(rows), batch_size):
+        batch = rows.batch(indices)
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
         with engine.autocast():
             loss, weight, numbers = loss_fn(engine.module, batch)
@@ -164,7 +164,7 @@ def evaluate(engine: Engine, rows, loss_fn, batch_size: int, bytes_of_token) -> 
             sums["bytes"] += float(learned_bytes(batch["labels"], table))
     engine.module.train()
     total = Counter()
-    for part in world.gather(sums):  # a process without rows of its own knows no names
+    for part in world.gather(sums):
         total.update(part)
     weight, n_bytes = total.pop("weight", 0), total.pop("bytes", 0)
     if not weight:
@@ -224,11 +224,11 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def announce(start, plan: Plan, rows, world, state) -> None:
-    """Says what is about to be done, before anything is."""
+def announce(start, plan: Plan, rows: list[tuple[str, str]], world, state) -> None:
+    """Says what is about to be done, before anything is; rows: the data in words, a line each."""
     args, config = start.args, start.model.config
     total, active = config.parameter_count(), config.active_parameter_count()
-    learned = sum(p.numel() for p in start.model.parameters() if p.requires_grad)
+    learned = learned_parameters(start)
     print(
         f"{args.stage}: {describe(config)}; {total:,} parameters"
         + (f", {active:,} active" if active != total else "")
@@ -236,19 +236,14 @@ def announce(start, plan: Plan, rows, world, state) -> None:
     )
     print(f"  weights   {start.came_from}")
     print(f"  data      {', '.join(map(str, start.data_files))}")
-    for what, part in zip(("train", "held out"), rows, strict=True):
-        if part is not None:
-            print(
-                f"  {what:<9} {len(part):,} rows of {part.seq_len} tokens, {part.real_token_share():.1%} of them real"
-                + part.what_was_cut()
-            )
-        else:
-            print(f"  {what:<9} none: no validation figure (see --val_split)")
+    for what, text in rows:
+        print(f"  {what:<9} {text}")
     print(f"  steps     {plan.steps:,} of {plan.rows_per_step} rows ({plan.rows_per_step * args.seq_len:,} tokens): "
           f"{args.batch_size} x {args.accumulation_steps} x {world.size} process(es)")  # fmt: skip
     print(f"  optimizer {args.optimizer}, rate {args.learning_rate:g}, {args.schedule}, warmup {plan.warmup} steps, "
           f"decay {args.weight_decay:g}, clip {args.grad_clip:g}, seed {args.seed}")  # fmt: skip
     print(f"  machine   {world.device}, {str(world.dtype).removeprefix('torch.')}, {torch.get_num_threads()} thread(s)")
+    print(f"  engine    {engine_in_words(args, world)}")
     print(f"  memory    {memory_line(config, args, world, learned, start.other_parameters)}")
     print(f"  output    {start.files.weights}")
     if state is not None:
@@ -258,12 +253,29 @@ def announce(start, plan: Plan, rows, world, state) -> None:
     print(f"  to resume {resume_command()}", flush=True)
 
 
+def in_words(rows) -> list[tuple[str, str]]:
+    """The rows (training, validation), for the run's first lines."""
+    texts = [
+        f"{len(part):,} rows of {part.seq_len} tokens, {part.real_token_share():.1%} of them real{part.what_was_cut()}"
+        if part is not None
+        else "none: no validation figure (see --val_split)"
+        for part in rows
+    ]
+    return list(zip(("train", "held out"), texts, strict=True))
+
+
+def learned_parameters(start) -> int:
+    return sum(p.numel() for p in start.model.parameters() if p.requires_grad)
+
+
 def resume_command() -> str:
     """The command that started this process, with --resume."""
-    words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-    launcher = (
-        f"torchrun --nproc_per_node {os.environ['WORLD_SIZE']}" if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    )
+    words = [w for w in sys.argv if w not in ("--resume", "--overwrite") and not w.startswith("--local_rank=")]
+    launcher = "python"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = f"torchrun --nproc_per_node {os.environ['WORLD_SIZE']}"
+    elif by_deepspeed_launcher():
+        launcher = f"deepspeed --num_gpus {os.environ['WORLD_SIZE']}"
     return " ".join([launcher, *words, "--resume"])
 
 

@@ -35,7 +35,8 @@ class Wandb:
             print(f"wandb: no key, so the run is kept in {files.folder / 'wandb'}; `wandb sync` sends it", flush=True)
         os.environ.setdefault("WANDB_SILENT", "true")
         self.run = wandb.init(project=args.wandb_project, name=files.name, id=run_id, resume="allow", mode=mode,
-                              dir=str(files.folder), config=recipe, settings=wandb.Settings(init_timeout=20))  # fmt: skip
+                              dir=str(files.folder), config=recipe,
+                              settings=wandb.Settings(init_timeout=20))  # fmt: skip
 
     def log(self, step: int, numbers: dict) -> None:
         self.run.log(numbers, step=step)

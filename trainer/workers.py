@@ -58,6 +58,7 @@ def ordered_map(function: Callable, batches: Iterable, workers: int, *context) -
 
 def _start_worker(function, context, parent: int):
     _worker["function"], _worker["context"] = function, context
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
