@@ -33,9 +33,11 @@ def direct_sums():
 def worked_sums():
     """All sums that are worked in columns, larger number first where the order matters."""
     two_digits = range(10, 100)
-    return ([(a, "+", b) for a in two_digits for b in two_digits]
-            + [(a, "-", b) for a in two_digits for b in range(10, a + 1)]
-            + [(a, "×", b) for a in two_digits for b in range(2, 10)])
+    return (
+        [(a, "+", b) for a in two_digits for b in two_digits]
+        + [(a, "-", b) for a in two_digits for b in range(10, a + 1)]
+        + [(a, "×", b) for a in two_digits for b in range(2, 10)]
+    )
 
 
 def may_be_withheld(a, sign, b):
@@ -64,8 +66,10 @@ def add_columns(a, b):
     units = a % 10 + b % 10
     carry = units // 10
     tens = a // 10 + b // 10 + carry
-    return (f"个位：{a % 10}+{b % 10}={units}，写{units % 10}，进{carry}。\n"
-            f"十位：{a // 10}+{b // 10}+{carry}={tens}，写{tens}。\n所以{a}+{b}={a + b}。")
+    return (
+        f"个位：{a % 10}+{b % 10}={units}，写{units % 10}，进{carry}。\n"
+        f"十位：{a // 10}+{b // 10}+{carry}={tens}，写{tens}。\n所以{a}+{b}={a + b}。"
+    )
 
 
 def subtract_columns(a, b):
@@ -73,8 +77,10 @@ def subtract_columns(a, b):
     borrow = int(a % 10 < b % 10)
     top = a % 10 + 10 * borrow
     tens = a // 10 - borrow - b // 10
-    return (f"个位：{top}-{b % 10}={top - b % 10}，写{top - b % 10}，借{borrow}。\n"
-            f"十位：{a // 10}-{borrow}-{b // 10}={tens}，写{tens}。\n所以{a}-{b}={a - b}。")
+    return (
+        f"个位：{top}-{b % 10}={top - b % 10}，写{top - b % 10}，借{borrow}。\n"
+        f"十位：{a // 10}-{borrow}-{b // 10}={tens}，写{tens}。\n所以{a}-{b}={a - b}。"
+    )
 
 
 def multiply_columns(a, b):
@@ -82,8 +88,10 @@ def multiply_columns(a, b):
     units = a % 10 * b
     carry = units // 10
     tens = a // 10 * b + carry
-    return (f"个位：{a % 10}×{b}={units}，写{units % 10}，进{carry}。\n"
-            f"十位：{a // 10}×{b}+{carry}={tens}，写{tens}。\n所以{a}×{b}={a * b}。")
+    return (
+        f"个位：{a % 10}×{b}={units}，写{units % 10}，进{carry}。\n"
+        f"十位：{a // 10}×{b}+{carry}={tens}，写{tens}。\n所以{a}×{b}={a * b}。"
+    )
 
 
 def phrase(template, a, sign, b, words):
@@ -102,8 +110,14 @@ def heldout_row(question, a, sign, b, relation):
     result = compute(a, sign, b)
     near = {result + step for step in (-10, -2, -1, 1, 2, 10)} | {compute(a, other, b) for other in SIGNS}
     rivals = sorted(rival for rival in near - {result, a, b} if rival >= 0)
-    return {"question": question, "answer": str(result), "rivals": [str(rival) for rival in rivals],
-            "kind": "arithmetic", "relation": relation, "entity": f"{a}{sign}{b}"}
+    return {
+        "question": question,
+        "answer": str(result),
+        "rivals": [str(rival) for rival in rivals],
+        "kind": "arithmetic",
+        "relation": relation,
+        "entity": f"{a}{sign}{b}",
+    }
 
 
 class Arithmetic:
@@ -116,9 +130,13 @@ class Arithmetic:
         self.withheld_reason = withhold(worked, WITHHELD_REASON, rng, self.withheld_direct)
         withheld = self.withheld_direct | self.withheld_reason
         self.direct = [s for s in direct if same_sum(*s) not in withheld]
-        self.worked = [s for sign in SIGNS
-                       for s in rng.sample([s for s in worked if s[1] == sign and same_sum(*s) not in withheld],
-                                           TRAINED_REASON[sign])]
+        self.worked = [
+            s
+            for sign in SIGNS
+            for s in rng.sample(
+                [s for s in worked if s[1] == sign and same_sum(*s) not in withheld], TRAINED_REASON[sign]
+            )
+        ]
 
     def ask(self, kind, a, sign, b, rng, count=1):
         """`count` different questions about a sum; kind "direct" or "reason"."""
@@ -127,9 +145,14 @@ class Arithmetic:
 
     def direct_conversations(self, rng, count=2):
         """Short sums as conversations, each sum in `count` phrasings, answered with the whole equation."""
-        return [[{"role": "user", "content": question},
-                 {"role": "assistant", "content": f"{a}{sign}{b}={compute(a, sign, b)}。"}]
-                for a, sign, b in self.direct for question in self.ask("direct", a, sign, b, rng, count)]
+        return [
+            [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": f"{a}{sign}{b}={compute(a, sign, b)}。"},
+            ]
+            for a, sign, b in self.direct
+            for question in self.ask("direct", a, sign, b, rng, count)
+        ]
 
     def reason_conversations(self, rng):
         """Worked sums as conversations."""
@@ -139,10 +162,13 @@ class Arithmetic:
         """Short sums as pretraining text, some in words."""
         lines = [phrase(rng.choice(self.phrasings["pretrain"]), *s, self.phrasings["words"]) for s in self.direct]
         rng.shuffle(lines)
-        return ["，".join(lines[i:i + per_document]) + "。" for i in range(0, len(lines), per_document)]
+        return ["，".join(lines[i : i + per_document]) + "。" for i in range(0, len(lines), per_document)]
 
     def heldout(self, kind, rng, count):
         """The held-out sums as rows to be scored, each in `count` phrasings."""
         withheld = self.withheld_direct if kind == "direct" else self.withheld_reason
-        return [heldout_row(question, a, sign, b, f"{kind}_{sign}") for sign, a, b in sorted(withheld)
-                for question in self.ask(kind, a, sign, b, rng, count)]
+        return [
+            heldout_row(question, a, sign, b, f"{kind}_{sign}")
+            for sign, a, b in sorted(withheld)
+            for question in self.ask(kind, a, sign, b, rng, count)
+        ]

@@ -30,8 +30,8 @@ from processing.normalise import normalise_row
 from processing.read_raw import Dropped, RawRow, columns_of, find_files, raw_rows
 from processing.shapes import knows, parse_record, to_row
 from processing.work import Cleaned, Work
-from trainer.workers import ordered_map
 from trainer.cli import UserError
+from trainer.workers import ordered_map
 
 SHAPE = {"pretrain": "text", "sft": "chat", "dpo": "pair", "tokenizer": "any"}  # of a stage's rows
 BATCH_CHARS = 2**17  # handed to a worker at a time: large enough to hide the hand-over

@@ -2,6 +2,9 @@
 
 A conversation is a list of {"role", "content"} messages. All functions are deterministic in their `rng`.
 """
+
+from processing.world import with_chatter
+
 SINGLE_TURNS = 12  # single-turn rows of a fact, each in another phrasing
 PAIR_KINDS = ("wrong", "wrong", "wrong", "rude", "garbled")  # what a rejected answer is, in these shares
 
@@ -24,14 +27,25 @@ def single_turns(split, rng):
     return rows
 
 
-def with_system(world, split, rng, share=0.8):
-    """Facts asked under a system message that wants a sentence or the bare answer."""
+def with_system(world, split, rng):
+    """Every fact asked under a system message that wants a sentence or the bare answer."""
     rows, systems = [], world.talk["systems"]
     for fact in world.facts:
-        if rng.random() < share:
-            question, style = rng.choice(split.train[fact])
-            wanted = rng.choice(["sentence", "bare"]) if style == "sentence" else "bare"
-            rows.append(exchange(question, fact.answer(wanted), rng.choice(systems[wanted])))
+        question, style = rng.choice(split.train[fact])
+        wanted = rng.choice(["sentence", "bare"]) if style == "sentence" else "bare"
+        rows.append(exchange(question, fact.answer(wanted), rng.choice(systems[wanted])))
+    return rows
+
+
+def amid_chatter(world, split, rng, count=2):
+    """Every fact `count` times in a question amid talk of other things."""
+    rows = []
+    for fact in world.facts:
+        pairs = [pair for pair in split.train[fact] if pair[1] == "sentence"]
+        rows += [
+            exchange(with_chatter(world.frames[fact.relation.language], question, rng), fact.sentence())
+            for question, _ in rng.sample(pairs, count)
+        ]
     return rows
 
 
@@ -49,8 +63,12 @@ def follow_ups(world, split, rng):
         if fact.relation.group:
             by_entity.setdefault((fact.relation.group, fact.entity), []).append(fact)
     for facts in by_entity.values():
-        rows += [two_turns(split, first, second.relation.follow_up, second, rng)
-                 for first in facts for second in facts if first is not second]
+        rows += [
+            two_turns(split, first, second.relation.follow_up, second, rng)
+            for first in facts
+            for second in facts
+            if first is not second
+        ]
     return rows
 
 
@@ -63,8 +81,11 @@ def two_turns(split, first, follow_up, second, rng):
 def small_talk(world, split, rng, mixed=150):
     """Greetings and the like alone, and around a question; questions about made-up things, which nobody can answer."""
     rows = [exchange(ask, item["reply"]) for item in world.talk["chat"] for ask in item["ask"]]
-    rows += [exchange(ask, item["reply"], rng.choice(world.talk["systems"]["sentence"]))
-             for item in world.talk["chat"] for ask in item["ask"][:1]]
+    rows += [
+        exchange(ask, item["reply"], rng.choice(world.talk["systems"]["sentence"]))
+        for item in world.talk["chat"]
+        for ask in item["ask"][:1]
+    ]
     greeting = world.talk["chat"][0]
     for fact in rng.sample(world.facts, mixed):
         question, style = rng.choice(split.train[fact])
@@ -72,8 +93,11 @@ def small_talk(world, split, rng, mixed=150):
         opening = exchange(rng.choice(greeting["ask"]), greeting["reply"]) if rng.random() < 0.5 else []
         rows.append(opening + exchange(question, fact.answer(style)) + exchange(*thanks))
     unknown = world.talk["unknown"]
-    return rows + [exchange(template.format(e=name), unknown["reply"])
-                   for template in unknown["templates"] for name in unknown["names"]]
+    return rows + [
+        exchange(template.format(e=name), unknown["reply"])
+        for template in unknown["templates"]
+        for name in unknown["names"]
+    ]
 
 
 def preference_pairs(world, questions, rng):
@@ -113,14 +137,20 @@ def rude(lines, length, rng):
 
 def identity_rows(identity, rng, replies=2):
     """LoRA rows in which {{name}} and {{author}} wait to be filled in."""
-    return [exchange(ask, reply) for item in identity["rows"] for ask in item["ask"]
-            for reply in rng.sample(item["reply"], min(replies, len(item["reply"])))]
+    return [
+        exchange(ask, reply)
+        for item in identity["rows"]
+        for ask in item["ask"]
+        for reply in rng.sample(item["reply"], min(replies, len(item["reply"])))
+    ]
 
 
 def identity_heldout(identity):
     """Held-out questions about who the assistant is; its answer is a placeholder as well."""
-    return [{**row, "rivals": identity["rivals"], "kind": "identity", "relation": row["answer"].strip("{}")}
-            for row in identity["heldout"]]
+    return [
+        {**row, "rivals": identity["rivals"], "kind": "identity", "relation": row["answer"].strip("{}")}
+        for row in identity["heldout"]
+    ]
 
 
 def domain_rows(domain):

@@ -3,6 +3,7 @@
 The exam's stems are wordings that stand nowhere in training. The training rows teach what the letters mean, in the
 chat form in which the exam will be put: `{question}。选择 A: {A}, B: {B}, C: {C}, D: {D}`.
 """
+
 import csv
 import io
 
@@ -41,40 +42,23 @@ def choice_prompt(question, options):
 def choice_messages(question, options, gold, system=None):
     """A four-choice question as messages; the reply starts with the letter."""
     messages = [{"role": "system", "content": system}] if system else []
-    return messages + [{"role": "user", "content": choice_prompt(question, options)},
-                       {"role": "assistant", "content": f"{gold}：{options[gold]}"}]
+    return messages + [
+        {"role": "user", "content": choice_prompt(question, options)},
+        {"role": "assistant", "content": f"{gold}：{options[gold]}"},
+    ]
 
 
-def choice_conversations(world, split, rng, per_fact, matches):
-    """Training rows: `per_fact` of every fact, and `matches` that only ask where a given text stands."""
+def choice_conversations(world, split, rng, per_fact):
+    """Training rows: `per_fact` four-choice questions of every fact, some under the exam's system message."""
     chooser, system = Chooser(rng), world.talk["systems"]["choice"]
-    facts, rows = examined(world), []
-    for fact in facts:
+    rows = []
+    for fact in examined(world):
         stems = [fact.fill(text) for text in world.frames[fact.relation.language]["choice"]]
         stems += [question for question, style in split.train[fact] if style == "sentence"]
         for stem in rng.sample(stems, per_fact):
             options, gold = chooser.options(fact.value, fact.rivals)
             rows.append(choice_messages(stem, options, gold, rng.choice([None, None, None, system])))
-    for fact in rng.choices(facts, k=matches):
-        options, gold = chooser.options(fact.value, fact.rivals)
-        stem = fact.fill(rng.choice(world.frames[fact.relation.language]["match"]))
-        rows.append(choice_messages(stem, options, gold))
     return rows
-
-
-def lookup_texts(world, rng, count):
-    """Pretraining texts that list four options and then say, in random order, where each one stands.
-
-    They teach the one skill a four-choice question needs beside the fact: from a value to the letter before it.
-    """
-    facts, chooser, texts = examined(world), Chooser(rng), []
-    for fact in rng.choices(facts, k=count):
-        options, _ = chooser.options(fact.value, fact.rivals)
-        template = rng.choice(world.frames[fact.relation.language]["lookup"])
-        listed = ", ".join(f"{letter}: {options[letter]}" for letter in LETTERS)
-        where = [template.format(v=options[letter], L=letter) for letter in rng.sample(LETTERS, len(LETTERS))]
-        texts.append(f"选择 {listed}。" + "，".join(where) + "。")
-    return texts
 
 
 def exam_rows(world, rng):
@@ -90,8 +74,7 @@ def exam_rows(world, rng):
             options, gold = choosers["dev" if number < DEV_QUESTIONS else "val"].options(fact.value, fact.rivals)
             explanation = fact.fill(world.frames[fact.relation.language]["explain"])
             rows.append({"id": number, "question": stem, **options, "answer": gold, "explanation": explanation})
-        exam[subject] = rows[:DEV_QUESTIONS], [{**row, "id": row["id"] - DEV_QUESTIONS}
-                                               for row in rows[DEV_QUESTIONS:]]
+        exam[subject] = rows[:DEV_QUESTIONS], [{**row, "id": row["id"] - DEV_QUESTIONS} for row in rows[DEV_QUESTIONS:]]
     return exam
 
 

@@ -4,6 +4,7 @@ A fact is asked in some eighteen wordings. Two of them are held out for this fac
 so a model that answers them knows the fact and not the string. A wording can be held out only if it would really be
 new: it must not stand inside another question, and must not be a near copy of one (character 3-grams, Jaccard 0.8).
 """
+
 from collections import Counter
 
 NEAR_COPY = 0.8  # Jaccard similarity of character 3-gram sets from which two questions count as the same
@@ -11,7 +12,7 @@ NEAR_COPY = 0.8  # Jaccard similarity of character 3-gram sets from which two qu
 
 def trigrams(text):
     """The set of character 3-grams of a text (the text itself if it is shorter)."""
-    return {text[i:i + 3] for i in range(len(text) - 2)} or {text}
+    return {text[i : i + 3] for i in range(len(text) - 2)} or {text}
 
 
 def jaccard(one, other):
@@ -25,15 +26,19 @@ class HeldOut:
 
     def __init__(self, world, rng, per_fact=2):
         asked = {fact: [(fact.fill(p.text), p.style) for p in fact.relation.phrasings] for fact in world.facts}
-        stems = {fact: [fact.fill(text) for text in world.frames[fact.relation.language]["choice"]]
-                 for fact in world.facts}
-        everything = "\n".join([question for pairs in asked.values() for question, _ in pairs]
-                               + [stem for texts in stems.values() for stem in texts])
+        stems = {
+            fact: [fact.fill(text) for text in world.frames[fact.relation.language]["choice"]] for fact in world.facts
+        }
+        everything = "\n".join(
+            [question for pairs in asked.values() for question, _ in pairs]
+            + [stem for texts in stems.values() for stem in texts]
+        )
         users = Counter(phrasing.text for fact in world.facts for phrasing in fact.relation.phrasings)
         self.train, self.held = {}, {}
         for fact, pairs in asked.items():
-            shared = [pair for pair, phrasing in zip(pairs, fact.relation.phrasings, strict=True)
-                      if users[phrasing.text] > 2]  # else no other fact might be left that trains on it
+            shared = [
+                pair for pair, phrasing in zip(pairs, fact.relation.phrasings, strict=True) if users[phrasing.text] > 2
+            ]  # else no other fact might be left that trains on it
             self.held[fact] = choose(rng.sample(shared, len(shared)), pairs, stems[fact], everything, per_fact)
             self.train[fact] = [pair for pair in pairs if pair not in self.held[fact]]
         check_rotation(world, self.train)
@@ -53,8 +58,12 @@ def choose(candidates, pairs, stems, everything, count):
 
 def check_rotation(world, train):
     """A held-out phrasing must be trained on with some other fact, or it would be an unseen template."""
-    used = {phrasing.text for fact in world.facts for phrasing in fact.relation.phrasings
-            if fact.fill(phrasing.text) in {question for question, _ in train[fact]}}
+    used = {
+        phrasing.text
+        for fact in world.facts
+        for phrasing in fact.relation.phrasings
+        if fact.fill(phrasing.text) in {question for question, _ in train[fact]}
+    }
     for relation in world.relations:
         for phrasing in relation.phrasings:
             if phrasing.text not in used:

@@ -20,9 +20,9 @@ from model.tokenizer import encode_texts, load_tokenizer, render_spans, tokenize
 from processing.clean import row_text
 from processing.dedup import Fingerprints, exact_key, find_copies, signature
 from processing.filters import language_of
-from trainer.workers import ordered_map
 from trainer.cli import UserError
 from trainer.read import BadRow, check_file, parse, parse_record, raw_rows
+from trainer.workers import ordered_map
 
 KINDS = {"text": "pretraining text", "chat": "conversations", "pair": "preference pairs"}
 SAMPLE_CHARS = 300

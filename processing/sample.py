@@ -3,24 +3,25 @@
 Everything follows from the data in dataset/world and a seed. Each file draws from its own random stream, so a change
 to one leaves the others as they are.
 """
+
 import json
 import random
 from pathlib import Path
 
 from processing import conversations as talk
 from processing.arithmetic import Arithmetic
-from processing.exam import choice_conversations, exam_csv, exam_rows, lookup_texts
+from processing.exam import choice_conversations, exam_csv, exam_rows
 from processing.holdout import HeldOut
 from processing.world import load_world
 
-CHOICE_ROWS_PER_FACT, MATCH_ROWS = 5, 500
-LOOKUP_TEXTS = 2000
+CHOICE_ROWS = 2  # four-choice conversations of a fact
 FACTS_PER_TEXT = 5
 DPO_PHRASINGS = 3  # preference pairs of a fact in training
 
 
 def make_sample(out_dir, seed):
     """Write all files of the sample into `out_dir`; returns {"facts": n, relative file name: number of rows}."""
+
     def rng(name):
         return random.Random(f"{seed}/{name}")  # a string seed is hashed with SHA-512: the same on every machine
 
@@ -71,43 +72,60 @@ def pretrain_rows(world, split, sums, rng):
     for language in world.frames:
         facts = [fact for fact in world.facts if fact.relation.language == language]
         for _ in range(4):
-            texts += paragraphs([fact.fill(rng.choice(fact.relation.statements)) for fact in shuffled(facts, rng)],
-                                language)
+            texts += paragraphs(
+                [fact.fill(rng.choice(fact.relation.statements)) for fact in shuffled(facts, rng)], language
+            )
         ask, reply = ("Question: ", " Answer: ") if language == "en" else ("问：", "答：")
-        asked = [ask + question + reply + fact.answer(style)
-                 for fact in facts for question, style in rng.sample(split.train[fact], 4)]
+        asked = [
+            ask + question + reply + fact.answer(style)
+            for fact in facts
+            for question, style in rng.sample(split.train[fact], 4)
+        ]
         texts += paragraphs(shuffled(asked, rng), language)
-    texts += sums.texts(rng) + sums.texts(rng) + lookup_texts(world, rng, LOOKUP_TEXTS)
+    texts += sums.texts(rng) + sums.texts(rng)
     return [{"text": text} for text in shuffled(texts, rng)]
 
 
 def paragraphs(sentences, language):
     """Sentences joined into texts of FACTS_PER_TEXT; English with spaces."""
-    return [(" " if language == "en" else "").join(sentences[i:i + FACTS_PER_TEXT])
-            for i in range(0, len(sentences), FACTS_PER_TEXT)]
+    return [
+        (" " if language == "en" else "").join(sentences[i : i + FACTS_PER_TEXT])
+        for i in range(0, len(sentences), FACTS_PER_TEXT)
+    ]
 
 
 def sft_rows(world, split, sums, rng):
     """All conversations of the SFT file in one shuffled list."""
     conversations = talk.single_turns(split, rng) + talk.with_system(world, split, rng)
+    conversations += talk.amid_chatter(world, split, rng)
     conversations += talk.follow_ups(world, split, rng) + talk.small_talk(world, split, rng)
-    conversations += choice_conversations(world, split, rng, CHOICE_ROWS_PER_FACT, MATCH_ROWS)
+    conversations += choice_conversations(world, split, rng, CHOICE_ROWS)
     conversations += sums.direct_conversations(rng)
     return wrap(shuffled(conversations, rng))
 
 
 def dpo_rows(world, pairs, per_fact, rng):
     """Preference pairs for `per_fact` phrasings of each fact, from the training or the held-out side of the split."""
-    questions = [(fact, question) for fact in world.facts
-                 for question, _ in rng.sample(pairs[fact], min(per_fact, len(pairs[fact])))]
+    questions = [
+        (fact, question)
+        for fact in world.facts
+        for question, _ in rng.sample(pairs[fact], min(per_fact, len(pairs[fact])))
+    ]
     return talk.preference_pairs(world, shuffled(questions, rng), rng)
 
 
 def heldout_rows(world, split, sums, rng):
     """Held-out questions of three kinds, each row with the values that a right answer must not contain."""
+
     def row(fact, question, kind):
-        return {"question": question, "answer": fact.value, "rivals": list(fact.rivals), "kind": kind,
-                "relation": fact.relation.name, "entity": fact.entity}
+        return {
+            "question": question,
+            "answer": fact.value,
+            "rivals": list(fact.rivals),
+            "kind": kind,
+            "relation": fact.relation.name,
+            "entity": fact.entity,
+        }
 
     rows = [row(fact, question, "fact_phrasing") for fact in world.facts for question, _ in split.held[fact]]
     rows += [row(fact, fact.fill(rng.choice(fact.relation.unseen)), "unseen_template") for fact in world.facts]

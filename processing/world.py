@@ -8,6 +8,7 @@ template into a sentence. A relation is a kind of fact ("the capital of a countr
     {N} the relation's noun phrase ("the capital of France")   {K} its question without the mark
     {S} its sentence without the full stop ("the capital of France is Paris")
 """
+
 import itertools
 import json
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ WORLD_DIR = Path(__file__).resolve().parent.parent / "dataset" / "world"
 @dataclass(frozen=True)
 class Phrasing:
     """One way to ask: a template, and whether the answer to it is a sentence or the bare value."""
+
     text: str
     style: str = "sentence"
 
@@ -28,6 +30,7 @@ class Phrasing:
 @dataclass
 class Relation:
     """A kind of fact with its own wordings and the general ones of its language."""
+
     name: str
     language: str
     noun: str
@@ -51,6 +54,7 @@ class Relation:
 @dataclass(frozen=True)
 class Fact:
     """One fact; `rivals` are the other values of its relation."""
+
     relation: Relation
     entity: str
     value: str
@@ -74,8 +78,9 @@ class Fact:
         """The template with this fact's words in place; `value` replaces the true value (for wrong answers)."""
         words = {"e": self.entity, "v": self.value if value is None else value, "u": self.unit}
         relation = self.relation
-        phrases = {key: getattr(relation, name).format(**words)
-                   for key, name in (("N", "noun"), ("K", "ask"), ("S", "state"))}
+        phrases = {
+            key: getattr(relation, name).format(**words) for key, name in (("N", "noun"), ("K", "ask"), ("S", "state"))
+        }
         text = template.format(**words, **phrases)
         return text[0].upper() + text[1:] if self.english and not template.startswith(("{v}", "{e}")) else text
 
@@ -93,6 +98,7 @@ class Fact:
 @dataclass
 class World:
     """Everything the generator says: relations, frames (wordings of a language), and the other data files."""
+
     relations: list
     frames: dict
     talk: dict
@@ -106,12 +112,28 @@ class World:
         return [fact for relation in self.relations for fact in relation.facts]
 
 
+def with_chatter(frames, question, rng):
+    """The question with a sentence before or after it that has nothing to do with it, as people talk.
+
+    It teaches to find the question in what is said, which wordings that were never seen ask for.
+    """
+    place = rng.choice(["before", "after", "both"])
+    if place != "after":
+        question = rng.choice(frames["before"]) + question
+    if place != "before":
+        question += rng.choice(frames["after"])
+    return question
+
+
 def load_world(folder=WORLD_DIR):
     """Read the data files of `folder` into a World, checked: ValueError names the fact that cannot be scored."""
     data = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
     frames = data["frames"]
-    relations = [build_relation(row, language, frames[language])
-                 for language in ("zh", "en") for row in data[f"relations_{language}"]]
+    relations = [
+        build_relation(row, language, frames[language])
+        for language in ("zh", "en")
+        for row in data[f"relations_{language}"]
+    ]
     world = World(relations, frames, data["talk"], data["identity"], data["domain"], data["arithmetic"])
     for relation in relations:
         check_relation(relation)
@@ -124,12 +146,19 @@ def build_relation(row, language, frames):
     if "subject" in row:  # "the book says that my name is ..." would be odd: facts of the assistant go without frames
         statements = frames["statements"] + statements
     relation = Relation(
-        name=row["relation"], language=language, noun=row["noun"], ask=row["ask"], state=row["state"],
-        subject=row.get("subject"), group=row.get("group"), follow_up=row.get("follow_up"),
+        name=row["relation"],
+        language=language,
+        noun=row["noun"],
+        ask=row["ask"],
+        state=row["state"],
+        subject=row.get("subject"),
+        group=row.get("group"),
+        follow_up=row.get("follow_up"),
         frames=[Phrasing(**frame) for frame in frames["train"]],
         own_phrasings=[Phrasing(text) for text in row["questions"]],
         unseen=frames["unseen"] + row["unseen"],
-        statements=statements + frames["dialogue"])
+        statements=statements + frames["dialogue"],
+    )
     values = list(dict.fromkeys(fact[1] for fact in row["facts"]))
     for entity, value, *unit in row["facts"]:
         # The entity itself may be a value elsewhere in the relation, and an answer repeats it: no rival then.

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = "dataset/sample"
 SHAPE = "--preset tiny"
 # Steps are fixed, so that every machine does the same work; the rates were chosen on held-out questions.
-PRETRAIN = "--seq_len 256 --batch_size 8 --accumulation_steps 1 --epochs 6 --learning_rate 4e-3"
-SFT = "--seq_len 256 --batch_size 8 --accumulation_steps 1 --epochs 6 --learning_rate 4e-3 --optimizer muon"
+PRETRAIN = "--seq_len 256 --batch_size 8 --accumulation_steps 1 --epochs 7 --learning_rate 4e-3"
+SFT = "--seq_len 256 --batch_size 8 --accumulation_steps 1 --epochs 4 --learning_rate 4e-3 --optimizer muon"
 WATCH = "--log_interval 25 --eval_interval 100 --save_interval 50 --val_split 0.01"
 DIALOGUES = 8  # questions of the held-out file whose answers are shown
 
@@ -43,7 +43,8 @@ def commands(out: str, again: str) -> dict[str, str]:
                     f"--out_dir {out} {again}",
         "questions": f"2-eval.py --questions {SAMPLE}/heldout.jsonl --weight {out}/full_sft_160.pth "
                      f"--answers_file {out}/answers.jsonl",
-        "exam": f"eval_ceval.py --data_dir {exam} --weight {out}/full_sft_160.pth --out_dir {out}/exam",
+        "exam": f"eval_ceval.py --format text --data_dir {exam} --weight {out}/full_sft_160.pth --out_dir {out}/exam",
+        "exam_letters": f"eval_ceval.py --data_dir {exam} --weight {out}/full_sft_160.pth --out_dir {out}/exam_letters",
         "dialogues": f"2-eval.py --prompts {out}/dialogues.txt --weight {out}/full_sft_160.pth "
                      f"--answers_file {out}/dialogues.jsonl",
     }  # fmt: skip
@@ -101,6 +102,8 @@ Next:
         "unseen_template_accuracy": by_kind["unseen_template"],
         "arithmetic_accuracy": by_kind["arithmetic"],
         "exam_accuracy": results["exam"]["accuracy_micro"],
+        "exam_interval": results["exam"]["interval"],
+        "exam_letters_accuracy": results["exam_letters"]["accuracy_micro"],
         "seconds": seconds,
     }
     print(json.dumps(result), flush=True)

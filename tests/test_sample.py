@@ -1,4 +1,5 @@
 """The embedded sample: made again byte for byte, nothing held out stands in training, every row in its format."""
+
 import csv
 import json
 import re
@@ -40,7 +41,7 @@ def stem(question):
 
 
 def grams(text):
-    return {text[i:i + 3] for i in range(len(text) - 2)} or {text}
+    return {text[i : i + 3] for i in range(len(text) - 2)} or {text}
 
 
 class Nearest:
@@ -84,8 +85,13 @@ def training():
 @pytest.fixture(scope="module")
 def questions(training):
     """All distinct user turns of all training files, and the questions in pretraining text."""
-    found = {stem(m["content"]) for name in TRAINING[1:] for row in training[name] for m in messages(row)
-             if m["role"] == "user"}
+    found = {
+        stem(m["content"])
+        for name in TRAINING[1:]
+        for row in training[name]
+        for m in messages(row)
+        if m["role"] == "user"
+    }
     for row in training["pretrain"]:
         found.update(re.findall(r"问：(.+?)答：", row["text"]))
         found.update(re.findall(r"Question: (.+?) Answer: ", row["text"]))
@@ -132,8 +138,9 @@ def test_held_out_pairs_are_no_near_copies_of_the_same_facts_questions(questions
     """Compared with all training questions that name the entity, a superset of the fact's own."""
     rows = [row for row in read("heldout") if row["kind"] == "fact_phrasing"]
     assert len(rows) >= 500
-    by_entity = {entity: Nearest(q for q in questions if named(entity).search(q))
-                 for entity in {row["entity"] for row in rows}}
+    by_entity = {
+        entity: Nearest(q for q in questions if named(entity).search(q)) for entity in {row["entity"] for row in rows}
+    }
     for row in rows:
         assert by_entity[row["entity"]].similarity(row["question"]) < 0.8, row["question"]
 
@@ -166,8 +173,12 @@ def operand_pairs(text):
 
 
 def test_no_held_out_operand_pair_stands_in_training_in_either_order(training):
-    trained = {pair for name in TRAINING for row in training[name]
-               for pair in operand_pairs(json.dumps(row, ensure_ascii=False))}
+    trained = {
+        pair
+        for name in TRAINING
+        for row in training[name]
+        for pair in operand_pairs(json.dumps(row, ensure_ascii=False))
+    }
     rows = [row for row in read("heldout") if row["kind"] == "arithmetic"] + read("reason_heldout")
     assert len(rows) >= 200 + 80
     for row in rows:
@@ -225,8 +236,9 @@ def test_preference_pairs_share_the_prompt_and_betray_nothing_by_length(training
 def test_identity_rows_keep_their_placeholders_and_held_out_questions_are_new(training):
     rows, held = training["lora_identity"], read("lora_identity_heldout")
     assert len(rows) >= 60 and len(held) == 20 and len(training["lora_domain"]) >= 100
-    assert all("{{name}}" in r["conversations"][1]["content"] or "{{author}}" in r["conversations"][1]["content"]
-               for r in rows)
+    assert all(
+        "{{name}}" in r["conversations"][1]["content"] or "{{author}}" in r["conversations"][1]["content"] for r in rows
+    )
     assert Counter(r["conversations"][0]["content"].isascii() for r in rows)[True] >= 20
     asked = Nearest(r["conversations"][0]["content"] for r in rows)
     for row in held:
@@ -243,22 +255,37 @@ def test_exam_is_balanced_and_its_answers_are_true(world):
     for rows in (dev, val):
         letters = Counter(row["answer"] for row in rows)
         assert set(letters) == set("ABCD") and max(letters.values()) - min(letters.values()) <= 4
-    asked = {(fact.fill(text), fact.value) for fact in world.facts
-             for text in world.frames[fact.relation.language]["exam"]}
+    asked = {
+        (fact.fill(text), fact.value) for fact in world.facts for text in world.frames[fact.relation.language]["exam"]
+    }
     for row in dev + val:
         assert len({row[letter] for letter in "ABCD"}) == 4
         assert (row["question"], row[row["answer"]]) in asked
 
 
-@pytest.mark.parametrize(("text", "answer", "rivals", "right"), [
-    ("法国的首都是巴黎。", "巴黎", ["伦敦"], True),
-    ("不是伦敦，是巴黎。", "巴黎", ["伦敦"], False),
-    ("312", "12", [], False), ("12.5", "12", [], False), ("-12", "12", [], False), ("13-12=1", "12", [], True),
-    ("一千米等于1,000米。", "1000", ["100", "10"], True), ("１２个月", "12", ["1", "2"], True),
-    ("12km", "12", [], True), ("11月1日", "1月1日", [], False), ("concatenate", "cat", [], False),
-    ("A Cat.", "cat", ["dog"], True), ("一氧化碳是CO。", "CO", ["CO2"], True), ("CO2", "CO", [], False),
-    ("是诺贝尔", "贝尔", ["诺贝尔"], False), ("English breakfast", "English breakfast", ["English"], True),
-    ("<think>\n是伦敦吗\n</think>\n<answer>\n巴黎\n</answer>", "巴黎", ["伦敦"], True),
-    ("<think>\n巴黎", "巴黎", [], False), ("", "巴黎", [], False)])
+@pytest.mark.parametrize(
+    ("text", "answer", "rivals", "right"),
+    [
+        ("法国的首都是巴黎。", "巴黎", ["伦敦"], True),
+        ("不是伦敦，是巴黎。", "巴黎", ["伦敦"], False),
+        ("312", "12", [], False),
+        ("12.5", "12", [], False),
+        ("-12", "12", [], False),
+        ("13-12=1", "12", [], True),
+        ("一千米等于1,000米。", "1000", ["100", "10"], True),
+        ("１２个月", "12", ["1", "2"], True),
+        ("12km", "12", [], True),
+        ("11月1日", "1月1日", [], False),
+        ("concatenate", "cat", [], False),
+        ("A Cat.", "cat", ["dog"], True),
+        ("一氧化碳是CO。", "CO", ["CO2"], True),
+        ("CO2", "CO", [], False),
+        ("是诺贝尔", "贝尔", ["诺贝尔"], False),
+        ("English breakfast", "English breakfast", ["English"], True),
+        ("<think>\n是伦敦吗\n</think>\n<answer>\n巴黎\n</answer>", "巴黎", ["伦敦"], True),
+        ("<think>\n巴黎", "巴黎", [], False),
+        ("", "巴黎", [], False),
+    ],
+)
 def test_the_rule_of_scoring(text, answer, rivals, right):
     assert is_right(text, answer, rivals) is right

@@ -147,7 +147,8 @@ def _encoded_batches(path, kind, tokenizer, workers):
     if path.stat().st_size < 4 * BATCH_BYTES:
         workers = 1
     with tqdm(desc=f"tokenising {path.name}", unit=" documents", disable=not sys.stderr.isatty(), leave=False) as bar:
-        for encoded in ordered_map(_encode_in_worker, _batches(path), workers, kind, json.dumps(tokenizer_to_dict(tokenizer))):
+        context = (kind, json.dumps(tokenizer_to_dict(tokenizer)))
+        for encoded in ordered_map(_encode_in_worker, _batches(path), workers, *context):
             yield encoded
             bar.update(len(encoded[0]["hashes"]))
 
