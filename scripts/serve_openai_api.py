@@ -1,0 +1,103 @@
+"""Serve a model over OpenAI's API: any client or page that can talk to OpenAI can talk to it.
+
+    python scripts/serve_openai_api.py                                   the newest model in out/, port 8998
+    python scripts/serve_openai_api.py --weight FILE --api_key SECRET    a key that clients must send
+    curl http://127.0.0.1:8998/v1/chat/completions -H "Content-Type: application/json" \\
+         -d '{"model": "minimind", "messages": [{"role": "user", "content": "你好"}]}'
+
+Requests share one running batch and join and leave it between tokens. Ctrl-C or SIGTERM ends the requests that run
+and then the server; a second Ctrl-C leaves at once. What is honoured and refused stands in serving/schema.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import os
+import signal
+from math import inf
+
+from inference import console
+from inference.console import note
+from inference.scheduler import Scheduler
+from serving.app import create_app
+from serving.gate import MEGABYTE, Limits
+from serving.process import Server, listen
+from trainer.cli import Parser, UserError, run_main, user_errors
+
+KEY = "MINIMIND_API_KEY"
+
+
+def parse(argv):
+    parser = Parser(description=__doc__)
+    g = parser.add_argument_group("server")
+    g.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines (127.0.0.1)")
+    g.add_argument("--port", type=int, default=8998, help="(8998)")
+    g.add_argument("--api_key", default=os.environ.get(KEY), metavar="KEY",
+                   help=f"clients must send it; safer in the variable ${KEY} (none)")  # fmt: skip
+    g.add_argument("--model_name", nargs="+", metavar="NAME",
+                   help="what requests may call the model (name of the weights, minimind)")  # fmt: skip
+    g = parser.add_argument_group("limits")
+    g.add_argument("--slots", type=int, default=8, metavar="N", help="answers generated side by side (8)")
+    g.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait; more are refused (64)")
+    g.add_argument("--max_tokens", type=int, metavar="N", help="of an answer (what fits into the context)")
+    g.add_argument("--max_messages", type=int, default=1000, metavar="N", help="of a request (1000)")
+    g.add_argument("--max_body", type=float, default=1.0, metavar="MB", help="size of a request (1.0)")
+    g.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="for a whole answer (600)")
+    g = parser.add_argument_group("sampling, where a request says nothing")
+    g.add_argument("--temperature", type=float, default=0.85, metavar="X", help="(0.85)")
+    g.add_argument("--top_p", type=float, default=0.85, metavar="X", help="(0.85)")
+    parser.flag(parser, "thinking", None, "open a think block (--no-thinking: an empty one), where a request says "
+                "nothing; default: as the model likes")  # fmt: skip
+    console.add_model_flags(parser)
+    args = parser.parse_args(argv)
+    faults = [
+        f"--{name} must be at least {least}, not {getattr(args, name)}"
+        for name, least in (("slots", 1), ("queue", 0), ("max_tokens", 1), ("max_messages", 1), ("port", 0))
+        if getattr(args, name) is not None and getattr(args, name) < least
+    ]
+    faults += [
+        f"--{n} must be above 0, not {getattr(args, n)}"
+        for n in ("max_body", "timeout")
+        if not 0 < getattr(args, n) < inf
+    ]
+    faults += [f"--port must be at most 65535, not {args.port}"] * (args.port > 65535)
+    faults += [f"--temperature must lie between 0 and 2, not {args.temperature}"] * (not 0 <= args.temperature <= 2)
+    faults += [f"--top_p must be above 0 and at most 1, not {args.top_p}"] * (not 0 < args.top_p <= 1)
+    if faults:
+        raise UserError("\n       ".join(faults))
+    return args
+
+
+def leave(number, frame) -> None:
+    """uvicorn shuts down at a signal and raises it again at its end, so the exit code says what ended the server."""
+    sys.exit(128 + number)
+
+
+def main(argv=None):
+    args = parse(argv)
+    with user_errors():
+        listener = listen(args.host, args.port)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    with user_errors():
+        path = console.find_weight(args)
+        engine, record = console.open_engine(args, path, enable_thinking=args.thinking)
+    names = args.model_name or list(dict.fromkeys([Path(path).stem, "minimind"]))
+    limits = Limits(
+        int(args.max_body * MEGABYTE), messages=args.max_messages, max_tokens=args.max_tokens, timeout=args.timeout
+    )
+    scheduler = Scheduler(engine, args.slots, args.queue)
+    app = create_app(scheduler, names, args.api_key, limits, {"temperature": args.temperature, "top_p": args.top_p})
+    host, port = listener.getsockname()[:2]
+    note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")
+    note(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 serves {', '.join(names)}; Ctrl-C ends it")
+    if not args.api_key and not host.startswith("127.") and host != "::1":
+        note("anyone who reaches this machine can use it: --api_key asks for a key")
+    with scheduler:
+        Server(app, scheduler).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,82 @@
+"""Refusals in OpenAI's shape: {"error": {"message", "type", "param", "code"}} under an HTTP status.
+
+The official client turns the status into an exception: 400 BadRequestError, 401 AuthenticationError, 404 NotFoundError,
+429 RateLimitError, 5xx InternalServerError; an error inside a stream becomes APIError.
+"""
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+LONGEST = 500  # characters of a message: it may quote what a request holds
+
+
+class ApiError(Exception):
+    """What ends a request. param: the field at fault; code: a word that programs can test."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None, headers=None):
+        super().__init__(message)
+        self.status, self.code, self.param, self.headers = status, code, param, headers or {}
+
+    def body(self) -> dict:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        # Half of a surrogate pair in a quoted field cannot be sent: it becomes "?".
+        message = str(self)[:LONGEST].encode("utf-8", "replace").decode("utf-8")
+        param = self.param and self.param[:LONGEST].encode("utf-8", "replace").decode("utf-8")
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def timed_out(seconds: float) -> ApiError:
+    """The client must not ask again by itself, as it does by default: the second try would take as long."""
+    text = f"the answer took longer than {seconds:g} seconds; ask for fewer tokens"
+    return ApiError(504, text, "timeout", headers={"x-should-retry": "false"})
+
+
+def failed() -> ApiError:
+    """A fault of ours: the log has the traceback, the client this."""
+    return ApiError(500, "the server failed; its log says why", "internal_error")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Every way in which a request can fail ends in the one shape."""
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _failed)
+
+
+async def _refused(request, error: ApiError) -> JSONResponse:
+    return error.response()
+
+
+async def _invalid(request, error: RequestValidationError) -> JSONResponse:
+    """Wrong types and values, and bodies that are no JSON: FastAPI would answer 422, OpenAI's API answers 400."""
+    faults = error.errors()
+    fault = max(faults, key=lambda fault: (fault["type"] == "value_error", len(fault["loc"])))  # the most telling one
+    if fault["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {fault['ctx']['error']} at {fault['loc'][-1]}").response()
+    if fault["loc"] == ("body",) and fault["type"] != "value_error":
+        return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json").response()
+    text = fault["msg"].removeprefix("Value error, ")
+    field = ".".join(str(part) for part in fault["loc"][1:] if part != "str" and "[" not in str(part))
+    return ApiError(400, f"{field}: {text}" if field else text, "invalid_value", param=field or None).response()
+
+
+async def _http(request, error: HTTPException) -> JSONResponse:
+    """What the framework refuses: unknown addresses, wrong methods, bodies that cannot be decoded."""
+    place = f"{request.method} {request.url.path}"
+    text, code = {
+        404: (f"{place}: no such address", "unknown_url"),
+        405: (f"{place}: not with this method", "method_not_allowed"),
+        400: ("the body cannot be read as JSON in UTF-8", "invalid_json"),
+    }.get(error.status_code, (str(error.detail), None))
+    return ApiError(error.status_code, text, code, headers=error.headers).response()
+
+
+async def _failed(request, error: Exception) -> JSONResponse:
+    return failed().response()

@@ -1,0 +1,368 @@
+"""The chat page: its tools against hostile calls, its sources, the page itself, and the page in a real browser."""
+
+import json
+import math
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import stage
+import torch
+from streamlit.testing.v1 import AppTest
+from stub_api import StubApi
+
+from inference.engine import Engine
+from model.LMConfig import LMConfig
+from model.tokenizer import encode_text, load_tokenizer, render
+from serving import demo_tools, page
+from serving.demo_tools import calculate
+from serving.tools import ToolCall
+from trainer.read import as_chat
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "scripts" / "web_demo.py"
+ASK = [{"role": "user", "content": "你好"}]
+
+
+# ------------------------------------------------------------------------------------------------------------- tools
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("1 + 2 * 3", 7), ("(1+2)*3", 9), ("2^10", 1024), ("-3**2", -9), ("7//2", 3), ("7%4", 3), ("1/8", 0.125),
+        ("3×（4＋5）÷9", 3), ("2**-3", 0.125), ("(" * 80 + "1" + ")" * 80, 1), ("2**1000", 2**1000),
+    ],
+)  # fmt: skip
+def test_calculator_by_hand(expression, value):
+    assert calculate(expression) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "9**9**9", "9**999999999", "(10**1000)*(10**1000)", "1e308*10", "1e400", "5.0**1e9", "(-8)**0.5", "1/0",
+        "2**4096", "9" * 201, "(" * 100_000, "-" * 150 + "x", "1 if 1 else 2", "[1][0]", "'a'*9", "True", "1j",
+        "__import__('os').system('true')", "(1).__class__", "abs(1)", "x:=1", "lambda: 1", "f'{1}'", "1;2", "", "\0",
+        "0**-1", "(" * 150, "1<<99", "1&1", "~1", "...", "None",
+    ],
+)  # fmt: skip
+def test_calculator_refuses_in_a_sentence(expression):
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=r"\w"):
+        calculate(expression)
+    assert time.process_time() - begin < 0.5
+
+
+def test_calculator_equals_python_on_random_expressions():
+    import random
+
+    rng = random.Random(0)
+    for _ in range(300):
+        text = str(rng.randint(0, 20))
+        for _ in range(rng.randint(1, 5)):
+            text = f"({text}) {rng.choice(['+', '-', '*', '//', '%', '/'])} {rng.randint(1, 9)}"
+        assert math.isclose(calculate(text), eval(text))  # the test's own text
+
+
+def test_tools_answer_whatever_they_are_sent():
+    assert demo_tools.run("calculator", '{"expression": "6*7"}') == "42"
+    assert demo_tools.run("clock", '{"zone": "+8"}').endswith("+0800") and demo_tools.run("clock", "")
+    calls = [("calculator", text) for text in ("[1]", "{", "[" * 100_000)] + [("rm", "{}")]
+    for name, arguments in calls + [("clock", json.dumps({"zone": zone})) for zone in ("99", "1e300", "nan", "east")]:
+        assert demo_tools.run(name, arguments).startswith("error: ")
+
+
+def test_the_names_a_model_is_told_are_the_names_that_run():
+    for tool in demo_tools.SIGNATURES:
+        assert not demo_tools.run(tool["function"]["name"], '{"expression": "1"}').startswith("error")
+
+
+# ----------------------------------------------------------------------------------------------------------- sources
+class Scripted(torch.nn.Module):
+    """Says one text after a prompt of known length, whatever the prompt is, and then ends."""
+
+    def __init__(self, tokenizer, text, prompt_tokens):
+        super().__init__()
+        self.config = LMConfig(dim=16, n_layers=1, n_heads=1, n_kv_heads=1, max_seq_len=2048)
+        self.weight, self.device = torch.nn.Parameter(torch.zeros(1)), torch.device("cpu")
+        self.ids, self.prompt = [*tokenizer.encode(text), tokenizer.eos_token_id], prompt_tokens
+
+    def forward(self, input_ids, position_ids, logits_to_keep, **kwargs):
+        logits = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        for row, positions in zip(logits, position_ids.tolist(), strict=True):
+            for line, position in zip(row, positions, strict=True):
+                line[self.ids[min(max(position + 1 - self.prompt, 0), len(self.ids) - 1)]] = 10
+        return type("Output", (), {"logits": logits[:, -logits_to_keep:]})
+
+
+def said_by(text, **settings):
+    """The pairs of Local.stream for a model that says `text`, neighbours of one kind joined."""
+    tokenizer = load_tokenizer()
+    settings = page.Settings(temperature=0, **settings)
+    prompt, _ = render(tokenizer, ASK, list(settings.tools), True, settings.thinking)
+    source = page.Local(Engine(Scripted(tokenizer, text, len(prompt)), tokenizer))
+    return joined(source.stream(ASK, settings))
+
+
+def joined(pairs):
+    result = []
+    for kind, part in pairs:
+        part = (part.name, json.loads(part.arguments)) if kind == "call" else part
+        if result and kind != "call" and result[-1][0] == kind:
+            part = result.pop()[1] + part
+        result.append((kind, part))
+    return result
+
+
+CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "1<2"}}\n</tool_call>'
+TOOLS = tuple(demo_tools.SIGNATURES)
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "pairs"),
+    [
+        ("一二三", {}, [("content", "一二三")]),
+        ("<think>\n想\n</think>\n\n二", {}, [("reasoning", "想"), ("content", "二")]),
+        ("想\n</think>\n\n二", {"thinking": True}, [("reasoning", "想"), ("content", "二")]),
+        (f"算：{CALL}", {"tools": TOOLS}, [("content", "算："), ("call", ("calculator", {"expression": "1<2"}))]),
+        (CALL * 2, {"tools": TOOLS}, [("call", ("calculator", {"expression": "1<2"}))] * 2),
+        (CALL, {}, [("content", CALL)]),
+        ("a <tool_call> b", {"tools": TOOLS}, [("content", "a <tool_call> b")]),
+        ("<tool_call>[1]</tool_call>", {"tools": TOOLS}, [("content", "<tool_call>[1]</tool_call>")]),
+        ("a < b <tool", {"tools": TOOLS}, [("content", "a < b <tool")]),
+    ],
+)
+def test_what_a_model_here_says_is_told_apart(text, settings, pairs):
+    assert said_by(text, **settings) == pairs
+
+
+def test_history_is_cut_by_the_setting_and_by_the_context():
+    chat = [m for i in range(9) for m in ({"role": "user", "content": f"问{i}" * 5}, {"role": "assistant",
+            "content": f"答{i}" * 5, "reasoning_content": "想", "stopped": True})] + ASK  # fmt: skip
+    sent = page.visible(chat, page.Settings(system="简短", history=2))
+    assert [m["role"] for m in sent] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert sent[1]["content"] == "问7" * 5 and sent[-1] == ASK[0] and set(sent[2]) == {"role", "content"}
+    assert page.visible(chat, page.Settings(history=0)) == ASK
+    engine = Engine(Scripted(load_tokenizer(), "x", 0), load_tokenizer())
+    engine.context = 200
+    ids = page.Local(engine).prompt(chat, page.Settings(history=9, max_tokens=100))
+    assert len(ids) + 100 <= 200 and encode_text(engine.tokenizer, "你好")[0] in ids and len(ids) > 50
+
+
+def test_an_api_is_asked_and_heard():
+    call = page.as_message(ToolCall("calculator", '{"expression": "1<2"}'))
+
+    def reply(request):
+        return {"content": "<think>嗯</think>好", "reasoning_content": None} if "tools" not in request else {
+            "reasoning_content": "先算", "content": "算：", "tool_calls": [call]}  # fmt: skip
+
+    with StubApi(reply) as stub:
+        source = page.Remote(stub.address, "secret", "stub")
+        assert source.models() == ["stub"]
+        assert joined(source.stream(ASK, page.Settings())) == [("reasoning", "嗯"), ("content", "好")]
+        settings = page.Settings(system="s", tools=TOOLS, top_k=5, thinking=False, seed=3, repetition_penalty=1.1)
+        assert joined(source.stream(ASK, settings)) == [
+            ("reasoning", "先算"), ("content", "算："), ("call", ("calculator", {"expression": "1<2"}))]  # fmt: skip
+        plain, full = stub.requests
+        assert "top_k" not in plain and "seed" not in plain and stub.keys == ["Bearer secret"] * 2
+        assert (full["top_k"], full["seed"], full["repetition_penalty"]) == (5, 3, 1.1)
+        assert full["chat_template_kwargs"] == {"enable_thinking": False} and full["tools"] == list(TOOLS)
+
+
+@pytest.mark.parametrize(("reply", "message"), [(401, "stub refuses"), ({"content": "abc", "breaks": True}, "broke")])
+def test_an_api_that_fails_says_so_in_one_line(reply, message):
+    with StubApi(lambda request: reply) as stub, pytest.raises(ValueError, match=message) as caught:
+        list(page.Remote(stub.address, "", "stub").stream(ASK, page.Settings()))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:9/v1", "no address", "", "http://[", "http://127.0.0.1:99999/v1"]
+)
+def test_an_address_where_nobody_answers(address):
+    with pytest.raises(ValueError, match=re.escape(f"{address}: ")) as caught:
+        page.Remote(address, "").models()
+    assert "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- page
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def open_page(**values):
+    app = AppTest.from_file(PAGE, default_timeout=60).run()
+    assert not app.exception
+    for name, value in values.items():
+        kind, key = name.split("__")
+        getattr(app, kind)(key).set_value(value).run()
+    return app
+
+
+def shown(app):
+    assert not app.exception
+    return [(m.name, "".join(x.value for x in m.markdown)) for m in app.chat_message]
+
+
+def test_a_chat_on_the_page(here):
+    stage.chat_weights(here / "out", seed=1)
+    stage.chat_weights(here / "out" / "demo", seed=2)
+    stage.chat_weights(here / "out", name="pretrain_32.pth")
+    app = open_page(slider__max_tokens=16, number_input__seed=1, radio__language="English")
+    assert app.title[0].value == "MiniMind chat" and len(app.selectbox("weight").options) == 2
+    app.chat_input[0].set_value("你好").run()
+    (_, asked), (_, answer) = shown(app)
+    assert asked == "你好" and answer and "▌" not in answer
+    app.button("regenerate").click().run()
+    assert shown(app) == [("user", "你好"), ("assistant", answer)]  # the same seed
+    learned = as_chat(json.loads(page.exported(app.session_state["messages"], "s")))
+    assert [m["role"] for m in learned] == ["system", "user", "assistant"] and render(load_tokenizer(), learned)
+    app.radio("thinking").set_value("off").run()
+    app.radio("language").set_value("中文").run()
+    assert (app.slider("max_tokens").value, app.radio("thinking").value) == (16, "off")  # what was set stays set
+    assert app.title[0].value == "MiniMind 聊天" and app.button("clear").label == "清空" and len(shown(app)) == 2
+    app.chat_input[0].set_value("再见").run()
+    assert len(shown(app)) == 4
+    app.button("clear").click().run()
+    assert shown(app) == [] and not app.button
+
+
+def test_tools_are_called_in_sight(here):
+    def reply(request):
+        if request["messages"][-1]["role"] == "tool":
+            return f"等于{request['messages'][-1]['content']}"
+        call = page.as_message(ToolCall("calculator", '{"expression": "12*12"}'))
+        return {"reasoning_content": "要算", "content": "", "tool_calls": [call]}
+
+    with StubApi(reply) as stub:
+        app = open_page(radio__source="api", text_input__address=stub.address)
+        app.multiselect("tools").set_value(["calculator"]).run()
+        app.chat_input[0].set_value("12*12=?").run()
+        for _ in range(2):  # as it came, and drawn anew
+            assert [code.value for code in app.code] == ['{"expression": "12*12"}', "144"]
+            assert shown(app)[-1] == ("assistant", "等于144") and "要算" in shown(app)[1][1]
+            app.run()
+        sent = stub.requests[-1]["messages"]
+        assert [m["role"] for m in sent] == ["user", "assistant", "tool"]
+        assert sent[1]["tool_calls"][0]["id"] == sent[2]["tool_call_id"] and "reasoning_content" not in sent[1]
+        assert all(m["role"] != "system" or m["content"] for m in sent)
+
+
+def test_a_model_that_calls_for_ever_is_ended(here):
+    call = page.as_message(ToolCall("clock", "{}"))
+    with StubApi(lambda request: {"tool_calls": [call]}) as stub:
+        app = open_page(radio__source="api", text_input__address=stub.address, radio__language="English")
+        app.chat_input[0].set_value("x").run()
+        assert len(stub.requests) == 4 and "that is enough" in app.warning[0].value
+
+
+def test_a_fresh_clone_is_told_what_to_run(here):
+    app = open_page()
+    assert "make demo" in app.warning[0].value and app.chat_input[0].disabled and not app.exception
+    app.radio("source").set_value("api").run()
+    app.text_input("address").set_value("http://127.0.0.1:9/v1").run()
+    assert "127.0.0.1:9" in app.error[0].value and "serve_openai_api.py" in app.info[0].value
+
+
+def test_mistakes_are_said_on_the_page(here):
+    path = stage.chat_weights(here / "out", max_seq_len=64)
+    app = open_page(slider__max_tokens=16)
+    app.chat_input[0].set_value("很长" * 200).run()
+    assert "context of 64" in app.error[0].value and [name for name, _ in shown(app)] == ["user", "assistant"]
+    path.write_bytes(b"no weights")
+    assert "full_sft_32.pth" in open_page().error[0].value
+
+
+def test_both_languages_have_the_same_words_and_the_page_stays_on_this_machine():
+    chinese, english = stage.load("scripts/web_demo.py").WORDS.values()
+    code = PAGE.read_text(encoding="utf-8").partition("def main")[2]
+    assert chinese.keys() == english.keys() and all(f'"{key}"' in code for key in chinese)
+    config = (ROOT / ".streamlit" / "config.toml").read_text()
+    assert 'address = "127.0.0.1"' in config and "gatherUsageStats = false" in config
+
+
+# ----------------------------------------------------------------------------------------------------------- browser
+@pytest.fixture
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="a browser is driven with playwright (pip install)")
+    installed = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_api.sync_playwright() as playwright:
+        try:
+            chromium = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox", "--disable-gpu"])
+        except sync_api.Error:
+            pytest.skip("no Chromium here: apt install chromium, or playwright install chromium")
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def served(here):
+    """The page as a user starts it, beside an out/ of its own -> its address."""
+    stage.chat_weights(here / "out", seed=1)
+    (here / ".streamlit").symlink_to(ROOT / ".streamlit")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "streamlit", "run", PAGE, "--server.port", str(port)]
+    with open(here / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=here)
+    try:
+        while "http://" not in (here / "log").read_text():
+            assert process.poll() is None, (here / "log").read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+        log = (here / "log").read_text()
+        assert "127.0.0.1" in log and "Network URL" not in log and "Traceback" not in log
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.mark.slow
+def test_a_chat_in_a_browser(browser, served, here):
+    page = browser.new_page(locale="en-US", viewport={"width": 1100, "height": 800})
+    page.set_default_timeout(60_000)
+    page.goto(served)
+    ask, answers = page.get_by_placeholder("Say something …"), page.get_by_test_id("stChatMessage")
+    ask.fill("你好，世界")
+    ask.press("Enter")
+    page.get_by_role("button", name="Regenerate").wait_for()
+    assert answers.count() == 2 and "你好，世界" in answers.first.inner_text()
+    first = answers.last.inner_text()
+    page.screenshot(path=here / "page.png")
+    assert (here / "page.png").stat().st_size > 10_000
+    page.get_by_role("button", name="Regenerate").click()
+    while answers.last.inner_text() == first:
+        page.wait_for_timeout(100)
+    page.get_by_role("button", name="Regenerate").wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export JSON").click()
+    exported = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["conversations"]
+    assert [m["role"] for m in exported] == ["user", "assistant"] and exported[0]["content"] == "你好，世界"
+    page.get_by_role("button", name="Clear").click()
+    answers.first.wait_for(state="detached")
+
+    text = "".join(f"{i} " for i in range(500))
+    with StubApi(lambda request: text, pause=0.02) as stub:
+        page.get_by_text("an API address", exact=True).click()
+        page.get_by_text("Nobody answers").wait_for()
+        page.get_by_label("Address (OpenAI-compatible)").fill(stub.address)
+        page.get_by_label("Address (OpenAI-compatible)").press("Enter")
+        ask.fill("count")
+        ask.press("Enter")
+        seen = set()
+        while len(seen) < 5:  # the answer grows before one's eyes
+            seen.add(answers.last.inner_text() if answers.count() == 2 else "")
+            page.wait_for_timeout(100)
+        answers.last.get_by_role("button", name="Stop").click()
+        page.get_by_text("(stopped)").wait_for()
+        said = answers.last.locator("p").first.inner_text()
+        assert text.startswith(said.strip()) and 0 < len(said) < len(text) / 2
+        page.wait_for_timeout(1000)
+        assert stub.hung_up == 1 and len(stub.requests) == 1  # the server has been told, and nothing was asked anew
