@@ -4,12 +4,14 @@
     python 2-eval.py --prompts FILE                    answer each prompt of a file
     python 2-eval.py --questions FILE.jsonl            score {"question", "answer", "rivals"?, "kind"?} rows
     python 2-eval.py --prompts FILE --compare A B      answers of several weights side by side, as Markdown
+    ... --compare A B --judge http://HOST:PORT/v1      and have a third model score them (key: OPENAI_API_KEY)
 
 In a chat: an empty line or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer. The last line of
---questions and --prompts on standard output is a JSON object; every generated text is kept in its "answers_file".
+--questions, --prompts and --judge on standard output is a JSON object; every text is kept in its "answers_file".
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from inference import console
 from inference.console import as_messages, note
 from inference.scoring import is_right
 from inference.text import split_thinking
+from processing import judge
 from trainer.cli import Parser, UserError, run_main, user_errors
 
 
@@ -26,6 +29,10 @@ def parse(argv):
     mode.add_argument("--questions", metavar="FILE", help="score the answers to these questions (greedy)")
     mode.add_argument("--prompts", metavar="FILE", help="answer these: one a line, or .jsonl")
     parser.add_argument("--compare", nargs="+", metavar="PATH", help="with --prompts: weights to set side by side")
+    parser.add_argument(
+        "--judge", metavar="URL", help="with --compare: an OpenAI-compatible API that scores the answers"
+    )
+    parser.add_argument("--judge_model", metavar="NAME", help="(the first one the server names)")
     parser.add_argument("--answers_file", metavar="FILE", help="(out/answers_<weights>_<file>.jsonl)")
     parser.add_argument("--system", metavar="TEXT", help="system message (none)")
     parser.add_argument("--history", type=int, default=4, metavar="N", help="earlier exchanges the model sees (4)")
@@ -37,6 +44,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.compare and not args.prompts:
         raise UserError("--compare needs --prompts FILE, the questions to compare on")
+    if args.judge and len(args.compare or []) < 2:
+        raise UserError("--judge compares: give it --compare with two or more weights")
     if args.history < 0:
         raise UserError(f"--history must not be negative, but is {args.history}")
     return args
@@ -141,14 +150,23 @@ def prompts(args):
 
 def compare(args):
     rows, columns = console.read_prompts(args.prompts), []
+    teacher = judge.connect(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY", "")) if args.judge else None
     for path in map(Path, args.compare):
         columns.append([answer.text for answer in answer_all(args, open_chat(args, path), rows)])
     print("| prompt | " + " | ".join(f"`{path}`" for path in args.compare) + " |")
     print("|---" * (len(columns) + 1) + "|")
-    for row, *texts in zip(rows, *columns, strict=True):
-        asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        cells = (text.strip().replace("|", "\\|").replace("\n", "<br>") for text in (asked, *texts))
+    asked = [row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"] for row in rows]
+    for texts in zip(asked, *columns, strict=True):
+        cells = (text.strip().replace("|", "\\|").replace("\n", "<br>") for text in texts)
         print("| " + " | ".join(cells) + " |")
+    if teacher:
+        whole = [judge.transcript(row["prompt"]) for row in rows]
+        verdicts = judge.judge(teacher, whole, columns, lambda done, of: note(f"[{done} of {of} pairs judged]"))
+        summary = judge.summarise(verdicts, args.compare)
+        print("\n" + "\n".join(judge.table(summary)) + "\n")
+        kept = keep(args, Path("judged"), args.prompts, judge.rows(verdicts, whole, columns, args.compare))
+        result = {"n": len(rows), "judge": args.judge, "judge_model": teacher.model, **summary}
+        print(json.dumps(result | {"answers_file": str(kept)}, ensure_ascii=False))
 
 
 def main(argv=None):

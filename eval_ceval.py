@@ -2,19 +2,27 @@
 
     python eval_ceval.py                                           C-Eval if it is there, else the sample exam
     python eval_ceval.py --format completion --shots 5             as lm-evaluation-harness asks base models
+    python eval_ceval.py --format text                             what a small model knows, letters left aside
     python eval_ceval.py --benchmark aclue --data_dir dataset/aclue
+    python eval_ceval.py --lm_eval --shots 5                       the same prompts, put by lm-evaluation-harness
+    python eval_ceval.py --contamination dataset/*.jsonl           which training rows hold questions of the exam
 
 Every answer goes to <out_dir>/<subject>_<split>_result.csv, the summary to test.log and summary.json beside them, a
 picture to accuracy.png. The last line on standard output is a JSON object.
 """
 
+import csv
 import json
+import tempfile
 import time
 from pathlib import Path
 
-from inference import console, exam, exam_report
+from export.transformers_folder import write_transformers_folder
+from inference import console, exam, exam_report, harness
 from inference.console import note
+from inference.contamination import Contamination, strings
 from trainer.cli import Parser, UserError, run_main, user_errors
+from trainer.read import BadRow, check_file, parse_record, raw_rows
 
 SAMPLE = Path("dataset/sample/exam")
 
@@ -24,19 +32,29 @@ def parse(argv):
     parser.add_argument("--benchmark", choices=list(exam.BENCHMARKS), default="ceval", help="(ceval)")
     parser.add_argument("--data_dir", metavar="FOLDER", help="(ceval/ceval-exam, dataset/<benchmark>, the sample exam)")
     parser.add_argument("--split", help="folder of the questions: val, test, dev (the benchmark's own: val or test)")
-    parser.add_argument("--format", choices=("chat", "completion"), default="chat",
-                        help="a chat turn, or text to complete (chat)")  # fmt: skip
+    parser.add_argument("--format", choices=("chat", "completion", "text"), default=None,
+                        help="a chat turn, text to complete, or the options' own words as the reply (chat; with "
+                             "--lm_eval completion)")  # fmt: skip
     parser.add_argument("--shots", type=int, default=0, metavar="N", help="worked examples with completion, 0 to 5 (0)")
-    parser.add_argument("--system", default=exam.V1_SYSTEM, metavar="TEXT",
-                        help=f'system message of the chat, "" for none ({exam.V1_SYSTEM})')  # fmt: skip
+    parser.add_argument("--system", metavar="TEXT",
+                        help=f'system message, "" for none (chat: {exam.V1_SYSTEM}; text: none)')  # fmt: skip
     parser.add_argument("--max_batch", type=int, default=32, metavar="N", help="questions computed side by side (32)")
     parser.add_argument("--out_dir", default="ceval/ceval_result", metavar="FOLDER", help="(ceval/ceval_result)")
+    parser.flag(parser, "lm_eval", False, "let lm-evaluation-harness ask and score, through transformers")
+    parser.add_argument("--contamination", nargs="+", metavar="FILE", help="training files to search for the questions")
     console.add_model_flags(parser)
     args = parser.parse_args(argv)
+    if args.lm_eval and args.format in ("chat", "text"):
+        raise UserError(f"--lm_eval asks as --format completion does; --format {args.format} is not the harness's")
+    args.format = args.format or ("completion" if args.lm_eval else "chat")
+    for file in args.contamination or []:
+        check_file(file)
     if not 0 <= args.shots <= 5:
         raise UserError(f"--shots must lie between 0 and 5, not {args.shots}")
-    if args.shots and args.format == "chat":
-        raise UserError("--shots needs --format completion; MiniMind v1's chat prompt has no worked examples")
+    if args.shots and args.format != "completion":
+        raise UserError(f"--shots needs --format completion; --format {args.format} has no worked examples")
+    if args.system is not None and args.format == "completion":
+        raise UserError("--system needs --format chat or text; a text to complete has no system message")
     if args.max_batch < 1:
         raise UserError(f"--max_batch must be at least 1, not {args.max_batch}")
     return args
@@ -48,12 +66,16 @@ def find_data(args) -> Path:
         if not Path(args.data_dir).is_dir():
             raise UserError(f"no folder {args.data_dir}")
         return Path(args.data_dir)
-    usual = [Path("ceval/ceval-exam")] * (args.benchmark == "ceval") + [Path("dataset") / args.benchmark]
+    usual = [Path("ceval/ceval-exam")] * (args.benchmark == "ceval")
+    usual += [Path("dataset") / args.benchmark, Path("dataset/exams") / args.benchmark]
     for folder in usual:
         if folder.is_dir():
             return folder
     if args.benchmark != "ceval":
-        raise UserError(f"no folder {usual[-1]}; put the files of {args.benchmark} there, or name it with --data_dir")
+        raise UserError(
+            f"no folder {usual[-1]}; run `python scripts/download_data.py {args.benchmark}`, "
+            "or name another folder with --data_dir"
+        )
     note(f"C-Eval is not here (ceval/ceval-exam or --data_dir): taking the small SAMPLE exam in {SAMPLE}")
     return SAMPLE
 
@@ -71,11 +93,14 @@ def run(args):
     except OSError as error:
         raise UserError(f"cannot make the folder {out_dir}: {error.strerror}") from None
     path = console.find_weight(args)
-    engine, _ = console.open_engine(args, path, max_batch=args.max_batch)
-    chat = args.format == "chat"
-    ask = exam.AskByChat(engine, args.system) if chat else exam.AskByCompletion(engine, args.benchmark, args.shots)
+    harness_version = harness.version() if args.lm_eval else None
+    overlap = search(args.contamination, subjects, out_dir / "contamination.csv") if args.contamination else None
+    engine, record = console.open_engine(args, path, max_batch=args.max_batch)
     note(f"{path}: {sum(len(s.questions) for s in subjects)} questions of {len(subjects)} subjects in {folder}/{split}")
-    graded = exam.take_exam(engine, subjects, ask)
+    if args.lm_eval:
+        graded = ask_harness(args, engine, record, subjects)
+    else:
+        graded = exam.take_exam(engine, subjects, asker(engine, args))
 
     summary = exam_report.summarise(graded.answers)
     report = exam_report.lines(subjects, graded.answers, summary)
@@ -83,7 +108,8 @@ def run(args):
     result = {
         "benchmark": args.benchmark, "data_dir": str(folder), "split": split, "format": args.format,
         "shots": args.shots, **summary, "shots_dropped": graded.shots_dropped, "prompts_cut": graded.prompts_cut,
-        "weights": str(path), "out_dir": str(out_dir), "seconds": round(time.perf_counter() - begin, 2),
+        "weights": str(path), "out_dir": str(out_dir), "lm_eval": harness_version, "contamination": overlap,
+        "seconds": round(time.perf_counter() - begin, 2),
     }  # fmt: skip
     exam_report.write_answers(out_dir, split, graded.answers)
     (out_dir / "test.log").write_text("\n".join(report) + "\n", encoding="utf-8")
@@ -93,6 +119,52 @@ def run(args):
     except ImportError:
         note("no picture: it needs matplotlib (pip install matplotlib)")
     print(json.dumps(result, ensure_ascii=False))
+
+
+def asker(engine, args):
+    if args.format == "completion":
+        return exam.AskByCompletion(engine, args.benchmark, args.shots)
+    if args.format == "text":
+        return exam.AskByText(engine, args.system or "")
+    return exam.AskByChat(engine, exam.V1_SYSTEM if args.system is None else args.system)
+
+
+def ask_harness(args, engine, record: dict, subjects) -> exam.Graded:
+    """The exam through transformers and lm-evaluation-harness, on the model exported to a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_transformers_folder(folder, engine.source.float(), engine.tokenizer, record, "exam")
+        given = harness.log_probabilities(
+            folder, subjects, args.benchmark, args.shots, str(engine.source.device), args.max_batch
+        )
+    answers = {
+        s.name: [exam.answer_of(q, four) for q, four in zip(s.questions, given[s.name], strict=True)] for s in subjects
+    }
+    return exam.Graded(answers, prompts_cut=harness.prompts_cut(engine, subjects, args.benchmark, args.shots))
+
+
+def search(files, subjects, target: Path) -> dict:
+    """Looks for the exam in training files, a row at a time; what is found goes to `target` as it is found."""
+    exam_in = Contamination(subjects)
+    rows, bad, overlapping, questions = 0, 0, 0, set()
+    with open(target, "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "line", "subject", "number", "rule", "text"])
+        for path in files:
+            for line, raw in raw_rows(path):
+                rows += 1
+                try:
+                    found = list(exam_in.find("\n".join(strings(parse_record(raw)))))
+                except BadRow:
+                    bad += 1
+                    continue
+                overlapping += bool(found)
+                questions |= {(needle.subject, needle.number) for needle in found}
+                writer.writerows([path, line, n.subject, n.number, n.rule, n.text] for n in found)
+    note(f"{overlapping} of {rows} training rows hold {len(questions)} of the questions; see {target}")
+    return {
+        "files": list(files), "rows": rows, "rows_unreadable": bad, "rows_overlapping": overlapping,
+        "questions_overlapping": len(questions), "questions_too_short": exam_in.hidden,
+    }  # fmt: skip
 
 
 def main(argv=None):

@@ -1,10 +1,13 @@
 """Multiple-choice exams: reading them, asking them, counting.
 
-A question has four options and one right letter. Nothing is generated: the model says how probable each letter is as
-the next token, and the most probable one is its choice. Two ways to ask:
+A question has four options and one right letter. Nothing is generated: the model says how probable each answer is, and
+the most probable one is its choice. Three ways to ask:
 
   chat        as MiniMind v1 did: a user turn with question and options, the letter as first token of the answer
   completion  as lm-evaluation-harness 0.4.13 asks a base model: instruction, worked examples ("shots"), question, cue
+  text        a user turn with the question alone, each option's own words as the answer (the cloze form of an exam:
+              Gu et al. 2024, OLMES, arXiv 2406.08446). It asks what a model knows; the others also ask it to find an
+              option's letter, which models this small learn late or never, and then stay at chance whatever they know
 
 C-Eval: Huang et al. 2023 (arXiv 2305.08322). ACLUE: Zhang & Li 2023 (arXiv 2310.09550). CMMLU: Li et al. 2023
 (arXiv 2306.09212). TMMLU+: Tam et al. 2024 (arXiv 2403.01858). OpenBookQA: Mihaylov et al. 2018 (arXiv 1809.02789).
@@ -19,6 +22,7 @@ from pathlib import Path
 from model.tokenizer import encode_text
 
 LETTERS = "ABCD"
+SUBJECTS = Path(__file__).with_name("exam_subjects.json")  # as the harness's prompts call them; groups of the authors
 V1_SYSTEM = "开始回答问题"  # MiniMind v1's system message
 
 
@@ -65,7 +69,7 @@ class Answer:
 
     question: Question
     chosen: str
-    probabilities: list[float]  # of the four letters, among themselves
+    probabilities: list[float]  # of the four answers, among themselves
     right: bool = field(init=False)
 
     def __post_init__(self):
@@ -76,7 +80,8 @@ class Answer:
 def read_exam(folder, benchmark: str, split: str | None = None) -> list[Subject]:
     """The subjects of <folder>/<split>/*.csv (or *.jsonl), or of <folder>/*_<split>.csv.
 
-    subject_mapping.json in the folder, as C-Eval has it, gives titles and groups: {name: [English, Chinese, group]}.
+    Titles and groups are those of exam_subjects.json, unless the folder has a subject_mapping.json as C-Eval's authors
+    write it, {name: [English, Chinese, group]}; a subject that neither knows is called by its file's name.
     Raises ValueError naming file and line of what is wrong.
     """
     folder, plan = Path(folder), BENCHMARKS[benchmark]
@@ -84,14 +89,14 @@ def read_exam(folder, benchmark: str, split: str | None = None) -> list[Subject]
     files = _files(folder, split)
     if not files:
         raise ValueError(f"no questions in {folder}: neither {split}/*.csv nor *_{split}.csv (or .jsonl)")
-    mapping = _mapping(folder / "subject_mapping.json")
+    mapping = _mapping(folder / "subject_mapping.json", benchmark)
     examples = {_name(file, plan.shots_from): file for file in _files(folder, plan.shots_from)}
     subjects = []
     for file in files:
         name = _name(file, split)
-        known = mapping.get(name, [name, name, None])
+        title, group = mapping.get(name, (name, None))
         shots = read_questions(examples[name]) if name in examples and split != plan.shots_from else []
-        subjects.append(Subject(name, known[1], known[2], read_questions(file), shots))
+        subjects.append(Subject(name, title, group, read_questions(file), shots))
     return subjects
 
 
@@ -101,16 +106,18 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 
 def _name(file: Path, split: str) -> str:
-    return file.stem.removesuffix(f"_{split}")
+    """Of the subject; a benchmark that is one file a split has one subject, named after its folder."""
+    return file.parent.name if file.stem == split else file.stem.removesuffix(f"_{split}")
 
 
-def _mapping(path: Path) -> dict:
+def _mapping(path: Path, benchmark: str) -> dict:
+    """{name: (title, group or None)}."""
     if not path.exists():
-        return {}
+        return json.loads(SUBJECTS.read_text(encoding="utf-8")).get(benchmark, {})
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        return {name: (title, group) for name, (_, title, group) in json.loads(path.read_text("utf-8")).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} does not hold {{name: [English, Chinese, group]}}: {error}") from None
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -175,7 +182,7 @@ class Graded:
 
 
 def take_exam(engine, subjects: list[Subject], ask) -> Graded:
-    """Puts all questions at once; ask(subject, question) -> (prompt ids, the letters' token ids, shots dropped)."""
+    """Puts all questions at once; ask(subject, question) -> (prompt ids, token ids of each answer, shots dropped)."""
     asked = [(subject, question, *ask(subject, question)) for subject in subjects for question in subject.questions]
     result = Graded({subject.name: [] for subject in subjects})
     prompts, continuations = [], []
@@ -193,7 +200,7 @@ def take_exam(engine, subjects: list[Subject], ask) -> Graded:
 
 
 def answer_of(question: Question, log_p: list[float]) -> Answer:
-    """The most probable of the four letters, and their probabilities among themselves."""
+    """The most probable of the four answers, and their probabilities among themselves."""
     weights = [math.exp(x - max(log_p)) for x in log_p]
     chosen = LETTERS[log_p.index(max(log_p))]
     return Answer(question, chosen, [w / sum(weights) for w in weights])
@@ -212,6 +219,19 @@ class AskByChat:
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
         return self.engine.encode(messages), self.letters, 0
+
+
+class AskByText:
+    """The cloze form. A gap at the end of the question is left out: the answer fills it."""
+
+    def __init__(self, engine, system: str = ""):
+        self.engine, self.system = engine, system
+
+    def __call__(self, subject: Subject, question: Question):
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": question.text.rstrip("_ ")})
+        options = [encode_text(self.engine.tokenizer, option) for option in question.options]
+        return self.engine.encode(messages), options, 0
 
 
 class AskByCompletion:

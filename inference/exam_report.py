@@ -73,10 +73,9 @@ def lines(subjects: list[Subject], answers: dict[str, list[Answer]], summary: di
                                 ("mean of subjects", "accuracy_macro", "interval_macro")):  # fmt: skip
         low, high = summary[interval]
         text.append(f"{name:<40} {summary['n']:>5} {'':>6}  {summary[key]:8.1%}   ({low:.1%} to {high:.1%})")
-    chosen = "  ".join(f"{letter} {count}" for letter, count in summary["letters"].items())
-    text.append(
-        f"letters chosen: {chosen}; always the commonest right letter: {summary['majority_letter_accuracy']:.1%}"
-    )
+    text.append(f"letters chosen; always the commonest right letter gets {summary['majority_letter_accuracy']:.1%}")
+    for letter, count in summary["letters"].items():
+        text.append(f"  {letter} {count:>6}  {count / summary['n']:6.1%}  {'#' * round(50 * count / summary['n'])}")
     return text
 
 

@@ -8,6 +8,7 @@ the text depends on its script:
 - Latin words as whole words, upper and lower case alike: "cat" is not found in "concatenate";
 - Chinese as a substring, since Chinese has no spaces between words.
 """
+
 import re
 import unicodedata
 

@@ -5,18 +5,25 @@ import importlib
 import json
 import math
 import os
+import socket
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from inference import exam, exam_report
+from export.transformers_folder import write_transformers_folder
+from inference import exam, exam_report, harness
+from inference.contamination import Contamination, strings
 from inference.engine import Engine
 from inference.exam import LETTERS, Question
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_text, load_tokenizer
 from model.weights import save_weights
+from processing.exams import arrange
+from trainer.cli import UserError
 
 eval_ceval = importlib.import_module("eval_ceval")
 ROOT = Path(__file__).parent.parent
@@ -87,6 +94,22 @@ def test_a_model_that_knows_and_one_that_never_does(form, knows, accuracy, littl
     summary = exam_report.summarise(graded.answers)
     assert (summary["accuracy_micro"], summary["accuracy_macro"], summary["n"]) == (accuracy, accuracy, 20)
     assert all(max(a.probabilities) > 0.99 for answers in graded.answers.values() for a in answers)
+
+
+def test_text_scores_each_options_words_as_the_reply(engine, little_exam, tokenizer):
+    """The total log-probability of the option's tokens after the question alone, its closing gap left out."""
+    question = exam.Question("天空的颜色是____", ("蓝", "红色", "很绿", "黄"), "A")
+    prompt, options, dropped = exam.AskByText(engine)(None, question)
+    assert tokenizer.decode(prompt).count("____") == 0 and "红色" not in tokenizer.decode(prompt) and dropped == 0
+    assert prompt == engine.encode([{"role": "user", "content": "天空的颜色是"}])
+    subject = exam.Subject("colours", "colours", None, [question], [])
+    (answer,) = exam.take_exam(engine, [subject], exam.AskByText(engine)).answers["colours"]
+    logits = [engine.model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1) for ids in options]
+    totals = [
+        sum(rows[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids))
+        for rows, ids in zip(logits, options, strict=True)
+    ]
+    assert answer.probabilities == pytest.approx(torch.tensor(totals).softmax(0).tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("shots", [0, 5])
@@ -172,6 +195,7 @@ def test_summary_by_hand():
     summary = exam_report.summarise({"x": answers([("A", "A"), ("A", "B"), ("B", "B")]), "y": answers([("D", "A")])})
     assert summary["accuracy_micro"] == 0.5 and summary["accuracy_macro"] == pytest.approx(1 / 3)
     assert summary["letters"] == {"A": 2, "B": 2, "C": 0, "D": 0} and summary["majority_letter_accuracy"] == 0.5
+    assert f"  A      2   50.0%  {'#' * 25}" in exam_report.lines([], {}, summary)
 
 
 # ---------------------------------------------------------------------------------------------------- reading files
@@ -218,6 +242,123 @@ def test_ceval_is_read_whole():
     assert all(len(s.shots) == 5 and s.group for s in subjects)
 
 
+def write_csv(path, columns, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def publish(name, folder, subject):
+    """Three questions as the publishers of a benchmark lay them out, archives and Parquet included."""
+    import pyarrow
+    from pyarrow import parquet
+
+    row = ["二加二？", "一", "二", "三", "四", "D"]
+    lower, upper = (["question", *LETTERS, "answer"], ["Question", *LETTERS, "Answer"])
+    if name == "ceval":  # on the Hugging Face hub: a folder a subject, Parquet
+        for split in ("dev", "val"):
+            table = pyarrow.Table.from_pylist(
+                [dict(zip(["id", *lower, "explanation"], [0, *row, ""], strict=True))] * 3
+            )
+            (folder / subject).mkdir(exist_ok=True)
+            parquet.write_table(table, folder / subject / f"{split}-00000-of-00001.parquet")
+    elif name in ("cmmlu", "aclue"):  # an archive of <split>/<subject>.csv, an index column in front
+        with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
+            for split in ("dev", "test"):
+                lines = [["", *upper], *([i, *row] for i in range(3))]
+                archive.writestr(f"{split}/{subject}.csv", "\n".join(",".join(map(str, line)) for line in lines))
+    elif name == "tmmluplus":  # data/<subject>_<split>.csv
+        for split in ("train", "test", "dev", "val"):
+            write_csv(folder / "data" / f"{subject}_{split}.csv", lower, row, row, row)
+    else:  # main/<split>.parquet, the options as two lists
+        (folder / "main").mkdir()
+        choices = {"text": row[1:5], "label": list(LETTERS)}
+        table = pyarrow.Table.from_pylist(
+            [{"id": "7", "question_stem": row[0], "choices": choices, "answerKey": "D"}] * 3
+        )
+        for split in ("train", "test", "validation"):
+            parquet.write_table(table, folder / "main" / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "title", "group"),
+    [
+        ("ceval", "law", "法学", "Humanities"),
+        ("cmmlu", "agronomy", "农学", None),
+        ("aclue", "ancient_medical", "医古文", None),
+        ("tmmluplus", "accounting", "會計學", "other"),
+        ("openbookqa", "openbookqa", "openbookqa", None),
+    ],
+)
+def test_every_benchmark_is_read_as_it_is_published_and_asked(
+    name, file, title, group, tmp_path, monkeypatch, tokenizer
+):
+    folder = tmp_path / "dataset" / "exams" / name  # where scripts/download_data.py puts it
+    folder.mkdir(parents=True)
+    publish(name, folder, file)
+    arrange(folder)
+    monkeypatch.chdir(tmp_path)
+    found = eval_ceval.find_data(eval_ceval.parse(["--benchmark", name]))
+    (subject,) = exam.read_exam(found, name)
+    assert found.resolve() == folder and (subject.name, subject.title) == (file, title)
+    assert subject.questions == subject.shots == [Question("二加二？", ("一", "二", "三", "四"), "D")] * 3
+    engine = Engine(Rigged(tokenizer, True), tokenizer)
+    prompt, choices, _ = exam.AskByCompletion(engine, name, shots=1)(subject, subject.questions[0])
+    text = tokenizer.decode(prompt)
+    assert text.count("二加二？") == 2 and len(choices) == 4
+    assert text.startswith(exam.BENCHMARKS[name].instruction.format(title)) and subject.group == group
+
+
+# ------------------------------------------------------------------------------------------------------ contamination
+LONG = (
+    "一个装满水的容器在匀速上升的电梯里，容器底部所受的压力"
+    "与电梯静止的时候相比会发生怎样的变化，请说明理由并且选出正确的一项"
+)
+
+
+@pytest.fixture
+def overlap():
+    questions = [
+        Question("黄鹤楼位于哪一座城市____？", ("武汉", "南昌", "岳阳", "长沙"), "A"),
+        Question("下列说法正确的是____。", ("水是单质", "氧气是单质", "盐是单质", "糖是单质"), "B"),
+        Question("下列说法正确的是____。", ("鲸是鱼类", "蛙是鱼类", "鲤是鱼类", "蛇是鱼类"), "C"),
+        Question(LONG, ("变大", "变小", "不变", "不定"), "C"),
+        Question("1+1", ("1", "2", "3", "4"), "B"),
+    ]
+    return Contamination([exam.Subject("x", "x", None, questions, [])])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("问：黄鹤楼，位于\n哪一座城市？ 答：武汉。", [(0, "question")]),  # blanks, signs and line ends hide nothing
+        ("黄鹤楼位于哪一座 城市", [(0, "question")]),
+        ("黄鹤楼位于哪座城市？在武汉。", []),  # another wording is another text
+        ("下列说法正确的是（ ）", []),  # two questions begin so: it is known by its options
+        ("下列说法正确的是：Ａ鲸是鱼类", []),
+        ("下列说法正确的是：鲸是鱼类，蛙是鱼类；鲤是鱼类、蛇是鱼类", [(2, "question")]),
+        (f"前言。{LONG[2:]}后记。", [(3, "run")]),
+        (LONG[:40], []),
+        (LONG, [(3, "question")]),
+        (LONG + "黄鹤楼位于哪一座城市", [(0, "question"), (3, "question")]),
+        ("1+1=2", []),
+        ("", []),
+    ],
+)
+def test_overlap_by_hand(overlap, text, found):
+    assert sorted((needle.number, needle.rule) for needle in overlap.find(text)) == found
+    assert overlap.hidden == 1
+
+
+def test_texts_of_a_row_of_any_schema():
+    row = {"conversations": [{"role": "user", "content": "a"}, {"content": "b", "n": 1}], "text": "c", "x": [None, "d"]}
+    assert list(strings(row)) == ["user", "a", "b", "c", "d"]
+    deep = []
+    for _ in range(5000):
+        deep = [deep, "x"]
+    assert len(list(strings(deep))) == 5000
+
+
 # ------------------------------------------------------------------------------------------------------- the program
 @pytest.fixture
 def weights(tmp_path, tokenizer):
@@ -255,20 +396,88 @@ def test_bare_command_takes_the_sample_exam(weights, tmp_path, monkeypatch, caps
     assert result["data_dir"] == "dataset/sample/exam" and result["n"] == 308 and "SAMPLE" in captured.err
 
 
+def test_program_names_planted_rows_and_clears_a_clean_file(weights, little_exam, tmp_path, capsys):
+    planted, clean = tmp_path / "planted.jsonl", tmp_path / "clean.jsonl"
+    chat = [
+        {"role": "user", "content": "问题："},
+        {"role": "assistant", "content": "甲 是什么？ 选项0A，选项0B，选项0C，选项0D"},
+    ]
+    rows = [{"text": "春天来了，花儿开了。"}, {"conversations": chat}, {"q": "x" * 99, "a": "y"}]
+    planted.write_text("\n".join(map(json.dumps, rows)) + "\nno JSON\n", encoding="utf-8")
+    clean.write_text(json.dumps({"text": "是什么？选项0A，选项0B，选项0C，选项0D"}) + "\n", encoding="utf-8")
+    flags = ["--weight", weights, "--data_dir", str(little_exam), "--out_dir", str(tmp_path / "out"), "--contamination"]
+    for files, expected in (([planted, clean], (5, 1, 1, 1)), ([clean], (1, 0, 0, 0))):
+        eval_ceval.main([*flags, *map(str, files)])
+        told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["contamination"]
+        keys = ("rows", "rows_unreadable", "rows_overlapping", "questions_overlapping")
+        assert tuple(told[key] for key in keys) == expected
+        with open(tmp_path / "out" / "contamination.csv", encoding="utf-8-sig", newline="") as file:
+            named = [(row["file"], row["line"], row["subject"], row["number"]) for row in csv.DictReader(file)]
+        assert named == [(str(planted), "2", "astronomy", "0")] * expected[2]
+
+
+# ----------------------------------------------------------------------------------------- lm-evaluation-harness
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ceval", "tmmluplus", "openbookqa"])
+def test_harness_gives_our_log_probabilities(name, little_exam, engine, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-eval.txt)")
+
+    def refuse(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    write_transformers_folder(tmp_path, engine.source, engine.tokenizer, {}, "little")
+    subjects = exam.read_exam(little_exam, "ceval")
+    given = harness.log_probabilities(tmp_path, subjects, name, shots=2)
+    ask = exam.AskByCompletion(engine, name, shots=2)
+    for subject in subjects:
+        for question, four in zip(subject.questions, given[subject.name], strict=True):
+            prompt, choices, dropped = ask(subject, question)
+            ours = [score.total for score in engine.score([prompt] * 4, choices)]
+            assert dropped == 0 and four == pytest.approx(ours, abs=1e-4)
+    assert harness.prompts_cut(engine, subjects, name, 2) == 0
+    engine.context, context = 20, engine.context
+    assert harness.prompts_cut(engine, subjects, name, 2) == 20
+    engine.context = context
+
+
+@pytest.mark.slow
+def test_program_takes_the_exam_through_the_harness(weights, little_exam, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-eval.txt)")
+    results = []
+    for out, flags in (("a", ["--lm_eval"]), ("b", ["--format", "completion"])):
+        eval_ceval.main(["--weight", weights, "--data_dir", str(little_exam), "--shots", "3", *flags, "--out_dir",
+                         str(tmp_path / out)])  # fmt: skip
+        results.append(json.loads(capsys.readouterr().out.strip().splitlines()[-1]))
+    for key in ("accuracy_micro", "accuracy_macro", "letters", "n", "format", "shots"):
+        assert results[0][key] == results[1][key]
+    assert results[0]["lm_eval"] and results[1]["lm_eval"] is None
+    tables = [(tmp_path / out / "botany_val_result.csv").read_text("utf-8-sig") for out in "ab"]
+    assert tables[0].count(",True,") == tables[1].count(",True,")
+
+
+def test_harness_that_is_missing_is_named(weights, little_exam, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match="requirements-eval.txt"):
+        eval_ceval.main(["--lm_eval", "--weight", weights, "--data_dir", str(little_exam), "--out_dir", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--lm_eval", "--format", "chat"], "--format completion"),
+        (["--contamination", "nowhere.jsonl"], "no such data file: nowhere.jsonl"),
         (["--shots", "6"], "--shots must lie between 0 and 5"),
         (["--shots", "2"], "--format completion"),
+        (["--format", "completion", "--system", "x"], "--format chat or text"),
+        (["--lm_eval", "--format", "text"], "--format completion"),
         (["--data_dir", "nowhere"], "no folder nowhere"),
-        (["--benchmark", "aclue"], "no folder dataset/aclue"),
+        (["--benchmark", "aclue"], "download_data.py aclue"),
         (["--split", "train"], "no questions"),
         (["--weight", "nowhere.pth"], "nowhere.pth"),
     ],
 )
 def test_mistakes_of_the_user(arguments, message, little_exam, tmp_path, monkeypatch):
-    from trainer.cli import UserError
-
     monkeypatch.chdir(tmp_path)
     data = [] if {"--data_dir", "--benchmark"} & set(arguments) else ["--data_dir", str(little_exam)]
     with pytest.raises(UserError, match=message):
