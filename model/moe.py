@@ -47,7 +47,7 @@ class Experts(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
         weight = weight.to(x.dtype)
-        if experts_kind(x, gate_up) == "grouped_mm":
+        if experts_kind(x.device, x.dtype, gate_up.shape) == "grouped_mm":
             return experts_together(x, token, weight, counts, gate_up, down)
         return experts_in_turn(x, token, weight, counts, gate_up, down)
 
@@ -131,11 +131,14 @@ def balance_loss(scores: Tensor, chosen: Tensor, documents: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------- two ways to compute the experts
-def experts_kind(x: Tensor, weight: Tensor) -> str:
-    """ "grouped_mm" on a GPU that has the kernel (bf16, compute capability 8 and up), else "loop"."""
-    if x.device.type == "cuda" and hasattr(F, "grouped_mm") and x.dtype == weight.dtype == torch.bfloat16:
-        aligned = weight.shape[1] % 16 == 0 and weight.shape[2] % 8 == 0  # strides must be multiples of 16 bytes
-        if aligned and torch.cuda.get_device_capability(x.device) >= (8, 0):
+def experts_kind(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> str:
+    """ "grouped_mm" on a GPU that has the kernel (bf16, compute capability 8 and up), else "loop".
+
+    shape: of the stack of gate and up matrices, (E, 2I, D).
+    """
+    if device.type == "cuda" and hasattr(F, "grouped_mm") and dtype == torch.bfloat16:
+        aligned = shape[1] % 16 == 0 and shape[2] % 8 == 0  # strides must be multiples of 16 bytes
+        if aligned and torch.cuda.get_device_capability(device) >= (8, 0):
             return "grouped_mm"
     return "loop"
 

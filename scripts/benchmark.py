@@ -22,6 +22,7 @@ from trainer.cli import Parser, UserError, run_main
 MEASUREMENTS = {
     "step": "a training step against transformers and a matrix product",
     "moe": "a training step with experts against a dense one",
+    "train": "each stage against transformers, trl and peft",
     "memory": "the memory estimate against the measured peak",
     "optimizers": "AdamW and Muon at four rates each, three seeds",
     "context": "bits per byte beyond the trained length",
@@ -30,7 +31,9 @@ MEASUREMENTS = {
     "dpo": "preferences on held-out pairs",
     "distill": "a student with and without a teacher",
     "reason": "well-formed thinking and right answers",
+    "grpo": "right answers before and after reinforcement",
     "cleaning": "bits per byte before and after cleaning the data",
+    "serving": "many clients at the API server for minutes",
     "dedup": "near copies in a large collection",
 }
 

@@ -68,7 +68,7 @@ def last_json(stdout: str) -> dict:
 # --------------------------------------------------------------------- the stages that start from a chat model
 LATER_STAGES = {
     "lora": "4-lora_sft.py", "dpo": "5-dpo_train.py",
-    "full_dist": "train_distill.py", "reason": "train_distill_reason.py",
+    "full_dist": "train_distill.py", "reason": "train_distill_reason.py", "grpo": "train_grpo.py",
 }  # fmt: skip
 SHORT = "--seq_len 64 --batch_size 2 --accumulation_steps 2 --log_interval 1 --device cpu".split()  # noqa: SIM905
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64}
@@ -107,8 +107,49 @@ def write_traces(path, n=40):
     return path
 
 
+def larger_of_two() -> list[tuple[str, str]]:
+    """Questions and answers, all pairs of digits."""
+    return [(f"{a}和{b}，大的是？", str(max(a, b))) for a in range(1, 10) for b in range(1, 10)]
+
+
+def reasoning_weights(folder) -> Path:
+    """A model trained for seconds: its answers to larger_of_two() have the form, and some of them the right digit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for question, answer in larger_of_two():
+        content = f"<think>\n{answer}\n</think>\n<answer>\n{answer}\n</answer>"
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
+        lines.append(json.dumps({"conversations": chat}, ensure_ascii=False) + "\n")
+    (folder / "larger.jsonl").write_text("".join(lines), "utf-8")
+    flags = ["--from_weight", "none", "--data_path", folder / "larger.jsonl", "--out_dir", folder, "--val_split", 0,
+             "--seq_len", 64, "--batch_size", 4, "--accumulation_steps", 1, "--max_steps", 110, "--learning_rate", 0.01,
+             "--optimizer", "adamw", "--device", "cpu", "--log_interval", 100]  # fmt: skip
+    for name, value in (SMALL | {"n_layers": 1}).items():
+        flags += [f"--{name}", value]
+    return Path(load(LATER_STAGES["reason"]).main(list(map(str, flags)))["weights"])
+
+
+def write_questions(path) -> Path:
+    rows = [{"question": question, "answer": answer} for question, answer in larger_of_two()]
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+    return path
+
+
+def grpo_flags(folder, steps=12) -> list[str]:
+    """Flags of a short run of train_grpo.py from reasoning_weights(folder): two questions a step."""
+    base = folder / "reason_32.pth"
+    base = base if base.exists() else reasoning_weights(folder)
+    flags = ["--from_weight", base, "--data_path", write_questions(folder / "questions.jsonl"), "--max_steps", steps,
+             "--seq_len", 64, "--max_new_tokens", 16, "--group", 8, "--batch_size", 8, "--accumulation_steps", 2,
+             "--save_interval", 2, "--eval_interval", 5, "--val_split", 0.2, "--log_interval", 1, "--device", "cpu",
+             "--learning_rate", 1e-3]  # fmt: skip
+    return list(map(str, flags))
+
+
 def later_flags(stage: str, folder, steps=12) -> list[str]:
     """Flags of a short run of a later stage with dropout, its data and starting weights written to `folder`."""
+    if stage == "grpo":
+        return grpo_flags(folder, steps)
     base = folder / "full_sft_32.pth"
     base = base if base.exists() else chat_weights(folder)
     write = {"dpo": write_pairs, "reason": write_traces}.get(stage, write_chats)

@@ -1,7 +1,6 @@
 """The loop: what a step learns does not depend on how it was dealt out, and is what transformers learns."""
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -262,27 +261,6 @@ def test_resume_with_another_micro_batch_keeps_the_global_batch(tmp_path):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
     wrong = run("1-pretrain.py", *flags, "--resume", "--batch_size", "3")
     assert wrong.returncode == 0  # finished: prints its result
-
-
-def _two_ranks(tmp_path, out, *flags):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = [command("x")[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run([*torchrun, *command("1-pretrain.py", *flags)[1:]], capture_output=True, text=True, env=env)
-
-
-def test_two_processes_learn_what_one_does(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    flags = [str(x) for x in stage_flags("pretrain", tmp_path, one)] + ["--dropout", "0"]
-    assert run("1-pretrain.py", *flags).returncode == 0
-    flags = [str(x) for x in stage_flags("pretrain", tmp_path, two)] + ["--dropout", "0", "--accumulation_steps", "1"]
-    result = _two_ranks(tmp_path, two, *flags)
-    assert result.returncode == 0, result.stderr[-2000:]
-    histories = [[json.loads(line) for line in (d / "pretrain_32.jsonl").read_text().splitlines()] for d in (one, two)]
-    for a, b in zip(*histories, strict=True):
-        for key in ("loss", "val_loss", "grad_norm"):
-            if a.get(key) is not None:
-                assert b[key] == pytest.approx(a[key], rel=1e-5), (key, a["step"])
-        assert a.get("tokens") == b.get("tokens")
 
 
 def test_dry_run_says_all_and_writes_no_weights(tmp_path, capsys):

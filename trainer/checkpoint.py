@@ -6,7 +6,9 @@ finished; the weights' record then holds the result. What is not trained is in n
 alone.
 """
 
+import os
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,6 +32,7 @@ class Files:
         self.name = name
         self.weights = self.folder / f"{name}.pth"
         self.state = self.folder / f"{name}{STATE_SUFFIX}.pth"
+        self.shards = self.folder / f"{name}{STATE_SUFFIX}"  # a folder, if the engine's processes write on their own
         self.log = self.folder / f"{name}.jsonl"
         self.curve = self.folder / f"{name}.png"
 
@@ -37,7 +40,7 @@ class Files:
         """Raises UserError where nothing can be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".{self.name}.probe"
+            probe = self.folder / f".{self.name}.{os.getpid()}.probe"  # other processes of the run do the same
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
@@ -78,18 +81,19 @@ class Files:
 
     def save(self, engine, tokenizer, record: dict, step: int, counters: dict) -> None:
         """Writes the state and the weights; all processes call it, the first one writes."""
-        state = engine.state()
-        if not engine.world.first:
-            return
-        content = {
-            "format": FORMAT, "record": record, "step": step, "counters": counters,
-            "config": engine.module.config.fields(), "tokenizer": tokenizer_to_dict(tokenizer),
-            "model": {name: tensor.detach().cpu() for name, tensor in learned_state(engine.module).items()},
-            "engine": state,
-        }  # fmt: skip
         try:
+            state = engine.state(self.shards)
+            model = engine.whole_model()
+            if not engine.world.first:
+                return
+            content = {
+                "format": FORMAT, "record": record, "step": step, "counters": counters,
+                "config": model.config.fields(), "tokenizer": tokenizer_to_dict(tokenizer),
+                "model": state.pop("model"), "engine": state,
+            }  # fmt: skip
             save_atomically(content, self.state)
-            self.write(engine.module, tokenizer, record)
+            self._remove_shards(but=state.get("shards"))
+            self.write(model, tokenizer, record)
         except OSError as error:
             raise RunFailed(
                 f"cannot save step {step} to {self.folder}: {error.strerror}; what was saved before is whole"
@@ -101,12 +105,25 @@ class Files:
 
     def finish(self, engine, tokenizer, record: dict) -> None:
         """Writes the weights with their result, then removes the state."""
+        model = engine.whole_model()
         if engine.world.first:
             try:
-                self.write(engine.module, tokenizer, record)
+                self.write(model, tokenizer, record)
             except (OSError, RuntimeError) as error:
                 raise RunFailed(f"cannot save to {self.weights}: {error}; --resume goes on from {self.state}") from None
             self.state.unlink(missing_ok=True)
+            self._remove_shards()
+            for file in (self.weights, self.state):  # what saves that were killed have left
+                for part in self.folder.glob(f".{file.name}.*.tmp"):
+                    part.unlink(missing_ok=True)
+
+    def _remove_shards(self, but=None) -> None:
+        """Removes the parts of all saved states but one, and of saves that a crash cut short."""
+        for folder in self.shards.iterdir() if self.shards.exists() else ():
+            if folder.name != but:
+                shutil.rmtree(folder, ignore_errors=True)
+        if but is None:
+            shutil.rmtree(self.shards, ignore_errors=True)
 
     def write(self, model, tokenizer, record: dict) -> None:
         """The file for use."""
@@ -122,21 +139,6 @@ class AdapterFiles(Files):
 
     def write(self, model, tokenizer, record: dict) -> None:
         save_lora(self.weights, model, record, name="default")
-
-
-def learned_state(model) -> dict[str, torch.Tensor]:
-    """What of a model's state is trained: all of it, or the adapters of a frozen model."""
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.requires_grad}
-
-
-@torch.no_grad()
-def load_learned(model, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts back what learned_state gave."""
-    own = learned_state(model)
-    if own.keys() != tensors.keys():
-        raise RuntimeError(f"the saved state does not fit: {sorted(own.keys() ^ tensors.keys())[:3]}")
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
 
 
 def read_state(path, mmap=False) -> dict:

@@ -4,9 +4,11 @@ import argparse
 import contextlib
 import math
 import sys
+from pathlib import Path
 
 from model.LMConfig import DEFAULT_PRESET, PRESETS
 
+DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
 SHAPE_FLAGS = {  # fields of LMConfig that can be set on the command line, and what they are
     "dim": (int, "width of the model"), "n_layers": (int, "decoder layers"), "n_heads": (int, "query heads"),
     "n_kv_heads": (int, "key/value heads"), "hidden_dim": (int, "width of a feed-forward block"),
@@ -86,7 +88,7 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
         "from_weight": None, "preset": None, "val_split": 0.01,
     } | defaults  # fmt: skip
     parser = Parser(description=description)
-    parser.set_defaults(stage=stage, recipe_flags=(), subfolder="")
+    parser.set_defaults(stage=stage, recipe_flags=(), subfolder="", default_optimizer=d["optimizer"])
 
     g = parser.add_argument_group("files")
     g.add_argument(
@@ -117,7 +119,7 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
         ("accumulation_steps", int, "micro-batches of one step"), ("learning_rate", float, "peak rate"),
     ):  # fmt: skip
         g.add_argument(f"--{name}", type=kind, default=d.get(name), metavar="N", help=f"{text} ({d.get(name)})")
-    g.add_argument("--optimizer", choices=("adamw", "muon"), default=d["optimizer"], help=f"({d['optimizer']})")
+    g.add_argument("--optimizer", choices=("adamw", "muon"), help=f"({d['optimizer']}; with --deepspeed adamw)")
     g.add_argument("--schedule", choices=("cosine", "wsd"), default=d["schedule"], help=f"({d['schedule']})")
     g.add_argument("--warmup", type=float, default=d["warmup"], metavar="N",
                    help=f"steps of rising rate; below 1 a share of all steps ({d['warmup']})")  # fmt: skip
@@ -131,6 +133,8 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
                    help="of the arithmetic; weights stay float32 (auto: bfloat16 where the GPU has it)")  # fmt: skip
     parser.flag(g, "compile", False, "compile the model with torch.compile")
     parser.flag(g, "gradient_checkpointing", False, "less memory, a third more time")
+    g.add_argument("--deepspeed", nargs="?", const=str(DEEPSPEED_CONFIG), metavar="CONFIG.json",
+                   help="train by DeepSpeed, as this file says (trainer/deepspeed.json), see docs")  # fmt: skip
     g.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by launchers, not used")
 
     g = parser.add_argument_group("watching")
@@ -153,9 +157,14 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
 def parse(parser: Parser, argv=None) -> argparse.Namespace:
     """Parses and checks; all faults of the arguments are reported at once."""
     args = parser.parse_args(argv)
+    args.optimizer = args.optimizer or ("adamw" if args.deepspeed else args.default_optimizer)
     faults = faults_of(args)
     if faults:
         raise UserError("\n       ".join(faults))
+    if args.deepspeed:
+        from trainer.deepspeed_config import checked_config
+
+        checked_config(args)
     return args
 
 

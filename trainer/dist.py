@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.cli import UserError
 from trainer.optim import make_optimizers
+from trainer.watch import PATIENCE, Watch
 
 
 @dataclass
@@ -49,6 +50,13 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             torch_dist.barrier()
+
+    def shares(self, n: int, batch_size: int):
+        """This process's batches of rows 0 to n - 1, as many as every other process has, for ZeRO-3 wants all of them
+        in each forward pass: past the end a batch is one empty row, -1."""
+        for first in range(0, n, self.size * batch_size):
+            own = first + self.rank * batch_size
+            yield list(range(own, min(own + batch_size, n))) or [-1]
 
     def first_then_all(self, function):
         """function() on rank 0, then on the others, who find what it left; a UserError ends them all alike."""
@@ -103,14 +111,26 @@ def join(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    watch = contextlib.nullcontext()
     if size > 1:
-        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        watch = Watch(rank, size)
+        torch_dist.init_process_group(backend, timeout=PATIENCE)
+    elif args.deepspeed:
+        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(args.seed)
     try:
-        yield World(rank, size, device, pick_dtype(args.dtype, device))
-    finally:
-        if size > 1:
-            torch_dist.destroy_process_group()
+        with watch:
+            yield World(rank, size, device, pick_dtype(args.dtype, device))
+    except (UserError, SystemExit):  # all processes meet these alike; after any other error leaving could hang
+        leave()
+        raise
+    leave()
+
+
+def leave() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
 
 
 class Engine:
@@ -126,7 +146,7 @@ class Engine:
         self.model = torch.compile(self.module) if args.compile else self.module
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
-            self.model = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+            self.model = DistributedDataParallel(self.model, device_ids=ids)
 
     def autocast(self):
         return self.world.autocast()
@@ -158,23 +178,82 @@ class Engine:
             optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def state(self) -> dict:
-        """Everything but the weights that the next step depends on. All processes must call it."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.world.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
+    def state(self, shards) -> dict:
+        """Everything that the next step depends on; "model": what is learned. All processes must call it.
+
+        shards: a folder for what each process would have to write for itself; here the first one has it all.
+        """
         return {
+            "model": {name: tensor.detach().cpu() for name, tensor in learned_state(self.module).items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
-            "rng": self.world.gather(rng),
+            "rng": rng_states(self.world),
         }
 
-    def load_state(self, state: dict) -> None:
+    def load_state(self, state: dict, shards) -> None:
+        if "shards" in state:
+            raise UserError(f"{shards}.pth was saved with --deepspeed; resume it with the flag, or use --overwrite")
+        load_learned(self.module, state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
-        if len(state["rng"]) == self.world.size:  # with other processes the streams of dropout differ
-            rng = state["rng"][self.world.rank]
-            torch.set_rng_state(rng["cpu"])
-            if "cuda" in rng and self.world.device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"], self.world.device)
+        restore_rng(self.world, state["rng"])
+
+    def whole_model(self):
+        """The model as it is to be written. All processes must call it."""
+        return self.module
+
+
+def make_engine(model, args, world: World):
+    """The engine that the flags ask for."""
+    if args.deepspeed is None:
+        return Engine(model, args, world)
+    from trainer.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, args, world)
+
+
+def by_deepspeed_launcher() -> bool:
+    return "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ
+
+
+def engine_in_words(args, world: World) -> str:
+    if args.deepspeed is not None:
+        instead = f"; adamw in place of {args.default_optimizer}" if args.default_optimizer != "adamw" else ""
+        return f"DeepSpeed as {args.deepspeed} says, {world.size} process(es){instead}"
+    note = "; started by the deepspeed launcher without --deepspeed" if by_deepspeed_launcher() else ""
+    if world.size == 1:
+        return f"one process{note}"
+    return f"{world.size} processes by DistributedDataParallel (DDP){note}"
+
+
+def learned_state(model) -> dict[str, torch.Tensor]:
+    """What of a model's state is trained: all of it, or the adapters of a frozen model."""
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.requires_grad}
+
+
+@torch.no_grad()
+def load_learned(model, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts back what learned_state gave."""
+    own = learned_state(model)
+    if own.keys() != tensors.keys():
+        raise RuntimeError(f"the saved state does not fit: {sorted(own.keys() ^ tensors.keys())[:3]}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def rng_states(world: World) -> list[dict]:
+    """State of every process's random numbers, those of dropout."""
+    rng = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(world.device)
+    return world.gather(rng)
+
+
+def restore_rng(world: World, states: list[dict]) -> None:
+    """With another number of processes there is nothing to restore: the streams of dropout differ."""
+    if len(states) == world.size:
+        rng = states[world.rank]
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and world.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], world.device)

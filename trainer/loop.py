@@ -7,6 +7,7 @@ whole step, so the gradient does not depend on how the step's rows were dealt ou
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from collections import Counter
 
 import torch
 
+from model.moe import experts_kind
 from model.weights import describe
 from trainer import log as logs
 from trainer.checkpoint import check_recipe
@@ -103,7 +105,7 @@ def open_log(start, world, plan, step: int, recipe: dict, run_id: str) -> logs.L
     """The run's log, with the services the flags name attached."""
     total = start.model.config.parameter_count()
     flops = logs.flops_per_token(start.model.config, start.args.seq_len, min(1.0, learned_parameters(start) / total))
-    services = trackers(start.args, start.files, recipe, run_id) if world.first else ()
+    services = trackers(start.args, start.files, recipe, run_id, step) if world.first else ()
     return logs.Log(start.files, world, plan.steps, flops, start.args.log_interval, step, services)
 
 
@@ -244,6 +246,9 @@ def announce(start, plan: Plan, rows: list[tuple[str, str]], world, state) -> No
           f"decay {args.weight_decay:g}, clip {args.grad_clip:g}, seed {args.seed}")  # fmt: skip
     print(f"  machine   {world.device}, {str(world.dtype).removeprefix('torch.')}, {torch.get_num_threads()} thread(s)")
     print(f"  engine    {engine_in_words(args, world)}")
+    if config.use_moe:
+        shape = (config.n_routed_experts, 2 * config.moe_hidden_dim, config.dim)
+        print(f"  experts   {experts_kind(world.device, world.dtype, shape)}")
     print(f"  memory    {memory_line(config, args, world, learned, start.other_parameters)}")
     print(f"  output    {start.files.weights}")
     if state is not None:
@@ -273,10 +278,10 @@ def resume_command() -> str:
     words = [w for w in sys.argv if w not in ("--resume", "--overwrite") and not w.startswith("--local_rank=")]
     launcher = "python"
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = f"torchrun --nproc_per_node {os.environ['WORLD_SIZE']}"
+        launcher = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
     elif by_deepspeed_launcher():
         launcher = f"deepspeed --num_gpus {os.environ['WORLD_SIZE']}"
-    return " ".join([launcher, *words, "--resume"])
+    return f"{launcher} {shlex.join(words)} --resume"
 
 
 def finish_here(result: dict) -> dict:

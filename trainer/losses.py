@@ -109,6 +109,55 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return -chosen - beta * F.logsigmoid(log_odds_ratio)
 
 
+# --------------------------------------------------------------------------------------------------- reinforcement
+def token_log_probs(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Log-probability, in nats, of each learned target in softmax(logits / temperature): (B, T - 1), 0 elsewhere.
+
+    logits (B, T, V); labels (B, T) at their own token's position, -100 where nothing is learned.
+    """
+    B, T = labels.shape
+    scaled = logits[:, :-1].flatten(0, 1).float() / temperature
+    return -F.cross_entropy(scaled, labels[:, 1:].flatten(), ignore_index=-100, reduction="none").view(B, T - 1)
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """How much better each answer is than its group, in the group's standard deviations: (Q, G) -> (Q, G).
+
+    One row a question, one column an answer. A group of equal rewards teaches nothing: zeros. The deviation is the
+    unbiased one, with 1e-4 added, as in trl.
+    """
+    return (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, keepdim=True) + 1e-4)
+
+
+def grpo_loss(log_probs: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, mask: Tensor,
+              clip: float, kl: float) -> tuple[Tensor, Tensor, dict]:  # fmt: skip
+    """Group-relative policy optimisation: (sum over the mask, its size, {name: sum of another number}).
+
+    log_probs, old, reference (B, T): each token's log-probability (nats) under the policy, the policy that sampled it,
+    and the frozen model it must stay near (None: no such model, kl idles). advantages (B,), one an answer. mask (B, T),
+    true on the tokens of the answers. With ratio = policy / old, a token counts
+
+        -min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A) + kl (d - log d - 1),   d = reference / policy
+
+    (Shao et al. 2024, DeepSeekMath, arXiv 2402.03300; the clip is PPO's, arXiv 1707.06347; the second term is
+    Schulman's k3, an estimate of KL(policy || reference) that is never negative). Every token of a step weighs the
+    same, not every answer (Yu et al. 2025, DAPO, arXiv 2503.14476): a mean over each answer first would punish long
+    wrong answers less than short ones.
+    """
+    advantage = advantages[:, None]
+    ratio = (log_probs - old).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    per_token = -torch.minimum(ratio * advantage, clipped * advantage)
+    away = torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantage != 0)
+    numbers = {"clip_share": (away & mask).sum()}
+    if reference is not None:
+        log_d = reference - log_probs
+        k3 = log_d.exp() - log_d - 1
+        per_token = per_token + kl * k3
+        numbers["kl"] = k3.detach()[mask].sum()
+    return per_token[mask].sum(), mask.sum(), numbers
+
+
 # ---------------------------------------------------------------------------------------------------- distillation
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature=1.0, kind="forward", skew=0.1):
     """T^2 times the divergence of teacher and student at temperature T, in nats: (sum over the mask, its size).

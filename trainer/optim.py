@@ -27,25 +27,28 @@ def make_optimizers(model, kind: str, learning_rate: float, weight_decay: float)
     adamw: weight decay on matrices, none on norms. muon: Muon for the matrices inside the layers, AdamW for
     embedding, head, router and norms. Both run at `learning_rate`: Muon's steps are scaled to AdamW's size.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [(name, p) for name, p in named if p.ndim >= 2]
-    vectors = [p for _, p in named if p.ndim < 2]
-    optimizers = []
+    optimizers, inner = [], []
     if kind == "muon":
-        inner = [(n, p) for n, p in matrices if not any(x in n for x in ("embed_tokens", "lm_head", "mlp.gate.weight"))]
-        matrices = [(n, p) for n, p in matrices if all(p is not q for _, q in inner)]
-        optimizers.append(Muon([p for _, p in inner], lr=learning_rate, weight_decay=weight_decay))
-    groups = [
-        {"params": [p for _, p in matrices], "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if groups:
+        matrices = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim >= 2]
+        inner = [p for n, p in matrices if not any(x in n for x in ("embed_tokens", "lm_head", "mlp.gate.weight"))]
+        optimizers.append(Muon(inner, lr=learning_rate, weight_decay=weight_decay))
+    if groups := parameter_groups(model, weight_decay, without=inner):
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = learning_rate
     return optimizers
+
+
+def parameter_groups(model, weight_decay: float, without=()) -> list[dict]:
+    """AdamW's groups of the trainable parameters: matrices decay, vectors (norms) do not."""
+    left_out = set(map(id, without))
+    learned = [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
+    groups = [
+        {"params": [p for p in learned if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class Muon(torch.optim.Optimizer):

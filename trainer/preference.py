@@ -34,8 +34,8 @@ def answers_of(model, rows, world, batch_size: int) -> tuple[np.ndarray, np.ndar
     """
     model.to(world.device).eval()
     found = np.zeros((2, sum(map(len, rows.caches))))
-    for first in range(world.rank * batch_size, len(rows), world.size * batch_size):
-        batch = rows.batch(range(first, min(first + batch_size, len(rows))))
+    for indices in world.shares(len(rows), batch_size):
+        batch = rows.batch(indices)
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
         with world.autocast():
             _, log_probs, counts = pair_log_probs(model, batch)

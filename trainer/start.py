@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "dataset" / "sample"
 RECIPE_FLAGS = ("stage", "seq_len", "epochs", "max_steps", "learning_rate", "optimizer", "schedule", "warmup",
                 "weight_decay", "grad_clip", "seed", "dtype", "val_split")  # fmt: skip
+STAGE_SCRIPTS = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py", "reason": "train_distill_reason.py"}
 
 
 @dataclass
@@ -104,7 +105,9 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
     files = Files(args, model.config) if adapt is None else AdapterFiles(args, model)
     files.check_writable()
     files.check_free(args)
-    record = record | {"stage": args.stage, "seq_len": args.seq_len, "came_from": came_from}
+    record = record | {"stage": args.stage, "seq_len": args.seq_len}
+    if state is None:  # else it says what the run began with
+        record["came_from"] = came_from
     record.pop("result", None)
     fixed = {"base": model.lora_base} if adapt is not None else {}
     return Start(args, model, tokenizer, data_files, came_from, files, state, record, token_bytes(tokenizer), fixed)
@@ -193,7 +196,7 @@ def find_frozen(args, role: str, value: str | None, before) -> Path:
 
 
 def refuse_without_weights(before, out_dir) -> None:
-    stage = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}.get(before[0], before[0])
+    stage = STAGE_SCRIPTS.get(before[0], before[0])
     raise UserError(f"no weights of {' or '.join(before)} in {out_dir} or out; run `python {stage}` first")
 
 

@@ -7,13 +7,13 @@ from netrc import NetrcParseError, netrc
 from trainer.cli import UserError
 
 
-def trackers(args, files, recipe: dict, run_id: str) -> list:
-    """Objects with log(step, numbers) and close(), one for each service the flags name."""
+def trackers(args, files, recipe: dict, run_id: str, step: int) -> list:
+    """Objects with log(step, numbers) and close(), one for each service the flags name. step: where the run stands."""
     found = []
     if args.use_wandb:
         found.append(Wandb(args, files, recipe, run_id))
     if args.use_tensorboard:
-        found.append(TensorBoard(files))
+        found.append(TensorBoard(files, step))
     return found
 
 
@@ -23,20 +23,28 @@ def new_run_id() -> str:
 
 
 class Wandb:
-    """Without a key the run is written to disk only (`wandb sync FOLDER` sends it later), so no network is needed."""
+    """Without a key or without a network the run is written to disk only (`wandb sync FOLDER` sends it later)."""
 
     def __init__(self, args, files, recipe: dict, run_id: str):
         try:
             import wandb
         except ImportError:
             raise UserError("--use_wandb needs the package wandb: pip install wandb") from None
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-        if mode == "offline":
-            print(f"wandb: no key, so the run is kept in {files.folder / 'wandb'}; `wandb sync` sends it", flush=True)
         os.environ.setdefault("WANDB_SILENT", "true")
-        self.run = wandb.init(project=args.wandb_project, name=files.name, id=run_id, resume="allow", mode=mode,
-                              dir=str(files.folder), config=recipe,
-                              settings=wandb.Settings(init_timeout=20))  # fmt: skip
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds for what is not sent yet when the run ends
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        why = "no key" if "WANDB_MODE" not in os.environ else "WANDB_MODE"
+        options = {"project": args.wandb_project, "name": files.name, "id": run_id, "resume": "allow",
+                   "dir": str(files.folder), "config": recipe, "settings": wandb.Settings(init_timeout=20)}  # fmt: skip
+        try:
+            self.run = wandb.init(mode=mode, **options)
+        except wandb.errors.Error as error:  # no network, or a key that is refused
+            mode, why = "offline", str(error).splitlines()[0]
+            wandb.teardown()  # its service still holds the id
+            self.run = wandb.init(mode=mode, **options)
+        if mode == "offline":
+            print(f"wandb: offline ({why}): the run is kept in {files.folder / 'wandb'}; `wandb sync` sends it",
+                  flush=True)  # fmt: skip
 
     def log(self, step: int, numbers: dict) -> None:
         self.run.log(numbers, step=step)
@@ -48,12 +56,13 @@ class Wandb:
 class TensorBoard:
     """Event files in out/tensorboard/<name>; `tensorboard --logdir out/tensorboard` shows them."""
 
-    def __init__(self, files):
+    def __init__(self, files, step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("--use_tensorboard needs the package tensorboard: pip install tensorboard") from None
-        self.writer = SummaryWriter(files.folder / "tensorboard" / files.name)
+        # what a run that was killed told of later steps is told again
+        self.writer = SummaryWriter(files.folder / "tensorboard" / files.name, purge_step=step + 1)
 
     def log(self, step: int, numbers: dict) -> None:
         for name, value in numbers.items():

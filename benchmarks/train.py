@@ -1,0 +1,173 @@
+"""Each stage beside what a user of transformers, trl and peft would run, on the same rows of the same file.
+
+Theirs: a Llama of the same shape in transformers' Trainer (pretrain), trl's SFTTrainer and DPOTrainer, peft's LoRA,
+each with its own collator, which pads a batch to its longest row, and documents cut at the same length. Ours: the stage
+as its command builds it, rows packed. Their trainer drives: after each of its steps one of ours is taken, so the two
+are measured in turns in one process. Counted are real tokens (no padding) a CPU second; one thread.
+"""
+
+import importlib.util
+import json
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.report import spread
+from benchmarks.step import llama_like, matmul_flops
+from model.LMConfig import LMConfig
+from model.model import MiniMindForCausalLM
+from model.tokenizer import encode_document, load_tokenizer
+from model.weights import save_weights
+from trainer.dist import make_engine
+from trainer.log import flops_per_token
+from trainer.loop import take_step
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py", "lora": "4-lora_sft.py", "dpo": "5-dpo_train.py"}
+COMMON = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+          "logging_strategy": "no", "optim": "adamw_torch_fused", "learning_rate": 1e-4}  # fmt: skip
+
+
+def add_flags(parser) -> None:
+    parser.add_argument("--presets", nargs="+", default=["tiny", "minimind2-small"], metavar="NAME")
+    parser.add_argument("--stages", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS), metavar="STAGE")
+    parser.add_argument("--text", required=True, metavar="FILE.jsonl", help="rows of {'text'} for pretraining")
+    parser.add_argument("--chats", required=True, metavar="FILE.jsonl", help="rows of {'conversations'}")
+    parser.add_argument("--pairs", required=True, metavar="FILE.jsonl", help="rows of {'chosen', 'rejected'}")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of each side (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows a step (%(default)s)")
+    parser.add_argument("--seq_len", type=int, default=512, help="(%(default)s)")
+
+
+class Ours:
+    """A stage as its command builds it, taken a step at a time."""
+
+    def __init__(self, stage: str, *flags):
+        spec = importlib.util.spec_from_file_location(stage, ROOT / SCRIPTS[stage])
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        script.train = lambda start, rows, loss_fn, world, report=None: (start, rows[0], loss_fn, world)
+        start, self.rows, self.loss_fn, world = script.main([str(flag) for flag in flags])
+        self.engine, self.step = make_engine(start.model, start.args, world), 0
+
+    def take(self) -> tuple[float, int]:
+        """-> (CPU seconds, real tokens) of one step."""
+        size = self.engine.args.batch_size
+        begin = time.process_time()
+        batch = self.rows.batch(range(self.step * size, (self.step + 1) * size))
+        _, tokens = take_step(self.engine, [batch], self.loss_fn, 1.0, self.step)
+        self.step += 1
+        return time.process_time() - begin, tokens
+
+
+def their_trainer(stage: str, model, tokenizer, file: str, args, folder, callback):
+    """The libraries' trainer with its own collator; it counts real tokens and slots of each batch in callback.seen."""
+    from datasets import Dataset
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    size = {"per_device_train_batch_size": args.batch_size, "max_steps": args.steps + 1}
+    with open(file, encoding="utf-8") as lines:
+        records = [json.loads(line) for line in islice(lines, (args.steps + 1) * args.batch_size)]
+    if stage == "pretrain":
+        collator = counted(DataCollatorForLanguageModeling(tokenizer, mlm=False), callback)
+        ids = [encode_document(tokenizer, record["text"])[: args.seq_len] for record in records]
+        return Trainer(
+            model, TrainingArguments(folder, **COMMON, **size), train_dataset=Dataset.from_dict({"input_ids": ids}),
+            data_collator=collator, callbacks=[callback],
+        )  # fmt: skip
+    import trl
+
+    if stage == "dpo":
+        data = {"prompt": [r["chosen"][:-1] for r in records], "chosen": [r["chosen"][-1:] for r in records],
+                "rejected": [r["rejected"][-1:] for r in records]}  # fmt: skip
+        # A batch of ours is rows that hold several pairs each, theirs is pairs: the ratio is of tokens, not of steps.
+        config = trl.DPOConfig(folder, max_length=args.seq_len, precompute_ref_log_probs=True, **COMMON, **size)
+        trainer = trl.DPOTrainer(model, args=config, processing_class=tokenizer,
+                                 train_dataset=Dataset.from_dict(data), callbacks=[callback])  # fmt: skip
+    else:
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear") if stage == "lora" else None
+        data = Dataset.from_dict({"messages": [record["conversations"] for record in records]})
+        trainer = trl.SFTTrainer(
+            model, trl.SFTConfig(folder, max_length=args.seq_len, **COMMON, **size), train_dataset=data,
+            processing_class=tokenizer, peft_config=lora, callbacks=[callback],
+        )  # fmt: skip
+    trainer.data_collator = counted(trainer.data_collator, callback)
+    return trainer
+
+
+def counted(collator, callback):
+    def collate(rows):
+        batch = collator(rows)
+        callback.seen.append((int(batch["attention_mask"].sum()), batch["attention_mask"].numel()))
+        return batch
+
+    return collate
+
+
+def alternating(ours: Ours):
+    """A callback of transformers' trainers that times each of their steps and takes one of ours after it."""
+    from transformers import TrainerCallback
+
+    class Alternating(TrainerCallback):
+        def __init__(self):
+            self.seen, self.theirs, self.ours, self.begin = [], [], [], 0.0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.begin = time.process_time()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.theirs.append(time.process_time() - self.begin)
+            self.ours.append(ours.take())
+
+    return Alternating()
+
+
+def compare(preset: str, stage: str, args, folder: Path) -> dict:
+    """One row of the table: medians over the steps after the first, which warms up both."""
+    torch.manual_seed(0)
+    config, tokenizer = LMConfig.from_preset(preset), load_tokenizer()
+    theirs = llama_like(config)
+    file = {"pretrain": args.text, "dpo": args.pairs}.get(stage, args.chats)
+    shape = ["--preset", preset] if stage == "pretrain" else ["--from_weight", folder / "chat.pth"]
+    if stage != "pretrain":
+        save_weights(folder / "chat.pth", MiniMindForCausalLM(config), tokenizer, {})
+    ours = Ours(stage, *shape, "--data_path", file, "--out_dir", folder, "--optimizer", "adamw", "--overwrite",
+                "--seq_len", args.seq_len, "--batch_size", args.batch_size, "--val_split", 0)  # fmt: skip
+    callback = alternating(ours)
+    trainer = their_trainer(stage, theirs, tokenizer, str(file), args, folder / "theirs", callback)
+    callback.seen.clear()  # without the batches of the reference's pass
+    trainer.train()
+    real = [(tokens / seconds) for (tokens, _), seconds in list(zip(callback.seen, callback.theirs))[1:]]
+    own = [tokens / seconds for seconds, tokens in callback.ours[1:]]
+    learned = sum(p.numel() for p in ours.engine.module.parameters() if p.requires_grad) / config.parameter_count()
+    flops = flops_per_token(config, args.seq_len, min(1.0, learned)) * median(own)
+    return {
+        "ours": spread(own), "theirs": spread(real), "ratio": spread([a / b for a, b in zip(own, real, strict=True)]),
+        "our_real_token_share": ours.rows.real_token_share(),
+        "their_real_token_share": sum(t for t, _ in callback.seen) / sum(n for _, n in callback.seen),
+        "share_of_matrix_product": flops / median(matmul_flops() for _ in range(3)),
+    }  # fmt: skip
+
+
+def run(args) -> dict:
+    torch.set_num_threads(1)
+    result = {}
+    for preset in args.presets:
+        if LMConfig.from_preset(preset).use_moe:
+            print(f"{preset}: transformers has no class of its shape to compare with; dense presets only")
+            continue
+        for stage in args.stages:
+            with tempfile.TemporaryDirectory() as folder:
+                row = result[f"{preset} {stage}"] = compare(preset, stage, args, Path(folder))
+            ours, theirs, ratio = row["ours"]["median"], row["theirs"]["median"], row["ratio"]
+            print(f"{preset:<16} {stage:<9} ours {ours:>8,.0f} tok/s, theirs {theirs:>8,.0f}, "
+                  f"ratio {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}), "
+                  f"real tokens {row['our_real_token_share']:.0%} / {row['their_real_token_share']:.0%}, "
+                  f"{row['share_of_matrix_product']:.0%} of a matrix product", flush=True)  # fmt: skip
+    return result

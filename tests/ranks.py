@@ -1,0 +1,73 @@
+"""Several runs in one process of several, started by a launcher: `torchrun ... tests/ranks.py jobs.json`.
+
+jobs.json is a list of {"script", "flags", "port"}; with "kill_rank_1_at_batch" or "fail_rank_1_at_batch" a process is
+lost on the way. Each process notes in jobs.json.<number>.rank<r> the rows it read, how often gradients were exchanged
+in each micro-batch, and the code with which the run ended.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from stage import load
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from trainer import dist
+from trainer.cli import run_main
+from trainer.data import PackedRows
+
+
+def watched(job: dict) -> dict:
+    """Runs the job, with notes of what happens in it."""
+    notes = {"rows": [], "exchanged": [], "code": 0}
+    rank = int(os.environ["RANK"])
+    batch, init, micro_batch = PackedRows.batch, dist.DistributedDataParallel.__init__, dist.Engine.micro_batch
+
+    def noted_batch(self, indices):
+        notes["rows"].append([len(self), *indices])
+        if rank == 1 and len(notes["rows"]) == job.get("kill_rank_1_at_batch"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1 and len(notes["rows"]) == job.get("fail_rank_1_at_batch"):
+            raise MemoryError("of rank 1")
+        return batch(self, indices)
+
+    def noted_micro_batch(self, last):
+        notes["exchanged"].append(0)
+        return micro_batch(self, last)
+
+    def count(_, bucket):
+        notes["exchanged"][-1] += 1
+        return allreduce_hook(None, bucket)
+
+    def noted_init(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.register_comm_hook(None, count)
+
+    PackedRows.batch, dist.Engine.micro_batch = noted_batch, noted_micro_batch
+    dist.DistributedDataParallel.__init__ = noted_init
+    try:
+        run_main(load(job["script"]).main, job["flags"])
+    except SystemExit as end:
+        notes["code"] = end.code
+    finally:
+        PackedRows.batch, dist.Engine.micro_batch = batch, micro_batch
+        dist.DistributedDataParallel.__init__ = init
+    return notes
+
+
+def main(path: str) -> None:
+    for number, job in enumerate(json.loads(Path(path).read_text())):
+        # a meeting place of its own for each run: the launcher's still knows where the processes of the last one met
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(job["port"])}
+        notes = watched(job)
+        Path(f"{path}.{number}.rank{os.environ['RANK']}").write_text(json.dumps(notes))
+        if notes["code"] not in (0, 2):
+            sys.exit(notes["code"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

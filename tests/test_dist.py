@@ -1,0 +1,141 @@
+"""Several processes learn what one does, in the same order, and none of them waits for one that is gone.
+
+One job of two processes does everything here: it runs tests/ranks.py, whose last run loses a process.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from stage import ROOT, TINY, load, write_chats, write_texts
+
+from trainer.cli import UserError
+from trainer.dist import World
+from trainer.loop import Plan
+
+SCRIPTS = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def flags_of(stage, folder, out, *more) -> list[str]:
+    data = write_texts(folder / "t.jsonl") if stage == "pretrain" else write_chats(folder / "c.jsonl")
+    flags = [*TINY, "--data_path", data, "--out_dir", folder / out, "--max_steps", 8, "--save_interval", 2,
+             "--eval_interval", 3, "--val_split", 0.1, "--from_weight", "none", "--accumulation_steps", 4]  # fmt: skip
+    return list(map(str, [*flags, *more]))
+
+
+def two_processes(jobs) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(jobs)]
+    return subprocess.run(ranks, cwd=ROOT, capture_output=True, text=True, env=env, timeout=300)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """What two processes did: two stages, a file of one row, a run in which rank 1 is killed at its 12th batch."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "one.jsonl").write_text(json.dumps({"text": "只有一行。"}, ensure_ascii=False) + "\n", "utf-8")
+    halved = ("--accumulation_steps", 2)
+    few = [*flags_of("pretrain", folder, "few"), "--data_path", str(folder / "one.jsonl"), "--val_split", "0"]
+    jobs = [{"script": SCRIPTS[s], "flags": flags_of(s, folder, "two", *halved)} for s in SCRIPTS]
+    jobs += [{"script": SCRIPTS["pretrain"], "flags": few}]
+    jobs += [{"script": SCRIPTS["pretrain"], "flags": flags_of("pretrain", folder, "broken", *halved),
+              "kill_rank_1_at_batch": 12}]  # fmt: skip
+    (folder / "jobs.json").write_text(json.dumps([job | {"port": free_port()} for job in jobs]))
+    begin = time.monotonic()
+    done = two_processes(folder / "jobs.json")
+    seconds = time.monotonic() - begin
+    notes = [[json.loads(path.read_text()) for path in sorted(folder.glob(f"jobs.json.{i}.rank*"))] for i in range(4)]
+    for stage, script in SCRIPTS.items():  # the same alone
+        load(script).main(flags_of(stage, folder, "one"))
+    return SimpleNamespace(folder=folder, done=done, notes=notes, seconds=seconds)
+
+
+def history(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same_losses(one, two) -> None:
+    for a, b in zip(history(one), history(two), strict=True):
+        assert (a["step"], a.get("tokens")) == (b["step"], b.get("tokens"))
+        for key in ("loss", "val_loss", "val_bits_per_byte"):
+            if a.get(key) is not None:
+                assert b[key] == pytest.approx(a[key], rel=1e-5), (key, a["step"])
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_two_processes_learn_what_one_does(stage, job):
+    """Training and validation losses of each step, and the tokens counted, are those of the whole job."""
+    assert_same_losses(job.folder / "one" / f"{stage}_32.jsonl", job.folder / "two" / f"{stage}_32.jsonl")
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_processes_read_different_rows_and_together_all(number, job):
+    noted = [notes["rows"] for notes in job.notes[number]]
+    n = max(row[0] for row in noted[0])  # of the training rows; the others are those of validation
+    first, second = ([i for m, *indices in rows if m == n for i in indices] for rows in noted)
+    assert len(first) == len(second) == 8 * 2 * 2
+    assert sorted(first + second) == list(range(64))  # places in the run's order, which goes on past an epoch
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_only_a_steps_last_micro_batch_exchanges_gradients(number, job):
+    for notes in job.notes[number]:
+        exchanged = notes["exchanged"]
+        assert len(exchanged) == 8 * 2
+        assert not any(exchanged[0::2]) and all(exchanged[1::2])
+
+
+def test_fewer_rows_than_processes_are_refused(job):
+    assert [notes["code"] for notes in job.notes[2]] == [2, 2]
+    assert "1 row(s) of data cannot be shared by 2 processes" in job.done.stderr
+    args = SimpleNamespace(batch_size=1, accumulation_steps=1, epochs=1, max_steps=None, warmup=0)
+    with pytest.raises(UserError, match="3 row"):
+        Plan([0] * 3, args, World(0, 4, torch.device("cpu"), torch.float32), None)
+
+
+def test_a_lost_process_ends_the_others_and_is_named(job):
+    assert job.done.returncode == 1 and [notes["code"] for notes in job.notes[3]] == [1]  # rank 1 left no note
+    assert "failed: rank 1 is lost" in job.done.stderr and "what was saved before is whole" in job.done.stderr
+    assert job.seconds < 120  # all four runs; what is left of the last one ends about ten seconds after the kill
+
+
+def test_one_process_with_another_micro_batch_goes_on_where_two_were(job):
+    """The run that lost a process at its sixth step: the state of step 4 was saved; 2 x 2 x 2 rows become 8 x 1 x 1."""
+    out = job.folder / "broken"
+    assert (out / "pretrain_32_resume.pth").exists()
+    flags = flags_of("pretrain", job.folder, "broken", "--batch_size", 8, "--resume")
+    load(SCRIPTS["pretrain"]).main(flags)
+    assert_same_losses(job.folder / "one" / "pretrain_32.jsonl", out / "pretrain_32.jsonl")
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_the_others_within_a_minute(tmp_path):
+    flags = flags_of("pretrain", tmp_path, "out", "--accumulation_steps", 2)
+    job = {"script": SCRIPTS["pretrain"], "flags": flags, "port": free_port(), "fail_rank_1_at_batch": 12}
+    (tmp_path / "jobs.json").write_text(json.dumps([job]))
+    begin = time.monotonic()
+    done = two_processes(tmp_path / "jobs.json")
+    assert done.returncode == 1 and time.monotonic() - begin < 90  # the start included
+    assert "[rank1]: MemoryError: of rank 1" in done.stderr and "failed: rank 1 failed" in done.stderr
+    assert (tmp_path / "out" / "pretrain_32_resume.pth").exists()
+
+
+def test_batches_of_an_evaluation_are_as_many_on_every_process():
+    for n, batch_size, size in ((0, 2, 2), (5, 2, 1), (5, 2, 2), (9, 2, 4), (3, 1, 4)):
+        worlds = [World(rank, size, torch.device("cpu"), torch.float32) for rank in range(size)]
+        shares = [list(world.shares(n, batch_size)) for world in worlds]
+        assert len({len(share) for share in shares}) == 1
+        assert sorted(i for share in shares for batch in share for i in batch if i >= 0) == list(range(n))

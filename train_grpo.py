@@ -1,0 +1,101 @@
+"""GRPO: learn by trying. The model answers questions whose answers can be checked, and keeps what worked.
+
+  in    --data_path FILE...   {"question": ..., "answer": ...}, or worked examples with <answer>...</answer>
+        --from_weight         a reasoning model; default: the newest reason_* in --out_dir or out/
+  out   out/grpo_<dim>.pth  (weights, config, tokenizer), .jsonl (every step), .png (curve)
+
+Each question is answered --group times, sampled from softmax(logits / temperature). An answer's reward is 1 where it is
+right, and --format_reward where it is one <think> block and one <answer> block; its advantage is how far it lies above
+its group. The loss (trainer/losses.py) raises the likelihood of answers above and lowers that of answers below, as far
+as --clip allows in --inner_steps updates, and holds the model near the one it began with (--kl). A step is --batch_size
+x --accumulation_steps x processes answers; --seq_len bounds question and answer together.
+
+Printed: means over a step's sampled answers (reward, well_formed, right, truncated, length); learning_groups, the share
+of groups whose rewards differ; clip_share, the share of tokens the clip holds; kl, in nats a token. Validation: exact
+match of greedy answers to held-out questions.
+
+  python train_grpo.py                                   the embedded sample's arithmetic
+  python train_grpo.py --data_path questions.jsonl --group 16 --temperature 0.8 --max_new_tokens 256
+"""
+
+import copy
+import math
+
+from inference.engine import Engine
+from inference.sampling import SamplingParams
+from trainer import dist, rl
+from trainer.cli import UserError, parse, run_main, stage_parser
+from trainer.preference import Reference
+from trainer.questions import load_questions
+from trainer.read import check_file
+from trainer.start import SAMPLE, prepare
+
+FLAGS = ("group", "temperature", "max_new_tokens", "kl", "clip", "inner_steps", "format_reward")
+
+
+def parser():
+    p = stage_parser("grpo", __doc__, seq_len=256, batch_size=32, accumulation_steps=4, learning_rate=2e-5,
+                     weight_decay=0.0, val_split=0.05)  # fmt: skip
+    g = p.add_argument_group("reinforcement")
+    g.add_argument("--group", type=int, default=8, metavar="N", help="answers to each question (8)")
+    g.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of the sampling (1)")
+    g.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer (128)")
+    g.add_argument("--kl", type=float, default=0.01, metavar="X", help="how dear leaving the first model is (0.01)")
+    g.add_argument("--clip", type=float, default=0.2, metavar="X",
+                   help="how far from 1 a token's ratio of new and old probability is rewarded (0.2)")  # fmt: skip
+    g.add_argument("--inner_steps", type=int, default=2, metavar="N",
+                   help="updates from the same answers; the clip matters from the second on (2)")  # fmt: skip
+    g.add_argument("--format_reward", type=float, default=0.2, metavar="X",
+                   help="for a well-formed answer, beside 1 for a right one (0.2)")  # fmt: skip
+    g.add_argument("--val_path", nargs="+", metavar="FILE", help="held-out questions, in place of --val_split's")
+    p.set_defaults(recipe_flags=FLAGS)
+    return p
+
+
+def check(args) -> None:
+    if args.group < 2:
+        raise UserError(f"--group must be at least 2, not {args.group}: an answer is compared with the others")
+    if args.inner_steps < 1:
+        raise UserError(f"--inner_steps must be at least 1, not {args.inner_steps}")
+    if not 1 <= args.max_new_tokens < args.seq_len:
+        raise UserError(f"--max_new_tokens must lie between 1 and --seq_len {args.seq_len}, not {args.max_new_tokens}")
+    if not (args.temperature > 0 and math.isfinite(args.temperature)):
+        raise UserError(f"--temperature must be above 0, not {args.temperature}: without chance a group is one answer")
+    if not 0 < args.clip < 1:
+        raise UserError(f"--clip must lie between 0 and 1, not {args.clip}")
+    for name in ("kl", "format_reward"):
+        if not (getattr(args, name) >= 0 and math.isfinite(getattr(args, name))):
+            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    if args.dropout:
+        raise UserError("--dropout has no place here: the network that learns must be the one that was sampled")
+    args.dropout = 0.0  # also where the starting weights were trained with some
+
+
+def sampler(tokenizer, max_new_tokens: int):
+    """The engine's rollout, as trainer.rl.train asks for it."""
+
+    def rollout(model, prompts, seeds, temperature):
+        params = [SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed) for seed in seeds]
+        return Engine(model, tokenizer, max_batch=128).generate(prompts, params)
+
+    return rollout
+
+
+def main(argv=None) -> dict:
+    args = parse(parser(), argv)
+    check(args)
+    start = prepare(args, sample="reason.jsonl", before=("reason",), required=True)
+    start.bytes_of_token = None  # the loss is not that of a text
+    sampled = start.data_files == [SAMPLE / "reason.jsonl"]
+    val_files = [check_file(f) for f in args.val_path or ([SAMPLE / "reason_heldout.jsonl"] if sampled else [])]
+    questions, held_out = load_questions(start, val_files)
+    origin = Reference(start).model() if args.kl else None
+    with dist.join(args) as world:
+        if origin is not None:
+            origin = copy.deepcopy(origin).to(world.device).requires_grad_(False).eval()
+            start.other_parameters = origin.num_parameters()
+        return rl.train(start, questions, held_out, origin, sampler(start.tokenizer, args.max_new_tokens), world)
+
+
+if __name__ == "__main__":
+    run_main(main)
