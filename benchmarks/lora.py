@@ -46,6 +46,7 @@ def run(args) -> dict:
     text = (SAMPLE / "lora_identity_heldout.jsonl").read_text(encoding="utf-8")
     identity = read_lines(text.replace("{{name}}", args.name).replace("{{author}}", args.author))
     ordinary = read_lines((SAMPLE / "heldout.jsonl").read_text(encoding="utf-8"))
+    ordinary = [row for row in ordinary if not row["relation"].startswith("self_")]  # those ask who the assistant is
     ordinary = ordinary[:: len(ordinary) // 100][:100]
     answers = [answer.text for answer in ask(adapter["weights"], [row["question"] for row in identity + ordinary])]
     right = [is_right(answer, row["answer"], row["rivals"]) for answer, row in zip(answers, identity)]

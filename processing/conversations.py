@@ -135,14 +135,15 @@ def rude(lines, length, rng):
     return min(wanted or longer or shorter, key=lambda line: (abs(len(line) - length), line))
 
 
-def identity_rows(identity, rng, replies=2):
-    """LoRA rows in which {{name}} and {{author}} wait to be filled in."""
-    return [
-        exchange(ask, reply)
-        for item in identity["rows"]
-        for ask in item["ask"]
-        for reply in rng.sample(item["reply"], min(replies, len(item["reply"])))
-    ]
+def identity_rows(world, rng, chatter=4):
+    """LoRA rows in which {{name}} and {{author}} wait to be filled in: each question alone, and amid other talk."""
+    rows = []
+    for item in world.identity["rows"]:
+        frames = world.frames["en" if item["ask"][0].isascii() else "zh"]
+        for ask in item["ask"]:
+            questions = [ask, ask] + [with_chatter(frames, ask, rng) for _ in range(chatter)]
+            rows += [exchange(question, rng.choice(item["reply"])) for question in questions]
+    return rows
 
 
 def identity_heldout(identity):

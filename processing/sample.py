@@ -35,7 +35,7 @@ def make_sample(out_dir, seed):
         "reason_heldout.jsonl": sums.heldout("reason", rng("reason heldout"), 1),
         "dpo.jsonl": dpo_rows(world, split.train, DPO_PHRASINGS, rng("dpo")),
         "dpo_heldout.jsonl": dpo_rows(world, split.held, 1, rng("dpo heldout")),
-        "lora_identity.jsonl": wrap(talk.identity_rows(world.identity, rng("identity"))),
+        "lora_identity.jsonl": wrap(talk.identity_rows(world, rng("identity"))),
         "lora_identity_heldout.jsonl": talk.identity_heldout(world.identity),
         "lora_domain.jsonl": wrap(talk.domain_rows(world.domain)),
         "heldout.jsonl": heldout_rows(world, split, sums, rng("heldout")),

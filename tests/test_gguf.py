@@ -155,7 +155,7 @@ def trained(tmp_path_factory):
         batch[i, : len(row)] = torch.tensor(row)
     labels = batch.masked_fill(batch == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
+    for _ in range(150):
         model(batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
