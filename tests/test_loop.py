@@ -217,7 +217,7 @@ def test_killed_inside_the_cache_build(stage, delay, tmp_path):
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = [*stage_flags("pretrain", tmp_path, broken), "--max_steps", 400, "--save_interval", 1000]
+    flags = [*stage_flags("pretrain", tmp_path, broken), "--max_steps", 150, "--save_interval", 1000]
     process = subprocess.Popen(
         command("1-pretrain.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -229,11 +229,11 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert last_json(out)["stopped"] is True and "to go on: python" in out and "--resume" in out
     step = last_json(out)["steps"]
-    assert 3 <= step < 400
+    assert 3 <= step < 150
     assert run("1-pretrain.py", *flags, "--resume").returncode == 0
     assert (
         run(
-            "1-pretrain.py", *stage_flags("pretrain", tmp_path, whole), "--max_steps", 400, "--save_interval", 1000
+            "1-pretrain.py", *stage_flags("pretrain", tmp_path, whole), "--max_steps", 150, "--save_interval", 1000
         ).returncode
         == 0
     )
