@@ -11,7 +11,6 @@ Every answer goes to <out_dir>/<subject>_<split>_result.csv, the summary to test
 picture to accuracy.png. The last line on standard output is a JSON object.
 """
 
-import csv
 import json
 import tempfile
 import time
@@ -20,9 +19,9 @@ from pathlib import Path
 from export.transformers_folder import write_transformers_folder
 from inference import console, exam, exam_report, harness
 from inference.console import note
-from inference.contamination import Contamination, strings
+from processing.contamination import search
 from trainer.cli import Parser, UserError, run_main, user_errors
-from trainer.read import BadRow, check_file, parse_record, raw_rows
+from trainer.read import check_file
 
 SAMPLE = Path("dataset/sample/exam")
 
@@ -94,7 +93,11 @@ def run(args):
         raise UserError(f"cannot make the folder {out_dir}: {error.strerror}") from None
     path = console.find_weight(args)
     harness_version = harness.version() if args.lm_eval else None
-    overlap = search(args.contamination, subjects, out_dir / "contamination.csv") if args.contamination else None
+    overlap = None
+    if args.contamination:
+        overlap = search(args.contamination, subjects, out_dir / "contamination.csv")
+        note(f"{overlap['rows_overlapping']} of {overlap['rows']} training rows hold "
+             f"{overlap['questions_overlapping']} of the questions; see {out_dir / 'contamination.csv'}")  # fmt: skip
     engine, record = console.open_engine(args, path, max_batch=args.max_batch)
     note(f"{path}: {sum(len(s.questions) for s in subjects)} questions of {len(subjects)} subjects in {folder}/{split}")
     if args.lm_eval:
@@ -140,31 +143,6 @@ def ask_harness(args, engine, record: dict, subjects) -> exam.Graded:
         s.name: [exam.answer_of(q, four) for q, four in zip(s.questions, given[s.name], strict=True)] for s in subjects
     }
     return exam.Graded(answers, prompts_cut=harness.prompts_cut(engine, subjects, args.benchmark, args.shots))
-
-
-def search(files, subjects, target: Path) -> dict:
-    """Looks for the exam in training files, a row at a time; what is found goes to `target` as it is found."""
-    exam_in = Contamination(subjects)
-    rows, bad, overlapping, questions = 0, 0, 0, set()
-    with open(target, "w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "line", "subject", "number", "rule", "text"])
-        for path in files:
-            for line, raw in raw_rows(path):
-                rows += 1
-                try:
-                    found = list(exam_in.find("\n".join(strings(parse_record(raw)))))
-                except BadRow:
-                    bad += 1
-                    continue
-                overlapping += bool(found)
-                questions |= {(needle.subject, needle.number) for needle in found}
-                writer.writerows([path, line, n.subject, n.number, n.rule, n.text] for n in found)
-    note(f"{overlapping} of {rows} training rows hold {len(questions)} of the questions; see {target}")
-    return {
-        "files": list(files), "rows": rows, "rows_unreadable": bad, "rows_overlapping": overlapping,
-        "questions_overlapping": len(questions), "questions_too_short": exam_in.hidden,
-    }  # fmt: skip
 
 
 def main(argv=None):

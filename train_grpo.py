@@ -25,6 +25,7 @@ from inference.engine import Engine
 from inference.sampling import SamplingParams
 from trainer import dist, rl
 from trainer.cli import UserError, parse, run_main, stage_parser
+from trainer.deepspeed_config import get, read_config
 from trainer.preference import Reference
 from trainer.questions import load_questions
 from trainer.read import check_file
@@ -66,6 +67,8 @@ def check(args) -> None:
     for name in ("kl", "format_reward"):
         if not (getattr(args, name) >= 0 and math.isfinite(getattr(args, name))):
             raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    if args.deepspeed and get(read_config(args.deepspeed), "zero_optimization.stage", 0) == 3:
+        raise UserError(f"{args.deepspeed}: ZeRO stage 3 leaves no process whole weights to sample from; use stage 2")
     if args.dropout:
         raise UserError("--dropout has no place here: the network that learns must be the one that was sampled")
     args.dropout = 0.0  # also where the starting weights were trained with some

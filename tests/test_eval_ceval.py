@@ -15,13 +15,13 @@ import torch
 
 from export.transformers_folder import write_transformers_folder
 from inference import exam, exam_report, harness
-from inference.contamination import Contamination, strings
 from inference.engine import Engine
 from inference.exam import LETTERS, Question
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_text, load_tokenizer
 from model.weights import save_weights
+from processing.contamination import Contamination, strings
 from processing.exams import arrange
 from trainer.cli import UserError
 

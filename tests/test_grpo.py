@@ -185,6 +185,14 @@ def test_wrong_flags(flags, message, folder, tmp_path):
         main(folder, tmp_path / "o", *flags)
 
 
+def test_zero_3_is_refused(tmp_path):
+    """Sampling wants whole weights on every process."""
+    config, script = tmp_path / "three.json", load("train_grpo.py")
+    config.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    with pytest.raises(UserError, match="three.json: ZeRO stage 3"):
+        script.check(script.parser().parse_args(["--deepspeed", str(config)]))
+
+
 def test_without_a_reasoning_model_the_command_to_run_first_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="run `python train_distill_reason.py` first"):

@@ -10,13 +10,16 @@ without blanks and signs are the measure of GPT-4's report (arXiv 2303.08774, ap
 question; here all are looked for.
 """
 
+import csv
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from inference.exam import Subject
+from trainer.read import BadRow, parse_record, raw_rows
 
 SHORTEST = 10  # characters; anything shorter is said by accident
 RUN = 50
@@ -35,6 +38,33 @@ class Needle:
     number: int
     rule: str
     text: str
+
+
+def search(files, subjects, target: Path) -> dict:
+    """Looks for the exam in training files, a row at a time; what is found goes to the CSV file `target` at once.
+
+    -> how many rows there were, and how many of them, and of the questions, overlap.
+    """
+    exam_in = Contamination(subjects)
+    rows, bad, overlapping, questions = 0, 0, 0, set()
+    with open(target, "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "line", "subject", "number", "rule", "text"])
+        for path in files:
+            for line, raw in raw_rows(path):
+                rows += 1
+                try:
+                    found = list(exam_in.find("\n".join(strings(parse_record(raw)))))
+                except BadRow:
+                    bad += 1
+                    continue
+                overlapping += bool(found)
+                questions |= {(needle.subject, needle.number) for needle in found}
+                writer.writerows([path, line, n.subject, n.number, n.rule, n.text] for n in found)
+    return {
+        "files": list(files), "rows": rows, "rows_unreadable": bad, "rows_overlapping": overlapping,
+        "questions_overlapping": len(questions), "questions_too_short": exam_in.hidden,
+    }  # fmt: skip
 
 
 class Contamination:
