@@ -60,19 +60,9 @@ def open_chat(args, path):
 def chat(args):
     params = console.sampling(args, temperature=0.85)
     engine = open_chat(args, console.find_weight(args))
-    exchanges = []
-    while True:
-        try:
-            question = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not question:
-            return
-        if question == "/clear":
-            exchanges.clear()
-            continue
-        messages, exchanges = fitting(engine, args, exchanges, question)
+    exchanges: list[tuple[str, str]] = []
+    for question in console.typed(forget=exchanges.clear):
+        messages, exchanges[:] = fitting(engine, args, exchanges, question)
         text = console.print_stream(engine.stream(messages, params), thinking=args.thinking is True)
         note(f"[{engine.speed}]")
         _, answer = split_thinking(text, thinking=args.thinking is True)

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -173,6 +174,22 @@ def as_messages(prompt, system: str | None = None) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------------- printing
+def typed(forget) -> Iterator[str]:
+    """The questions of a chat, until an empty line, Ctrl-D or Ctrl-C; at /clear forget() is called."""
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if question == "/clear":
+            forget()
+        elif question:
+            yield question
+        else:
+            return
+
+
 def print_stream(pieces, thinking: bool = False) -> str:
     """Prints pieces as they come, thinking dimmed (between marks where the output is no terminal) -> the whole text."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import os
 
+from inference import console
 from inference.console import DIM, PLAIN
 from trainer.cli import Parser, UserError, run_main
 
@@ -57,17 +58,7 @@ def answer(client, args, messages: list[dict]) -> str:
 
 def talk(client, args) -> None:
     exchanges: list[tuple[str, str]] = []
-    while True:
-        try:
-            question = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not question:
-            return
-        if question == "/clear":
-            exchanges.clear()
-            continue
+    for question in console.typed(forget=exchanges.clear):
         messages = [{"role": "system", "content": args.system}] if args.system else []
         for asked, said in exchanges[max(len(exchanges) - args.history, 0) :]:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]

@@ -82,6 +82,17 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
     result = {
         "stage": args.stage, "steps": step, "tokens": counters["tokens"], "loss": loss, **validation,
         "real_token_share": train_rows.real_token_share(), "learned_token_share": train_rows.learned_token_share(),
+    }  # fmt: skip
+    return end_run(start, engine, log, stop, record, step, counters, finished, result)
+
+
+def end_run(start, engine, log, stop, record: dict, step: int, counters: dict, finished: bool, result: dict, curve=()):
+    """Writes the weights or, where the run was told to stop, its state, and returns the result that is printed.
+
+    curve: Log.draw_curve's arguments. Exits 130 or 143 where the run was told to stop.
+    """
+    world = engine.world
+    result |= {
         "seconds": counters["seconds"], "tokens_per_second": counters["tokens"] / max(counters["seconds"], 1e-9),
         "peak_memory_bytes": max(world.gather(logs.peak_memory(world.device))), "weights": str(start.files.weights),
     }  # fmt: skip
@@ -91,7 +102,7 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
     else:
         result["stopped"] = True
         start.files.save(engine, start.tokenizer, record, step, counters)
-    log.draw_curve()
+    log.draw_curve(*curve)
     stop.restore()
     if world.first and not finished:
         print(f"stopped at step {step}; to go on: {resume_command()}")

@@ -8,19 +8,17 @@ not, and the groups may be dealt out over processes in any way.
 """
 
 import math
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
-from trainer import log as logs
 from trainer.checkpoint import check_recipe
 from trainer.cli import UserError
 from trainer.data import IGNORED
 from trainer.dist import Engine, make_engine
-from trainer.loop import Plan, StopSignals, announce, finish_here, open_log, resume_command, take_step
+from trainer.loop import Plan, StopSignals, announce, end_run, finish_here, open_log, take_step
 from trainer.losses import group_advantages, grpo_loss, token_log_probs, with_balance
 from trainer.optim import learning_rate_factor
 from trainer.preference import paired_bootstrap
@@ -106,24 +104,9 @@ def train(start, questions, held_out, reference, rollout, world) -> dict:
     result = {
         "stage": args.stage, "steps": step, "tokens": counters["tokens"], "loss": loss, "val_loss": None,
         "val_bits_per_byte": None, **gain, "real_token_share": counters["tokens"] / max(counters["slots"], 1),
-        "learned_token_share": counters["learned"] / max(counters["slots"], 1), "seconds": counters["seconds"],
-        "tokens_per_second": counters["tokens"] / max(counters["seconds"], 1e-9),
-        "peak_memory_bytes": max(world.gather(logs.peak_memory(world.device))), "weights": str(start.files.weights),
+        "learned_token_share": counters["learned"] / max(counters["slots"], 1),
     }  # fmt: skip
-    log.close()
-    if finished:
-        start.files.finish(engine, start.tokenizer, record | {"result": result})
-    else:
-        result["stopped"] = True
-        start.files.save(engine, start.tokenizer, record, step, counters)
-    log.draw_curve(CURVES, "share")
-    stop.restore()
-    if world.first and not finished:
-        print(f"stopped at step {step}; to go on: {resume_command()}")
-    finish_here(result)
-    if not finished:
-        sys.exit(128 + max(world.gather(stop.signal)))
-    return result
+    return end_run(start, engine, log, stop, record, step, counters, finished, result, curve=(CURVES, "share"))
 
 
 def whole_groups(plan: Plan, group: int) -> None:
