@@ -126,13 +126,17 @@ def questions(args):
     print(json.dumps(result, ensure_ascii=False))
 
 
+def asked(row: dict) -> str:
+    """What a row's prompt says, or its last message."""
+    return row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+
+
 def prompts(args):
     rows, path = console.read_prompts(args.prompts), console.find_weight(args)
     answers = answer_all(args, open_chat(args, path), rows)
     lines = []
     for row, answer in zip(rows, answers, strict=True):
-        asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        print(f"> {asked}\n{answer.text}\n")
+        print(f"> {asked(row)}\n{answer.text}\n")
         lines.append(json.dumps({"prompt": row["prompt"], "generated": answer.text}, ensure_ascii=False) + "\n")
     kept = keep(args, path, args.prompts, lines)
     print(json.dumps({"n": len(rows), "weights": str(path), "answers_file": str(kept)}, ensure_ascii=False))
@@ -145,8 +149,7 @@ def compare(args):
         columns.append([answer.text for answer in answer_all(args, open_chat(args, path), rows)])
     print("| prompt | " + " | ".join(f"`{path}`" for path in args.compare) + " |")
     print("|---" * (len(columns) + 1) + "|")
-    asked = [row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"] for row in rows]
-    for texts in zip(asked, *columns, strict=True):
+    for texts in zip(map(asked, rows), *columns, strict=True):
         cells = (text.strip().replace("|", "\\|").replace("\n", "<br>") for text in texts)
         print("| " + " | ".join(cells) + " |")
     if teacher:

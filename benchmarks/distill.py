@@ -7,7 +7,7 @@ bits per byte of both.
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.stages import stage
+from benchmarks.stages import add_run_flags, stage
 
 STUDENT = ["--preset", "tiny", "--dim", 128, "--n_layers", 4, "--n_heads", 4, "--n_kv_heads", 2]
 TEACHER = ["--preset", "tiny", "--dim", 256, "--n_layers", 8, "--n_heads", 8, "--n_kv_heads", 2]
@@ -16,15 +16,9 @@ RECIPE = ["--optimizer", "muon", "--learning_rate", "4e-3", "--weight_decay", 0.
 
 
 def add_flags(parser) -> None:
-    parser.add_argument("--data_path", nargs="+", required=True, metavar="FILE", help="real text, {'text'} rows")
-    parser.add_argument("--out_dir", default="out/benchmark_distill", help="(%(default)s)")
+    add_run_flags(parser, "out/benchmark_distill", 500, "a student", "train_distill.py")
     parser.add_argument("--teacher", metavar="PATH", help="instead of training one")
     parser.add_argument("--teacher_steps", type=int, default=2000, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=500, help="of a student (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows a step (%(default)s)")
-    parser.add_argument("--seq_len", type=int, default=256, help="(%(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(1 2 3)")
-    parser.add_argument("flags", nargs="*", help="further flags of train_distill.py, after --")
 
 
 def run(args) -> dict:

@@ -1,7 +1,7 @@
 """A new name for the assistant by an adapter: does it take, does it stay where it belongs, what does it cost?
 
-The identity rows are few and say one thing, and a model trained on them alone forgets the rest; so they are given
-several times, mixed with ordinary conversations (a file named twice in --data_path is read twice).
+The identity rows say one thing, and a model trained on them alone forgets the rest; so they are mixed with ordinary
+conversations (--repeat: a file named twice in --data_path is read twice).
 
 Gates: at least 18 of the 20 held-out identity questions get the new name (or author, where that is asked), at most 2 of
 100 ordinary questions do, and the bits per byte on held-out conversations of the sample rise by less than 2%. Beside it
@@ -16,7 +16,7 @@ from processing.fill import fill
 
 RECIPE = ["--seq_len", 256, "--batch_size", 4, "--accumulation_steps", 1, "--log_interval", 20, "--eval_interval", 0]
 
-ADAPTER = ["--rank", 16, "--alpha", 32, "--learning_rate", "3e-3"]
+ADAPTER = ["--rank", 16, "--alpha", 32, "--learning_rate", "2e-3"]
 
 
 def add_flags(parser) -> None:
@@ -24,9 +24,9 @@ def add_flags(parser) -> None:
     parser.add_argument("--out_dir", default="out/benchmark_lora", help="(%(default)s)")
     parser.add_argument("--name", default="小石头", help="the new name (%(default)s)")
     parser.add_argument("--author", default="石匠", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="(%(default)s)")
-    parser.add_argument("--repeat", type=int, default=8, help="times the identity rows are read (%(default)s)")
-    parser.add_argument("--ordinary", type=int, default=2400, help="ordinary conversations mixed in (%(default)s)")
+    parser.add_argument("--steps", type=int, default=700, help="(%(default)s)")
+    parser.add_argument("--repeat", type=int, default=1, help="times the identity rows are read (%(default)s)")
+    parser.add_argument("--ordinary", type=int, default=9000, help="ordinary conversations mixed in (%(default)s)")
     parser.add_argument("flags", nargs="*", help="further flags of 4-lora_sft.py, after --")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import paired_ratios, spread
-from benchmarks.stages import stage
+from benchmarks.stages import add_run_flags, stage
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from trainer.optim import make_optimizers
@@ -21,19 +21,13 @@ RATES = {"adamw": (5e-4, 1e-3, 2e-3, 4e-3), "muon": (1e-3, 2e-3, 4e-3, 8e-3)}
 
 
 def add_flags(parser) -> None:
-    parser.add_argument("--data_path", nargs="+", required=True, metavar="FILE", help="real text, {'text'} rows")
-    parser.add_argument("--out_dir", default="out/benchmark_optimizers", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=250, help="of Muon (%(default)s)")
+    add_run_flags(parser, "out/benchmark_optimizers", 250, "Muon", "1-pretrain.py")
     parser.add_argument("--steps_ratio", type=float, default=0.0, help="AdamW's steps for one of Muon (measured)")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows a step (%(default)s)")
-    parser.add_argument("--seq_len", type=int, default=256, help="(%(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(1 2 3)")
-    parser.add_argument("flags", nargs="*", help="further flags of 1-pretrain.py, after --")
 
 
-def step_cost(tokens_a_step: int) -> float:
+def step_cost(rows: int, seq_len: int) -> float:
     """CPU seconds of a whole step with Muon over one with AdamW, the forward and backward pass among them."""
-    ids = torch.randint(3, 6400, (tokens_a_step // 256, 256))
+    ids = torch.randint(3, 6400, (rows, seq_len))
 
     def step(kind):
         model = MiniMindForCausalLM(LMConfig(**MODEL))
@@ -51,7 +45,7 @@ def step_cost(tokens_a_step: int) -> float:
 
 
 def run(args) -> dict:
-    ratio = args.steps_ratio or step_cost(args.batch_size * args.seq_len)
+    ratio = args.steps_ratio or step_cost(args.batch_size, args.seq_len)
     print(f"a step of Muon takes {ratio:.2f} of one of AdamW", flush=True)
     shape = [word for name, value in MODEL.items() for word in (f"--{name}", value)]
     common = ["--preset", "tiny", *shape, "--data_path", *args.data_path, "--seq_len", args.seq_len, "--batch_size",

@@ -35,6 +35,17 @@ def stage(script: str, *flags) -> dict:
     return json.loads(last)
 
 
+def add_run_flags(parser, out_dir: str, steps: int, of: str, script: str) -> None:
+    """Flags of a measurement that trains small models on real text, once a seed."""
+    parser.add_argument("--data_path", nargs="+", required=True, metavar="FILE", help="real text, {'text'} rows")
+    parser.add_argument("--out_dir", default=out_dir, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=steps, help=f"of {of} (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows a step (%(default)s)")
+    parser.add_argument("--seq_len", type=int, default=256, help="(%(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(1 2 3)")
+    parser.add_argument("flags", nargs="*", help=f"further flags of {script}, after --")
+
+
 def chat_weights(path: str | None) -> Path:
     """The path, or the newest full_sft_* in out/."""
     found = Path(path) if path else newest_weights(ROOT / "out", want="full_sft")

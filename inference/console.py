@@ -190,10 +190,15 @@ def typed(forget) -> Iterator[str]:
             return
 
 
+def thought_marks() -> tuple[str, str]:
+    """What is printed before and after thinking: dimmed on a terminal, between words elsewhere."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return (DIM, PLAIN) if colour else ("[thinks] ", " [/thinks]\n")
+
+
 def print_stream(pieces, thinking: bool = False) -> str:
     """Prints pieces as they come, thinking dimmed (between marks where the output is no terminal) -> the whole text."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    begin, end = (DIM, PLAIN) if colour else ("[thinks] ", " [/thinks]\n")
+    begin, end = thought_marks()
     stream, text, in_thought = ThinkingStream(thinking), "", False
     try:
         for piece in pieces:

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import os
 
 from inference import console
-from inference.console import DIM, PLAIN
 from trainer.cli import Parser, UserError, run_main
 
 
@@ -38,7 +37,7 @@ def answer(client, args, messages: list[dict]) -> str:
     """Prints the answer as it comes, thinking dimmed; what was said (without the thinking)."""
     wishes = {name: getattr(args, name) for name in ("max_tokens", "temperature") if getattr(args, name) is not None}
     said, dim = "", False
-    begin, end = (DIM, PLAIN) if sys.stdout.isatty() else ("[thinks] ", " [/thinks]\n")
+    begin, end = console.thought_marks()
     stream = client.chat.completions.create(model=args.model, messages=messages, stream=True, **wishes)
     try:
         for chunk in stream:
