@@ -17,7 +17,7 @@ from model.model import MiniMindForCausalLM
 from trainer.optim import make_optimizers
 
 MODEL = {"dim": 192, "n_layers": 6, "n_heads": 6, "n_kv_heads": 2}
-RATES = {"adamw": (5e-4, 1e-3, 2e-3, 4e-3), "muon": (1e-3, 2e-3, 4e-3, 8e-3)}
+RATES = {"muon": (1e-3, 2e-3, 4e-3, 8e-3), "adamw": (5e-4, 1e-3, 2e-3, 4e-3)}
 
 
 def add_flags(parser) -> None:

@@ -26,6 +26,7 @@ MEASUREMENTS = {
     "memory": "the memory estimate against the measured peak",
     "optimizers": "AdamW and Muon at four rates each, three seeds",
     "context": "bits per byte beyond the trained length",
+    "engine": "generating, beside transformers and llama.cpp",
     "cache": "tokenising a 2 GB file: memory, speed, a kill",
     "lora": "a new identity by an adapter",
     "dpo": "preferences on held-out pairs",

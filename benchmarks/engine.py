@@ -1,0 +1,160 @@
+"""Tokens per second of the engine on this machine's CPU, beside transformers' generate() and llama.cpp.
+
+One model (random weights of a preset, or --weight), greedy, every runner asked in turns in one process: transformers'
+Llama with the same weights, our engine, our engine with 8-bit weights, and, where requirements-export.txt is
+installed, llama.cpp on the exported GGUF file in f32 and q8_0. A single prompt, and for the engine 16 prompts side by
+side against transformers one after another. Times are wall seconds, since the runners use threads of their own. With
+--data_path, a file of {"text"} rows, the bits per byte of fp32 and 8-bit weights on its first documents.
+"""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import torch
+
+from benchmarks.report import spread
+from benchmarks.step import llama_like
+from export.gguf_file import write_gguf
+from inference.engine import Engine
+from inference.sampling import SamplingParams
+from model.LMConfig import LMConfig
+from model.model import MiniMindForCausalLM
+from model.tokenizer import encode_document, load_tokenizer
+from model.weights import load_model
+
+STREAMS = 16
+PROMPT_TOKENS = 16
+
+
+def add_flags(parser) -> None:
+    parser.add_argument("--preset", default="minimind2-small", help="shape of random weights (%(default)s)")
+    parser.add_argument("--weight", metavar="PATH", help="trained weights instead")
+    parser.add_argument("--threads", type=int, default=2, help="of every runner (%(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="rounds (%(default)s)")
+    parser.add_argument("--new_tokens", type=int, default=256, help="of each answer (%(default)s)")
+    parser.add_argument("--data_path", metavar="FILE", help="{'text'} rows for the bits per byte of 8-bit weights")
+
+
+class LlamaCpp:
+    """llama.cpp on one GGUF file, in a process of its own: its threads would take ours their time."""
+
+    def __init__(self, path, threads: int):
+        self.child = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(path), str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        self.address = self.child.stdout.readline().strip()
+
+    def __call__(self, prompt: list[int], new_tokens: int) -> None:
+        body = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        url, kind = f"{self.address}/completion", {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), kind)) as answer:
+            written = json.load(answer)["tokens_predicted"]
+        if written != new_tokens:
+            raise RuntimeError(f"llama.cpp wrote {written} tokens instead of {new_tokens}")
+
+    def close(self) -> None:
+        self.child.stdin.close()
+        self.child.wait()
+
+
+SERVE = """
+import sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel = sys.argv[1], 1024, 1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[2])
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+def llama_cpp(model, tokenizer, folder: str, threads: int) -> dict[str, LlamaCpp]:
+    """A server for each precision, none where xllamacpp is missing."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        print("llama.cpp is left out: requirements-export.txt is not installed", flush=True)
+        return {}
+    servers = {}
+    for dtype in ("float32", "q8_0"):
+        path = Path(folder) / f"{dtype}.gguf"
+        write_gguf(path, model, tokenizer, "benchmark", dtype)
+        servers[f"llama.cpp {dtype}"] = LlamaCpp(path, threads)
+    return servers
+
+
+def bits_per_byte(engine: Engine, texts: list[str]) -> float:
+    """Of whole documents, the end token counted, by the engine's own scoring."""
+    ids = [encode_document(engine.tokenizer, text)[: engine.context] for text in texts]
+    scores = engine.score([document[:1] for document in ids], [document[1:] for document in ids])
+    return -sum(s.total for s in scores) / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def seconds(run, prompts) -> float:
+    begin = time.perf_counter()
+    run(prompts)
+    return time.perf_counter() - begin
+
+
+def run(args) -> dict:
+    torch.set_num_threads(args.threads)
+    tokenizer = load_tokenizer()
+    if args.weight:
+        model, tokenizer, _ = load_model(args.weight)
+    else:
+        torch.manual_seed(0)
+        model = MiniMindForCausalLM(LMConfig.from_preset(args.preset)).eval()
+    reference = llama_like(model.config).eval()
+    reference.load_state_dict(model.state_dict())
+    n, params = args.new_tokens, SamplingParams(max_tokens=args.new_tokens, temperature=0, ignore_eos=True)
+    engine, small = Engine(model, tokenizer), Engine(model, tokenizer, quantize="int8")
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(20, model.config.vocab_size, (STREAMS, PROMPT_TOKENS), generator=generator).tolist()
+
+    def generate(prompts):
+        reference.generate(
+            torch.tensor(prompts[:1]), max_new_tokens=n, min_new_tokens=n, do_sample=False, use_cache=True
+        )
+
+    runners = {
+        "transformers": generate,
+        "engine": lambda prompts: engine.generate(prompts[:1], params),
+        "engine, 16 prompts": lambda prompts: engine.generate(prompts, params),
+        "engine int8": lambda prompts: small.generate(prompts[:1], params),
+        "engine int8, 16 prompts": lambda prompts: small.generate(prompts, params),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        servers = llama_cpp(model, tokenizer, folder, args.threads)
+        runners |= {name: (lambda prompts, ask=server: ask(prompts[0], n)) for name, server in servers.items()}
+        rates = {name: [] for name in runners}
+        for i in range(args.runs + 1):
+            for name, runner in runners.items():
+                took, streams = seconds(runner, prompts), STREAMS if "16" in name else 1
+                if i:  # the first round warms up
+                    rates[name].append(streams * n / took)
+            if i:
+                print(f"round {i}: " + ", ".join(f"{name} {rate[-1]:.0f}" for name, rate in rates.items()), flush=True)
+        for server in servers.values():
+            server.close()
+
+    def ratio(a: str, b: str) -> dict:
+        return spread([x / y for x, y in zip(rates[a], rates[b], strict=True)])
+
+    pairs = [("engine", "transformers"), ("engine, 16 prompts", "transformers"), ("engine int8", "engine")]
+    pairs += [("engine", "llama.cpp float32"), ("engine int8", "llama.cpp q8_0")] if "llama.cpp q8_0" in rates else []
+    ratios = {f"{a} / {b}": ratio(a, b) for a, b in pairs}
+    for name, found in ratios.items():
+        print(f"{name:<38} {found['median']:.2f} ({found['min']:.2f}-{found['max']:.2f})")
+    result = {"threads": args.threads, "tokens_per_second": {k: spread(v) for k, v in rates.items()}, "ratios": ratios}
+    if args.data_path:
+        with open(args.data_path, encoding="utf-8") as lines:
+            texts = [json.loads(line)["text"] for line, _ in zip(lines, range(200))]
+        plain, eight = bits_per_byte(engine, texts), bits_per_byte(small, texts)
+        result |= {"bits_per_byte": plain, "bits_per_byte_int8": eight, "rise": eight / plain - 1}
+    return result
