@@ -10,18 +10,15 @@ by side, so chance of the order and of the start can be told from the effect.
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.nn.functional import cross_entropy
 
 from benchmarks.report import spread
-from model.tokenizer import encode_document
+from inference.engine import Engine
 from model.weights import load_model
 from processing.clean import Settings, clean, row_text
 from processing.dedup import Fingerprints, exact_key, find_copies, signature
@@ -86,19 +83,9 @@ def trained(data: Path, seed: int, args, out_dir: Path) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@torch.inference_mode()
 def bits_per_byte(weights: Path, heldout: list[dict], seq_len: int) -> float:
-    """Sum of nats over all targets of the documents, end tokens included / (ln 2 x UTF-8 bytes of their text)."""
     model, tokenizer, _ = load_model(weights)
-    model.eval()
-    nats = 0.0
-    for row in heldout:
-        ids = encode_document(tokenizer, row["text"])
-        for start in range(0, len(ids) - 1, seq_len):  # a piece begins with the last token of the one before
-            piece = torch.tensor([ids[start : start + seq_len + 1]])
-            logits = model(piece[:, :-1]).logits
-            nats += cross_entropy(logits[0].float(), piece[0, 1:], reduction="sum").item()
-    return nats / math.log(2) / sum(len(row["text"].encode()) for row in heldout)
+    return Engine(model, tokenizer).bits_per_byte([row["text"] for row in heldout], seq_len)[0]
 
 
 def run(args) -> dict:

@@ -9,12 +9,12 @@ side against transformers one after another. Times are wall seconds, since the r
 
 import importlib.util
 import json
-import math
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,8 +26,9 @@ from inference.engine import Engine
 from inference.sampling import SamplingParams
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.tokenizer import encode_document, load_tokenizer
+from model.tokenizer import load_tokenizer
 from model.weights import load_model
+from trainer.read import iter_rows
 
 STREAMS = 16
 PROMPT_TOKENS = 16
@@ -89,13 +90,6 @@ def llama_cpp(model, tokenizer, folder: str, threads: int) -> dict[str, LlamaCpp
     return servers
 
 
-def bits_per_byte(engine: Engine, texts: list[str]) -> float:
-    """Of whole documents, the end token counted, by the engine's own scoring."""
-    ids = [encode_document(engine.tokenizer, text)[: engine.context] for text in texts]
-    scores = engine.score([document[:1] for document in ids], [document[1:] for document in ids])
-    return -sum(s.total for s in scores) / math.log(2) / sum(len(text.encode()) for text in texts)
-
-
 def seconds(run, prompts) -> float:
     begin = time.perf_counter()
     run(prompts)
@@ -153,8 +147,6 @@ def run(args) -> dict:
         print(f"{name:<38} {found['median']:.2f} ({found['min']:.2f}-{found['max']:.2f})")
     result = {"threads": args.threads, "tokens_per_second": {k: spread(v) for k, v in rates.items()}, "ratios": ratios}
     if args.data_path:
-        with open(args.data_path, encoding="utf-8") as lines:
-            texts = [json.loads(line)["text"] for line, _ in zip(lines, range(200))]
-        plain, eight = bits_per_byte(engine, texts), bits_per_byte(small, texts)
+        plain, eight = (e.bits_per_byte(islice(iter_rows([args.data_path], "text"), 200))[0] for e in (engine, small))
         result |= {"bits_per_byte": plain, "bits_per_byte_int8": eight, "rise": eight / plain - 1}
     return result

@@ -4,8 +4,9 @@ The identity rows say one thing, and a model trained on them alone forgets the r
 conversations (--repeat: a file named twice in --data_path is read twice).
 
 Gates: at least 18 of the 20 held-out identity questions get the new name (or author, where that is asked), at most 2 of
-100 ordinary questions do, and the bits per byte on held-out conversations of the sample rise by less than 2%. Beside it
-the same rows and steps with all weights trained: time and memory.
+100 ordinary questions do (evenly drawn, and in the same share of all of the sample's), and the bits per byte on the 5%
+of the sample's conversations that are held out rise by less than 2%. Beside it the same rows and steps with all weights
+trained: time and memory.
 """
 
 from pathlib import Path
@@ -16,6 +17,7 @@ from processing.fill import fill
 
 RECIPE = ["--seq_len", 256, "--batch_size", 4, "--accumulation_steps", 1, "--log_interval", 20, "--eval_interval", 0]
 
+HELD_OUT = 0.05  # share of the conversations; of 1%, 16 rows, the figure moves by 4% from run to run
 ADAPTER = ["--rank", 16, "--alpha", 32, "--learning_rate", "2e-3"]
 
 
@@ -39,7 +41,7 @@ def run(args) -> dict:
     mixed_in.write_text("".join(lines[:: max(1, len(lines) // args.ordinary)][: args.ordinary]), encoding="utf-8")
     # --val_split leaves out the very conversations that `held_out` asks for: a hash decides
     common = ["--data_path", *[data] * args.repeat, mixed_in, "--from_weight", weights, "--out_dir", out,
-              "--max_steps", args.steps, "--val_split", 0.01, "--overwrite", *RECIPE]  # fmt: skip
+              "--max_steps", args.steps, "--val_split", HELD_OUT, "--overwrite", *RECIPE]  # fmt: skip
     adapter = stage("4-lora_sft.py", *common, "--save_weight", "identity", *ADAPTER, *args.flags)
     everything = stage("3-full_sft.py", *common, "--save_weight", "identity_full", "--learning_rate", "2e-4")
 
@@ -47,19 +49,26 @@ def run(args) -> dict:
     identity = read_lines(text.replace("{{name}}", args.name).replace("{{author}}", args.author))
     ordinary = read_lines((SAMPLE / "heldout.jsonl").read_text(encoding="utf-8"))
     ordinary = [row for row in ordinary if not row["relation"].startswith("self_")]  # those ask who the assistant is
-    ordinary = ordinary[:: len(ordinary) // 100][:100]
+    hundred = ordinary[:: len(ordinary) // 100][:100]
+    ordinary = hundred + [row for row in ordinary if row not in hundred]
     answers = [answer.text for answer in ask(adapter["weights"], [row["question"] for row in identity + ordinary])]
     right = [is_right(answer, row["answer"], row["rivals"]) for answer, row in zip(answers, identity)]
-    leaks = sum(args.name in answer for answer in answers[len(identity) :])
-    before, after = (held_out(w, SAMPLE / "sft.jsonl", out)["bits_per_byte"] for w in (weights, adapter["weights"]))
+    leaks = [args.name in answer for answer in answers[len(identity) :]]
+    before, after = (
+        held_out(w, SAMPLE / "sft.jsonl", out, share=HELD_OUT)["bits_per_byte"] for w in (weights, adapter["weights"])
+    )
     for row, answer, ok in zip(identity, answers, right):
         print(f"  {'right' if ok else 'WRONG'}  {row['question']}  ->  {answer}")
+    for row, answer, leaked in zip(ordinary, answers[len(identity) :], leaks):
+        if leaked:
+            print(f"  ordinary  {row['question']}  ->  {answer}")
     result = {
         "steps": args.steps, "identity_right": sum(right), "of_identity": len(identity),
-        "new_name_in_ordinary_questions": leaks, "of_ordinary": len(ordinary),
+        "new_name_in_100_ordinary": sum(leaks[:100]), "new_name_in_all_ordinary": sum(leaks), "of_all": len(leaks),
         "bits_per_byte_before": before, "bits_per_byte_after": after, "rise": after / before - 1,
         "adapter_bytes": Path(adapter["weights"]).stat().st_size, "weights_bytes": weights.stat().st_size,
     }  # fmt: skip
     for key in ("seconds", "tokens_per_second", "peak_memory_bytes"):
         result |= {f"lora_{key}": adapter[key], f"full_{key}": everything[key]}
-    return result | {"passed": sum(right) >= 18 and leaks <= 2 and after / before < 1.02}
+    stays = sum(leaks[:100]) <= 2 and sum(leaks) <= 0.02 * len(leaks)
+    return result | {"passed": sum(right) >= 18 and stays and after / before < 1.02}

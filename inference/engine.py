@@ -9,9 +9,11 @@ A prompt is a string (text to continue, as a pretraining document begins), a lis
 the template), or a list of token ids (taken as they are).
 """
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
@@ -21,6 +23,8 @@ from inference.sampling import Sampler, SamplingParams
 from inference.score import Score, score_sequences
 from inference.text import TextStream
 from model.tokenizer import encode_document, encode_text, render
+
+SCORED_TOGETHER = 64  # documents; their logits are not kept, their tokens are
 
 
 @dataclass
@@ -160,6 +164,29 @@ class Engine:
                 raise ValueError(f"{len(p)} + {len(c)} tokens to score, but the context holds {self.context}")
             pairs.append((self._checked(p), self._checked(c)))
         return score_sequences(self.model, pairs, max_batch=self.max_batch)
+
+    def bits_per_byte(self, texts: Iterable[str], length: int = 512) -> tuple[float, int]:
+        """Of whole documents, end tokens counted, / UTF-8 bytes of their text -> (bits per byte, bytes).
+
+        Documents longer than `length` tokens are read in pieces, each of which begins with the last token of the one
+        before and sees nothing earlier: what a model trained on rows of that length can do. ValueError without a text.
+        """
+        if length < 1:
+            raise ValueError(f"texts are read in pieces of at least 1 token, not {length}")
+        length = min(length, self.context)
+        nats, n_bytes = 0.0, 0
+        texts = iter(texts)
+        while block := list(islice(texts, SCORED_TOGETHER)):
+            pieces = []
+            for text in block:
+                ids = encode_document(self.tokenizer, text)
+                pieces += [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
+                n_bytes += len(text.encode())
+            pairs = [(piece[:1], piece[1:]) for piece in pieces]
+            nats -= sum(score.total for score in score_sequences(self.model, pairs, self.max_batch))
+        if not n_bytes:
+            raise ValueError("there is no text to measure")
+        return nats / math.log(2) / n_bytes, n_bytes
 
     # ---------------------------------------------------------------------------------------------------- prompts
     def encode(self, prompt) -> list[int]:

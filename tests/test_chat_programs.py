@@ -115,6 +115,15 @@ def test_base_model_continues_texts(capsys):
     assert capsys.readouterr().out.startswith(captured.out)
 
 
+def test_bits_per_byte_of_files(capsys):
+    names = [write(f"{i}.jsonl", json.dumps({"text": text})) for i, text in enumerate(("你好，世界。", "hello"))]
+    continue_texts.main(["--score", *names])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result) == names and all(bits > 0 for bits in result.values())
+    with pytest.raises(UserError, match="nowhere.jsonl"):
+        continue_texts.main(["--score", "nowhere.jsonl"])
+
+
 # --------------------------------------------------------------------------------------------------------- thinking
 @pytest.mark.parametrize(
     ("text", "opened", "thought", "said"),

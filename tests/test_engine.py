@@ -1,5 +1,7 @@
 """The engine against the plain model: cached equals uncached, a batch equals each alone, a stream equals the whole."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from inference.prepare import MIN_ROWS, Int8Product, has_int8, has_packed, prepa
 from inference.text import TextStream
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.tokenizer import load_tokenizer
+from model.tokenizer import encode_document, load_tokenizer
 
 SHAPES = {
     "dense": {},
@@ -262,6 +264,25 @@ def test_scores_equal_a_plain_forward_pass(shape, tokenizer):
     assert engine.score([common], [greedy])[0].is_greedy
     with pytest.raises(ValueError, match="250 \\+ 7 tokens"):
         engine.score(random_prompts(250), random_prompts(7))
+
+
+def test_bits_per_byte_of_documents(engine, tokenizer):
+    """By hand: the loss of each piece of a document, the end token among its targets, over the bytes of the text."""
+    texts = ["很久以前，山里住着一只小狐狸。" * 3, "short", "水"]
+    nats = 0.0
+    for text in texts:
+        ids = encode_document(tokenizer, text)
+        for start in range(0, len(ids) - 1, 10):
+            piece = torch.tensor([ids[start : start + 11]])
+            with torch.no_grad():
+                logits = engine.source(piece[:, :-1], use_cache=False).logits[0]
+            nats += torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="sum").item()
+    n_bytes = sum(len(text.encode()) for text in texts)
+    assert engine.bits_per_byte(iter(texts), 10) == (pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5), n_bytes)
+    with pytest.raises(ValueError, match="no text"):
+        engine.bits_per_byte([])
+    with pytest.raises(ValueError, match="at least 1 token"):
+        engine.bits_per_byte(texts, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ text
