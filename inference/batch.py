@@ -82,13 +82,18 @@ class Sequence:
 
 
 class Batch:
-    """Up to `slots` sequences over one cache. Not for use by two threads at once."""
+    """Up to `slots` sequences over one cache. Not for use by two threads at once.
 
-    def __init__(self, model, slots: int, capacity: int = 256):
+    compiled: options of torch.compile, for a batch that lives long: decode steps then always have the same shapes
+    (every slot, the cache's whole capacity) and run as one compiled graph, see CompiledStep.
+    """
+
+    def __init__(self, model, slots: int, capacity: int = 256, compiled: dict | None = None):
         self.model, self.slots = model, slots
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
-        self.cache = StaticCache(slots, capacity)
+        self.cache = StaticCache(slots + (compiled is not None), capacity)
+        self.compiled = None if compiled is None else CompiledStep(model, self.cache, compiled)
         self.decoding: list[Sequence] = []  # the place in this list is the row in the cache
         self.joining: list[list[Sequence]] = []  # samples of one prompt together, first come first served
         self.read = 0  # tokens of the first long prompt that are in the cache's last row already
@@ -146,8 +151,13 @@ class Batch:
 
     def _decode(self) -> list[tuple[Sequence, Piece]]:
         lengths = [s.length for s in self.decoding]
-        tokens = self._tensor([[s.token_ids[-1]] for s in self.decoding])
-        positions = self._tensor([[length] for length in lengths])
+        newest = [[s.token_ids[-1]] for s in self.decoding]
+        if self.compiled:
+            unused = self.slots - len(lengths)
+            tokens, positions = newest + [[0]] * unused, [[n] for n in lengths] + [[-1]] * unused
+            logits = self.compiled(self._tensor(tokens), self._tensor(positions), max(lengths) + 1)
+            return self._continue(self.decoding, logits[: len(lengths)])
+        tokens, positions = self._tensor(newest), self._tensor([[length] for length in lengths])
         logits = self._forward(slice(0, len(lengths)), tokens, positions, max(lengths) + 1)
         return self._continue(self.decoding, logits)
 
@@ -220,6 +230,37 @@ class Batch:
         tokens = choose(logits, [s.sampler for s in sequences])
         logprobs = token_logprobs(logits, tokens, [s.params.logprobs for s in sequences])
         return [(s, s.accept(token, lp)) for s, token, lp in zip(list(sequences), tokens, logprobs, strict=True)]
+
+
+class CompiledStep:
+    """A decode step as one graph. On CUDA a small model's step is hundreds of kernels of a few microseconds, and
+    starting them takes longer than they do; torch.compile records them once (mode "reduce-overhead": CUDA graphs) and
+    replays them. A graph is made for one shape and fixed memory, hence the fixed shapes; the cache's growth to twice
+    its capacity makes a new one, half a minute each.
+    """
+
+    def __init__(self, model, cache: StaticCache, options: dict):
+        self.model, self.cache = model, cache
+        self.step = torch.compile(self._logits, dynamic=False, **options)
+        self._capacity = 0
+
+    def _logits(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        return output.logits[:, -1].float()
+
+    def __call__(self, tokens: Tensor, positions: Tensor, span: int) -> Tensor:
+        """tokens, positions (slots, 1), -1 where a slot is unused -> fp32 logits (slots, V)."""
+        self.cache.reserve(span)
+        mask = self.cache.look_at_all(positions, self.cache.keys[0].dtype)
+        if self._capacity != self.cache.capacity:
+            self._capacity = self.cache.capacity
+            for store in (*self.cache.keys, *self.cache.values):
+                torch._dynamo.mark_static_address(store)  # written in place: without this CUDA graphs are not used
+        torch.compiler.cudagraph_mark_step_begin()  # the last step's logits may be overwritten
+        return self.step(tokens, positions.clamp(min=0), mask)
 
 
 def is_long(samples: list[Sequence]) -> bool:

@@ -54,7 +54,21 @@ class StaticCache:
         real = positions.flatten() >= 0
         self._real = None if bool(real.all()) else real
         self._write = place if self._real is None else place[real]
-        hidden = torch.arange(span, device=positions.device) > positions.clamp(min=0).unsqueeze(-1)  # (B, T, S)
+        return self._mask(positions, dtype)
+
+    def look_at_all(self, positions: Tensor, dtype=torch.float32) -> Tensor:
+        """`look` for one token (positions (R - 1, 1)) in every row but the last, which shapes never depend on.
+
+        A row at -1 has no token; what its pass leaves goes to the last row, which nobody may use. The mask is (R - 1,
+        1, 1, C): all of the capacity is looked at, most of it hidden.
+        """
+        spare, row = self.rows - 1, torch.arange(self.rows - 1, device=positions.device)
+        place = torch.where(positions.flatten() < 0, spare * self.capacity, row * self.capacity + positions.flatten())
+        self._rows, self._span, self._write, self._real = slice(0, spare), self.capacity, place, None
+        return self._mask(positions, dtype)
+
+    def _mask(self, positions: Tensor, dtype) -> Tensor:
+        hidden = torch.arange(self._span, device=positions.device) > positions.clamp(min=0).unsqueeze(-1)  # (B, T, S)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
         return mask.masked_fill_(hidden, float("-inf")).unsqueeze(1)
 

@@ -24,6 +24,7 @@ from inference.score import Score, score_sequences
 from inference.text import TextStream
 from model.tokenizer import encode_document, encode_text, render
 
+COMPILED = {"capacity": 1024, "compiled": {"mode": "reduce-overhead"}}  # few sizes of the cache: few graphs
 SCORED_TOGETHER = 64  # documents; their logits are not kept, their tokens are
 
 
@@ -128,8 +129,11 @@ class Engine:
                 self.speed.new_tokens += len(gained)
             yield from gained
 
-    def batch(self, slots: int) -> Batch:
-        return Batch(self.model, slots)
+    def batch(self, slots: int, compile: bool = False) -> Batch:
+        """compile: decode steps as CUDA graphs, which pays for a batch that lives as long as a server."""
+        if compile and next(self.model.parameters()).device.type != "cuda":
+            raise ValueError("compiled decode steps pay on CUDA only; leave --compile out")
+        return Batch(self.model, slots, **(COMPILED if compile else {}))
 
     def sequences(self, prompt: list[int], params: SamplingParams, request: object = None) -> list[Sequence]:
         """The params.n sequences of a prompt, ready to join a batch."""

@@ -64,13 +64,17 @@ class Handle:
 
 
 class Scheduler:
-    """One worker thread, `slots` rows (a request of n samples takes n), at most `queue` requests that wait."""
+    """One worker thread, `slots` rows (a request of n samples takes n), at most `queue` requests that wait.
 
-    def __init__(self, engine: Engine, slots: int = 8, queue: int = 64):
+    compile: decode steps as CUDA graphs, see Engine.batch.
+    """
+
+    def __init__(self, engine: Engine, slots: int = 8, queue: int = 64, compile: bool = False):
         if slots < 1 or queue < 0:
             raise ValueError(f"slots must be at least 1 and queue at least 0, not {slots} and {queue}")
         self.engine, self.slots, self.queue_limit = engine, slots, queue
-        self.batch = engine.batch(slots)
+        self.compile = compile
+        self.batch = engine.batch(slots, compile)
         self.waiting: deque[Handle] = deque()
         self.running: set[Handle] = set()
         self.leaving: list[Handle] = []  # cancelled ones whose rows the worker has yet to free
@@ -205,4 +209,4 @@ class Scheduler:
             for handle in list(self.running):
                 self._end(handle, "failed", error)
             self.leaving.clear()
-            self.batch = self.engine.batch(self.slots)
+            self.batch = self.engine.batch(self.slots, self.compile)

@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ rotary positions
-def inverse_frequencies(config: LMConfig) -> tuple[Tensor, float]:
+def inverse_frequencies(config: LMConfig, device=None) -> tuple[Tensor, float]:
     """Angle a position turns each pair of a head's numbers, in radians (h/2,), and a factor on cos and sin.
 
     RoFormer (Su et al. 2021, arXiv 2104.09864). For rows longer than those trained on: "linear" divides all angles
@@ -42,7 +42,7 @@ def inverse_frequencies(config: LMConfig) -> tuple[Tensor, float]:
     (Peng et al. 2023, arXiv 2309.00071).
     """
     rope, width = config.rope_parameters, config.head_dim
-    frequency = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+    frequency = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
     if rope["rope_type"] == "default":
         return frequency, 1.0
     factor = rope["factor"]
@@ -56,7 +56,7 @@ def inverse_frequencies(config: LMConfig) -> tuple[Tensor, float]:
 
     low = max(math.floor(dimension_of(rope.get("beta_fast") or 32)), 0)
     high = min(math.ceil(dimension_of(rope.get("beta_slow") or 1)), width - 1)
-    ramp = (torch.arange(width // 2, dtype=torch.float32) - low) / (max(high - low, 0) or 0.001)
+    ramp = (torch.arange(width // 2, dtype=torch.float32, device=device) - low) / (max(high - low, 0) or 0.001)
     ramp = ramp.clamp(0, 1)  # 0: many turns, left alone; 1: less than one turn, interpolated
     scale = rope.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
     return frequency * (1 - ramp) + frequency / factor * ramp, scale
@@ -72,8 +72,8 @@ class RotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """position_ids (B or 1, T) -> cos, sin (B or 1, 1, T, h/2)."""
-        frequency, scale = inverse_frequencies(self.config)
-        angle = position_ids[:, None, :, None].float() * frequency.to(position_ids.device)
+        frequency, scale = inverse_frequencies(self.config, position_ids.device)
+        angle = position_ids[:, None, :, None].float() * frequency
         return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
 
 

@@ -51,6 +51,7 @@ def parse(argv):
     parser.flag(parser, "thinking", None, "open a think block (--no-thinking: an empty one), where a request says "
                 "nothing; default: as the model likes")  # fmt: skip
     console.add_model_flags(parser)
+    parser.flag(parser, "compile", False, "CUDA: decode steps as graphs; faster, after a minute for the first ones")
     args = parser.parse_args(argv)
     faults = [
         f"--{name} must be at least {least}, not {getattr(args, name)}"
@@ -88,7 +89,8 @@ def main(argv=None):
     limits = Limits(
         int(args.max_body * MEGABYTE), messages=args.max_messages, max_tokens=args.max_tokens, timeout=args.timeout
     )
-    scheduler = Scheduler(engine, args.slots, args.queue)
+    with user_errors():
+        scheduler = Scheduler(engine, args.slots, args.queue, args.compile)
     app = create_app(scheduler, names, args.api_key, limits, {"temperature": args.temperature, "top_p": args.top_p})
     host, port = listener.getsockname()[:2]
     note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from inference.batch import Batch
 from inference.cache import StaticCache
 from inference.engine import Engine, SamplingParams
 from inference.prepare import MIN_ROWS, Int8Product, has_int8, has_packed, prepared
@@ -283,6 +284,28 @@ def test_bits_per_byte_of_documents(engine, tokenizer):
         engine.bits_per_byte([])
     with pytest.raises(ValueError, match="at least 1 token"):
         engine.bits_per_byte(texts, 0)
+
+
+@pytest.mark.parametrize("shape", ["dense", "qk_norm"])
+def test_steps_of_one_shape_give_the_same_tokens(shape, tokenizer, monkeypatch):
+    """What --compile does on CUDA, traced here without a compiler; requests join, leave and outgrow the capacity."""
+    traced = []
+    options = {"backend": lambda graph, inputs: traced.append(graph) or graph.forward, "fullgraph": True}
+    model = small_model(shape)
+    plain, static = Engine(model, tokenizer), Engine(model, tokenizer)
+    static.model = plain.model = model  # the packed copy's products are opaque to the tracer
+    monkeypatch.setattr(static, "batch", lambda slots: Batch(model, 3, capacity=32, compiled=options))
+    prompts = random_prompts(5, 20, 9, 40, 3, 12)
+    params = [SamplingParams(max_tokens=n, **GREEDY) for n in (4, 9, 30, 12, 2, 7)]
+    expected, got = plain.generate(prompts, params), static.generate(prompts, params)
+    for a, b, prompt in zip(expected, got, prompts, strict=True):
+        assert_same(b.token_ids, *plain_greedy(model, prompt, len(a.token_ids)))
+    assert len(traced) == 2  # capacities 32 and 64, however many sequences run
+
+
+def test_compiled_steps_are_for_cuda(engine):
+    with pytest.raises(ValueError, match="CUDA only"):
+        engine.batch(4, compile=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ text
