@@ -12,9 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import json
 import os
 
 from inference import console
+from serving.page import NOT_THE_API
 from trainer.cli import Parser, UserError, run_main
 
 
@@ -36,10 +38,11 @@ def parse(argv):
 def answer(client, args, messages: list[dict]) -> str:
     """Prints the answer as it comes, thinking dimmed; what was said (without the thinking)."""
     wishes = {name: getattr(args, name) for name in ("max_tokens", "temperature") if getattr(args, name) is not None}
-    said, dim = "", False
+    said, dim, chunk = "", False, None
     begin, end = console.thought_marks()
-    stream = client.chat.completions.create(model=args.model, messages=messages, stream=True, **wishes)
+    stream = None
     try:
+        stream = client.chat.completions.create(model=args.model, messages=messages, stream=True, **wishes)
         for chunk in stream:
             delta = chunk.choices[0].delta if chunk.choices else None
             thought, text = getattr(delta, "reasoning_content", None), getattr(delta, "content", None)
@@ -49,20 +52,31 @@ def answer(client, args, messages: list[dict]) -> str:
             print(thought or text or "", end="", flush=True)
             said += text or ""
     except KeyboardInterrupt:
-        stream.close()  # the server frees the slot
+        if stream is not None:
+            stream.close()  # the server frees the slot
         print(" ...", end="")
+    else:
+        if chunk is None:
+            raise UserError(NOT_THE_API.format(args.base_url))
     print(end if dim else "")
     return said
 
 
 def talk(client, args) -> None:
+    """A refused answer (the server is full, the chat too long) is told, and the chat goes on."""
+    import openai
+
     exchanges: list[tuple[str, str]] = []
     for question in console.typed(forget=exchanges.clear):
         messages = [{"role": "system", "content": args.system}] if args.system else []
         for asked, said in exchanges[max(len(exchanges) - args.history, 0) :]:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-        said = answer(client, args, [*messages, {"role": "user", "content": question}])
-        exchanges.append((question, said))
+        try:
+            said = answer(client, args, [*messages, {"role": "user", "content": question}])
+        except openai.APIStatusError as error:
+            console.note(f"{args.base_url} refuses: {error.message}")
+        else:
+            exchanges.append((question, said))
 
 
 def main(argv=None):
@@ -81,6 +95,8 @@ def main(argv=None):
         raise UserError(f"cannot reach {args.base_url}: {error.__cause__ or error}") from None
     except openai.APIError as error:
         raise UserError(f"{args.base_url} refuses: {error.message}") from None
+    except (AttributeError, json.JSONDecodeError):  # the client reads whatever comes as if it were the API's
+        raise UserError(NOT_THE_API.format(args.base_url)) from None
     except StopIteration:
         raise UserError(f"{args.base_url} lists no models; name one with --model") from None
 

@@ -202,7 +202,7 @@ def create_app(
     app.post("/v1/chat/completions", responses=REFUSALS)(service.chat)
     app.post("/v1/completions", responses=REFUSALS)(service.completions)
     app.get("/v1/models", responses=REFUSALS)(service.models)
-    app.get("/v1/models/{name}", responses=REFUSALS)(service.model)
+    app.get("/v1/models/{name:path}", responses=REFUSALS)(service.model)
     app.get("/health", responses=REFUSALS)(service.health)
     app.get("/metrics", responses=REFUSALS)(service.show_metrics)
     errors.add_handlers(app)

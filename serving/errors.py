@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+TYPES = {"str", "int", "float", "bool", "dict", "list"}
 LONGEST = 500  # characters of a message: it may quote what a request holds
 
 
@@ -63,8 +64,13 @@ async def _invalid(request, error: RequestValidationError) -> JSONResponse:
     if fault["loc"] == ("body",) and fault["type"] != "value_error":
         return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json").response()
     text = fault["msg"].removeprefix("Value error, ")
-    field = ".".join(str(part) for part in fault["loc"][1:] if part != "str" and "[" not in str(part))
+    field = ".".join(str(part) for part in fault["loc"][1:] if is_field(part))
     return ApiError(400, f"{field}: {text}" if field else text, "invalid_value", param=field or None).response()
+
+
+def is_field(part: str | int) -> bool:
+    """Whether a part of pydantic's path is a field or a place in a list, and not the name of a type it tried."""
+    return isinstance(part, int) or (part.replace("_", "").isalnum() and part.islower() and part not in TYPES)
 
 
 async def _http(request, error: HTTPException) -> JSONResponse:

@@ -14,6 +14,8 @@ from inference.sampling import SamplingParams
 from model.tokenizer import render
 from serving.tools import AnswerReader, ToolCall
 
+NOT_THE_API = "{} does not answer as OpenAI's API does; does it end in /v1?"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -109,6 +111,8 @@ class Remote:
             yield
         except self.failures as error:
             raise ValueError(f"{self.address}: {str(error).splitlines()[0]}") from None
+        except (AttributeError, json.JSONDecodeError):  # the client reads whatever comes as if it were the API's
+            raise ValueError(NOT_THE_API.format(self.address)) from None
 
     def models(self) -> list[str]:
         with self.asking():
@@ -117,8 +121,9 @@ class Remote:
     def stream(self, messages: list[dict], settings: Settings) -> Iterator[tuple[str, str | ToolCall]]:
         reader = AnswerReader(names=settings.tool_names)  # for servers that leave the tags in the text
         calls: dict[int, list[str]] = {}  # index -> name and arguments, which come in pieces
+        choice = None
         with self.asking(), self.client.chat.completions.create(**self.request(messages, settings)) as chunks:
-            for choice in (choice for chunk in chunks for choice in chunk.choices):
+            for choice in (each for chunk in chunks for each in chunk.choices):
                 thought = getattr(choice.delta, "reasoning_content", None)
                 if thought:
                     yield "reasoning", thought
@@ -127,6 +132,8 @@ class Remote:
                     call = calls.setdefault(part.index, ["", ""])
                     for i, text in enumerate((part.function.name, part.function.arguments)):
                         call[i] += text or ""
+        if choice is None:
+            raise ValueError(NOT_THE_API.format(self.address))
         yield from reader.feed("", final=True)
         yield from (("call", ToolCall(name, arguments)) for name, arguments in calls.values())
 

@@ -1,12 +1,13 @@
 """What a request may hold: honoured, refused in words, or passed over because it changes nothing of the answer.
 
 Names and bounds are those of OpenAI's API (platform.openai.com/docs/api-reference), with the additions that vLLM and
-MiniMind have: top_k, min_p, repetition_penalty, ignore_eos, chat_template_kwargs, open_thinking, reasoning_content.
+MiniMind have: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, chat_template_kwargs, open_thinking,
+reasoning_content.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from inference.sampling import SamplingParams
 
@@ -111,17 +112,22 @@ class Sampling(Loose):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
+    repetition_penalty: Annotated[
+        Annotated[Number, Field(ge=0.01, le=100)] | None,
+        Field(validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")),  # llama.cpp's and Open-WebUI's
+    ] = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[int, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Text | list[Text] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=100)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     max_tokens: Annotated[int, Field(ge=-1, description="-1 or absent: what fits into the context")] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
 
     @field_validator("max_tokens")
     @classmethod
@@ -139,7 +145,7 @@ class Sampling(Loose):
         limits = [n for n in (wanted_tokens if wanted_tokens != -1 else None, most_tokens) if n is not None]
         names = (
             "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-            "logit_bias", "seed", "n", "ignore_eos",
+            "logit_bias", "seed", "stop_token_ids", "n", "ignore_eos",
         )  # fmt: skip
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         chosen = defaults | given
@@ -151,13 +157,17 @@ class Sampling(Loose):
         return SamplingParams(max_tokens=min(limits, default=None), stop=stop, logprobs=logprobs, **chosen)
 
 
-REFUSED_IN_CHATS = {
-    "functions": "use tools", "function_call": "use tool_choice", "audio": "the model speaks text only",
-    "web_search_options": "there is no search here",
+GRAMMARS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "structured_outputs")
+REFUSED = dict.fromkeys(GRAMMARS, WITHOUT_GRAMMAR) | {
+    "min_tokens": "an answer may end where it likes; ignore_eos makes it go on to max_tokens",
 }  # fmt: skip
-REFUSED_IN_COMPLETIONS = {
+REFUSED_IN_CHATS = REFUSED | {
+    "functions": "use tools", "function_call": "use tool_choice", "audio": "the model speaks text only",
+    "web_search_options": "there is no search here", "prediction": "every token is generated",
+}  # fmt: skip
+REFUSED_IN_COMPLETIONS = REFUSED | {
     "suffix": "the model only continues text", "echo": "put the prompt before the answer yourself",
-    "response_format": WITHOUT_GRAMMAR,
+    "tools": "use /v1/chat/completions", "max_completion_tokens": "use max_tokens",
 }  # fmt: skip
 
 
@@ -175,7 +185,6 @@ class ChatRequest(Sampling):
     tools: Annotated[list[Tool], Field(fail_fast=True), Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     modalities: list[str] | None = None
     chat_template_kwargs: TemplateArguments | None = None
     open_thinking: bool | None = None

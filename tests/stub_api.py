@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class StubApi(ThreadingHTTPServer):
-    """reply(request) -> the text of the answer, or a message (an object), or an int, the HTTP status of a refusal.
+    """reply(request) -> the text of the answer, a message (an object), an int, the HTTP status of a refusal, or
+    bytes, a page that is no answer of an API.
 
     A request with "stream" gets the content in pieces of two characters, `pause` seconds apart. A message with
     "breaks" ends in the middle of the stream.
@@ -38,6 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(request)
         self.server.keys.append(self.headers.get("Authorization"))
         answer = self.server.reply(request)
+        if isinstance(answer, bytes):
+            return self.send(200, answer)
         if isinstance(answer, int):
             return self.send(answer, {"error": {"message": "the stub refuses", "type": "x", "code": None}})
         message = {"role": "assistant"} | ({"content": answer} if isinstance(answer, str) else answer)
@@ -78,9 +81,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def send(self, status, content):
-        body = json.dumps(content).encode()
+        page = isinstance(content, bytes)
+        body = content if page else json.dumps(content).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if page else "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         with contextlib.suppress(OSError):

@@ -143,6 +143,12 @@ def test_biases_and_penalties_reach_the_sampler(client, engine):
     params = SamplingParams(temperature=0, max_tokens=30, presence_penalty=2, frequency_penalty=2, ignore_eos=True)
     got = ask(client, presence_penalty=2, frequency_penalty=2, max_tokens=30, extra_body=LONG)
     assert got.choices[0].message.content == engine.generate([user("你好")], params)[0].text
+    params = SamplingParams(temperature=0, max_tokens=30, repetition_penalty=1.5, ignore_eos=True)
+    whole = engine.generate([user("你好")], params)[0]
+    for name in ("repetition_penalty", "repeat_penalty"):
+        assert ask(client, max_tokens=30, extra_body=LONG | {name: 1.5}).choices[0].message.content == whole.text
+    stopped = ask(client, extra_body={"stop_token_ids": [first]})
+    assert stopped.choices[0].finish_reason == "stop" and stopped.usage.completion_tokens == 1
 
 
 # ------------------------------------------------------------------------------------------------ tools and thinking
@@ -254,6 +260,11 @@ def test_each_class_of_error(client, live, engine):
         client.embeddings.create(model="tiny", input="x")
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
+    with pytest.raises(openai.NotFoundError, match="no model 'org/name' here"):
+        client.models.retrieve("org/name")
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, stop=[1])
+    assert caught.value.param == "stop.0"
     assert client.models.retrieve("tiny").model_extra["max_model_len"] == engine.context
     with pytest.raises(openai.BadRequestError, match="context of 1024") as caught:
         ask(client, "好" * 3000)
@@ -277,12 +288,20 @@ def test_each_class_of_error(client, live, engine):
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "no content"), ({"tool_choice": "required"}, "needs tools"),
         ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "not among"),
+        ({"extra_body": {"guided_json": {"type": "object"}}}, "does not constrain"),
+        ({"extra_body": {"min_tokens": 5}}, "min_tokens"), ({"extra_body": {"stop_token_ids": [-1]}}, "stop_token_ids"),
     ],
 )  # fmt: skip
 def test_what_is_not_honoured_is_refused_in_words(client, fields, words):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, **fields)
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize("fields", [{"tools": [ADD]}, {"max_completion_tokens": 5}, {"suffix": "x"}])
+def test_completions_refuse_what_belongs_to_chats(client, fields):
+    with pytest.raises(openai.BadRequestError, match="is not supported"):
+        client.completions.create(model="tiny", prompt="a", extra_body=fields)
 
 
 def test_a_key(engine):

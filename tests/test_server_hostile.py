@@ -1,5 +1,6 @@
 """Requests that nobody should send: none ends in a 5xx, none keeps a slot; and what the two programs say."""
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 import torch
 from serve import ADD, serve, user, wait_until
 from stage import ROOT, load
+from stub_api import StubApi
 
 from benchmarks import serving
 from inference.batch import TokenLogprob
@@ -217,6 +219,25 @@ def test_mistakes_in_the_flags_are_one_line():
     client = load("scripts/chat_openai_api.py")
     with pytest.raises(UserError, match="cannot reach http://127.0.0.1:9/v1"):
         client.main(["--base_url", "http://127.0.0.1:9/v1"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--model", "m"]])
+def test_a_web_page_is_not_taken_for_an_api(flags, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    with StubApi(lambda request: b"<html>hello</html>") as stub:
+        stub.models = b"<html>hello</html>"
+        with pytest.raises(UserError, match="does not answer as OpenAI's API does"):
+            load("scripts/chat_openai_api.py").main(["--base_url", stub.address, *flags])
+
+
+def test_a_refused_answer_does_not_end_the_chat(monkeypatch, capsys):
+    replies = iter([429, "fine"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    with StubApi(lambda request: next(replies)) as stub:
+        load("scripts/chat_openai_api.py").main(["--base_url", stub.address])
+        assert [len(request["messages"]) for request in stub.requests] == [1, 1]  # what was refused is not history
+    said = capsys.readouterr()
+    assert "the stub refuses" in said.err and "fine" in said.out
 
 
 @pytest.mark.slow  # three programs start

@@ -180,6 +180,15 @@ def test_an_api_that_fails_says_so_in_one_line(reply, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_web_page_is_no_api():
+    with StubApi(lambda request: b"<html>hello</html>") as stub:
+        stub.models = b"<html>hello</html>"
+        source = page.Remote(stub.address, "", "stub")
+        for asked in (source.models, lambda: list(source.stream(ASK, page.Settings()))):
+            with pytest.raises(ValueError, match="does not answer as OpenAI's API does"):
+                asked()
+
+
 @pytest.mark.parametrize(
     "address", ["http://127.0.0.1:9/v1", "no address", "", "http://[", "http://127.0.0.1:99999/v1"]
 )
@@ -283,7 +292,7 @@ def test_both_languages_have_the_same_words_and_the_page_stays_on_this_machine()
     chinese, english = stage.load("scripts/web_demo.py").WORDS.values()
     code = PAGE.read_text(encoding="utf-8").partition("def main")[2]
     assert chinese.keys() == english.keys() and all(f'"{key}"' in code for key in chinese)
-    config = (ROOT / ".streamlit" / "config.toml").read_text()
+    config = (ROOT / "scripts" / ".streamlit" / "config.toml").read_text()
     assert 'address = "127.0.0.1"' in config and "gatherUsageStats = false" in config
 
 
@@ -305,7 +314,6 @@ def browser():
 def served(here):
     """The page as a user starts it, beside an out/ of its own -> its address."""
     stage.chat_weights(here / "out", seed=1)
-    (here / ".streamlit").symlink_to(ROOT / ".streamlit")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
