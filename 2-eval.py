@@ -52,7 +52,7 @@ def parse(argv):
 
 
 def open_chat(args, path):
-    engine, record = console.open_engine(args, path, enable_thinking=args.thinking)
+    engine, record = console.open_engine(args, path, foreign=True, enable_thinking=args.thinking)
     note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")
     return engine
 

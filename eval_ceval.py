@@ -29,7 +29,8 @@ SAMPLE = Path("dataset/sample/exam")
 def parse(argv):
     parser = Parser(description=__doc__)
     parser.add_argument("--benchmark", choices=list(exam.BENCHMARKS), default="ceval", help="(ceval)")
-    parser.add_argument("--data_dir", metavar="FOLDER", help="(ceval/ceval-exam, dataset/<benchmark>, the sample exam)")
+    parser.add_argument("--data_dir", metavar="FOLDER", help="(ceval/ceval-exam, dataset/<benchmark>, "
+                        "dataset/exams/<benchmark>, the sample exam)")  # fmt: skip
     parser.add_argument("--split", help="folder of the questions: val, test, dev (the benchmark's own: val or test)")
     parser.add_argument("--format", choices=("chat", "completion", "text"), default=None,
                         help="a chat turn, text to complete, or the options' own words as the reply (chat; with "
@@ -98,10 +99,10 @@ def run(args):
         overlap = search(args.contamination, subjects, out_dir / "contamination.csv")
         note(f"{overlap['rows_overlapping']} of {overlap['rows']} training rows hold "
              f"{overlap['questions_overlapping']} of the questions; see {out_dir / 'contamination.csv'}")  # fmt: skip
-    engine, record = console.open_engine(args, path, max_batch=args.max_batch)
+    engine, record = console.open_engine(args, path, foreign=True, max_batch=args.max_batch)
     note(f"{path}: {sum(len(s.questions) for s in subjects)} questions of {len(subjects)} subjects in {folder}/{split}")
     if args.lm_eval:
-        graded = ask_harness(args, engine, record, subjects)
+        graded = ask_harness(args, path, engine, record, subjects)
     else:
         graded = exam.take_exam(engine, subjects, asker(engine, args))
 
@@ -132,10 +133,13 @@ def asker(engine, args):
     return exam.AskByChat(engine, exam.V1_SYSTEM if args.system is None else args.system)
 
 
-def ask_harness(args, engine, record: dict, subjects) -> exam.Graded:
-    """The exam through transformers and lm-evaluation-harness, on the model exported to a temporary folder."""
+def ask_harness(args, path, engine, record: dict, subjects) -> exam.Graded:
+    """The exam through transformers and lm-evaluation-harness, on our model exported to a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        write_transformers_folder(folder, engine.source.float(), engine.tokenizer, record, "exam")
+        if engine.own_template:
+            folder = path
+        else:
+            write_transformers_folder(folder, engine.source.float(), engine.tokenizer, record, "exam")
         given = harness.log_probabilities(
             folder, subjects, args.benchmark, args.shots, str(engine.source.device), args.max_batch
         )

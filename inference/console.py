@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from inference.engine import Engine
 from inference.sampling import SamplingParams
 from inference.text import ThinkingStream
+from model.convert import NoCounterpart
 from model.LMConfig import PRESETS
 from model.tokenizer import load_tokenizer
 from model.weights import load_model, newest_weights
@@ -83,9 +85,18 @@ def find_weight(args, base: bool = False) -> Path:
     return found
 
 
-def open_engine(args, path: Path, **options) -> tuple[Engine, dict]:
-    """-> the engine for the weights at `path`, and their training record."""
-    model, tokenizer, record = load_model(path, args.preset)
+def open_engine(args, path: Path, foreign: bool = False, **options) -> tuple[Engine, dict]:
+    """-> the engine for the weights at `path`, and their training record.
+
+    foreign: a transformers folder of a kind that has no counterpart here is run by transformers' own class.
+    """
+    try:
+        model, tokenizer, record = load_model(path, args.preset)
+    except NoCounterpart as error:
+        if not foreign or args.rope_scaling:
+            raise
+        model, tokenizer, record = *load_foreign(path, error), {}
+        options["own_template"] = True
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
     if tokenizer is None:
@@ -99,6 +110,18 @@ def open_engine(args, path: Path, **options) -> tuple[Engine, dict]:
     device = pick_device(args.device)
     model = model.to(device, pick_dtype(args.dtype, device))
     return Engine(model, tokenizer, quantize=None if args.quantize == "none" else args.quantize, **options), record
+
+
+def load_foreign(path: Path, fault: ValueError) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Any model that transformers has a class for, from a folder and without the folder's code; else raises `fault`."""
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{fault}; and transformers cannot run it: {str(error).splitlines()[0]}") from None
+    if found["missing_keys"]:
+        raise ValueError(f"{path} lacks weights: {', '.join(sorted(found['missing_keys'])[:3])}")
+    return model.eval(), tokenizer
 
 
 def stretch(config, kind: str, factor: float, trained: int | None) -> None:

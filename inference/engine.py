@@ -69,6 +69,7 @@ class Engine:
     max_batch   sequences generated side by side; more prompts take turns
     enable_thinking   for chats, see model.tokenizer.render: None leaves it to the model
     quantize    None, or "int8": 8-bit weights on a CPU, see inference.prepare
+    own_template   chats are written as the tokenizer's template says: for models of other projects
     """
 
     model: object
@@ -76,6 +77,7 @@ class Engine:
     max_batch: int = 32
     enable_thinking: bool | None = None
     quantize: str | None = None
+    own_template: bool = False
     speed: Speed = field(default_factory=Speed)
 
     def __post_init__(self):
@@ -200,8 +202,15 @@ class Engine:
         if isinstance(prompt, torch.Tensor):
             prompt = prompt.tolist()
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
+            if self.own_template:
+                return self._by_template(prompt)
             return render(self.tokenizer, prompt, add_generation_prompt=True, enable_thinking=self.enable_thinking)[0]
         return self._checked(prompt)
+
+    def _by_template(self, messages: list[dict]) -> list[int]:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError("this model's tokenizer has no chat template: it continues text and was taught no chats")
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def _checked(self, ids) -> list[int]:
         if not isinstance(ids, list | tuple) or not ids:

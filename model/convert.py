@@ -78,17 +78,21 @@ def _config_of(shape: dict, kv_width: int, preset: str | None) -> LMConfig:
     raise ValueError(f"no preset has the shape {shape}; name one with the same number of heads by --preset")
 
 
+class NoCounterpart(ValueError):
+    """A transformers model that computes something else than ours."""
+
+
 def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, dict[str, Tensor]]:
     """config.json and state dict of a transformers folder -> (config, our state dict).
 
-    Llama, Qwen3, Qwen3Moe, GraniteMoeShared and MiniMind's own class are known; ValueError names any other.
+    Llama, Qwen3, Qwen3Moe, GraniteMoeShared and MiniMind's own class are known; NoCounterpart names any other.
     """
     kind = raw.get("model_type")
     if kind not in ("minimind", "llama", "qwen3", "qwen3_moe", "granitemoeshared"):
-        raise ValueError(f"a transformers model of type {kind!r} has no counterpart here")
+        raise NoCounterpart(f"a transformers model of type {kind!r} has no counterpart here")
     for key, value in _ONLY.items():
         if raw.get(key) is not None and raw[key] != value:
-            raise ValueError(f"a model with {key} {raw[key]!r} has no counterpart here, only with {value!r}")
+            raise NoCounterpart(f"a model with {key} {raw[key]!r} has no counterpart here, only with {value!r}")
     fields = {key: value for key, value in raw.items() if value is not None}
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     if rope:

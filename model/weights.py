@@ -166,6 +166,8 @@ def _told_of(path):
     """Puts the path before what is wrong with its content."""
     try:
         yield
+    except convert.NoCounterpart as error:
+        raise convert.NoCounterpart(f"{path}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from export.transformers_folder import write_transformers_folder
-from inference import exam, exam_report, harness
+from inference import console, exam, exam_report, harness
 from inference.engine import Engine
 from inference.exam import LETTERS, Question
 from model.LMConfig import LMConfig
@@ -414,6 +415,54 @@ def test_program_names_planted_rows_and_clears_a_clean_file(weights, little_exam
         with open(tmp_path / "out" / "contamination.csv", encoding="utf-8-sig", newline="") as file:
             named = [(row["file"], row["line"], row["subject"], row["number"]) for row in csv.DictReader(file)]
         assert named == [(str(planted), "2", "astronomy", "0")] * expected[2]
+
+
+@pytest.fixture
+def foreign(tmp_path, tokenizer):
+    """A transformers folder of a kind that has no counterpart here."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=2, bos_token_id=1,
+                        eos_token_id=2)  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def test_any_transformers_model_can_be_examined(foreign, little_exam, tmp_path, capsys):
+    flags = ["--weight", str(foreign), "--data_dir", str(little_exam), "--out_dir", str(tmp_path / "out")]
+    eval_ceval.main([*flags, "--format", "completion", "--shots", "2"])
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["n"] == 20
+    engine, record = console.open_engine(eval_ceval.parse(flags), foreign, foreign=True)
+    model, tokenizer = GPT2LMHeadModel.from_pretrained(foreign).eval(), AutoTokenizer.from_pretrained(foreign)
+    prompt, choices, _ = exam.AskByCompletion(engine, "ceval", 1)(*first_question(little_exam))
+    for choice, score in zip(choices, engine.score([prompt] * 4, choices), strict=True):
+        with torch.no_grad():
+            log_p = model(torch.tensor([prompt + choice])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert score.total == pytest.approx(sum(log_p[i, t].item() for i, t in enumerate(choice)), abs=1e-4)
+    messages = [{"role": "user", "content": "1+1=?"}]
+    assert engine.encode(messages) == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    engine.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        engine.encode(messages)
+    (foreign / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        eval_ceval.main(flags)
+
+
+def first_question(little_exam):
+    subject = exam.read_exam(little_exam, "ceval")[0]
+    return subject, subject.questions[0]
+
+
+@pytest.mark.slow
+def test_the_harness_asks_a_foreign_model_too(foreign, little_exam, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-eval.txt)")
+    flags = ["--weight", str(foreign), "--data_dir", str(little_exam), "--shots", "1", "--out_dir", str(tmp_path / "o")]
+    accuracy = []
+    for way in ("--lm_eval",), ("--format", "completion"):
+        eval_ceval.main([*flags, *way])
+        accuracy.append(json.loads(capsys.readouterr().out.strip().splitlines()[-1])["accuracy_micro"])
+    assert accuracy[0] == accuracy[1]
 
 
 # ----------------------------------------------------------------------------------------- lm-evaluation-harness
