@@ -34,6 +34,7 @@ MEASUREMENTS = {
     "reason": "well-formed thinking and right answers",
     "grpo": "right answers before and after reinforcement",
     "cleaning": "bits per byte before and after cleaning the data",
+    "exam": "an exam as a whole against one question at a time",
     "serving": "many clients at the API server for minutes",
     "dedup": "near copies in a large collection",
 }

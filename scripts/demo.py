@@ -75,6 +75,11 @@ def run(command: str) -> dict:
     return json.loads(last)
 
 
+def inside_venv_only() -> bool:
+    """Whether this runs in an environment that the user's shell has not activated, as make does."""
+    return sys.prefix != sys.base_prefix and not os.environ.get("VIRTUAL_ENV")
+
+
 def main(argv=None) -> dict:
     parser = Parser(description=__doc__)
     parser.add_argument("--out_dir", default="out", help="where everything is written (out)")
@@ -92,7 +97,7 @@ def main(argv=None) -> dict:
     by_kind = results["questions"]["by_kind"]
     print(f"""
 Curves: {out}/pretrain_160.png, {out}/full_sft_160.png    all answers: {out}/answers.jsonl
-Next:
+Next{" (after `. .venv/bin/activate`)" if inside_venv_only() else ""}:
   python 2-eval.py                                            chat with it
   python 1-pretrain.py --data_path my_text.jsonl              pretrain on your own text ({{"text": ...}} a line)
   python 3-full_sft.py --data_path my_chats.jsonl             then on your own conversations

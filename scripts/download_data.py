@@ -3,6 +3,7 @@
     python scripts/download_data.py                                    what there is
     python scripts/download_data.py pretrain_hq sft_mini_512           into dataset/
     python scripts/download_data.py ceval --source huggingface         into dataset/exams/ceval
+    python scripts/download_data.py weights minimind2                  MiniMind's releases, into weights/MiniMind2
     HF_ENDPOINT=https://MIRROR python scripts/download_data.py ...     a mirror of Hugging Face
     MODELSCOPE_ENDPOINT=https://HOST python scripts/download_data.py --source modelscope ...
 
@@ -45,7 +46,7 @@ def _data(about: str, file: str) -> Item:
 
 
 def _weights(about: str, name: str, modelscope: str) -> Item:
-    files = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.pth", "*.txt", "*.py")
+    files = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.pth", "*.txt")  # no *.py: its code is not run
     return Item(about, f"jingyaogong/{name}", f"gongjy/{modelscope}", files, f"weights/{name}", "model")
 
 
@@ -262,6 +263,11 @@ def main(argv=None):
             print(f"{name:<20}{item.about:<48}{item.folder}")
         print(json.dumps({"stage": "download", "names": list(ITEMS)}))
         return
+    if args.names[0] == "weights":
+        releases = [name for name, item in ITEMS.items() if item.kind == "model"]
+        args.names = args.names[1:]
+        if not args.names or set(args.names) - set(releases):
+            raise UserError(f"weights of which release? There are {', '.join(releases)}")
     result = download(args.names, SOURCES[args.source](), args.out_dir, args.overwrite)
     print(json.dumps(result, ensure_ascii=False))
 

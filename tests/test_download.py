@@ -119,6 +119,14 @@ def test_a_dropped_connection_is_taken_up_where_it_broke(fetch, tmp_path):
     assert code == 2 and "--overwrite" in err and path.read_bytes() == b"mine"
 
 
+def test_weights_are_releases_only(fetch):
+    for names in ((), ("pretrain_hq",)):
+        code, _, err = fetch(Hub(), "weights", *names)
+        assert code == 2 and "There are minimind2, minimind2-pth, minimind-3" in err
+    code, _, err = fetch(Hub(), "weights", "minimind2")  # which the stub does not have
+    assert code == 1 and "jingyaogong/MiniMind2/resolve" in err
+
+
 def test_a_file_with_another_checksum_is_not_kept(fetch, tmp_path):
     code, _, err = fetch(Hub(sha256="0" * 64), "pretrain_hq")
     assert code == 1 and "came damaged" in err
