@@ -15,13 +15,15 @@ al. 2015); other divergences by --kl, see trainer.losses.kd_loss. Black-box dist
   python train_distill.py --teacher big.pth --rows text --data_path corpus.jsonl --kl reverse
 """
 
+from trainer import dist  # before torch, see trainer/__init__.py
+
+# isort: split
 import torch
 
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, tokenizer_hash
 from model.weights import FREE_FIELDS
-from trainer import dist
 from trainer.cli import UserError, parse, run_main, stage_parser
 from trainer.loop import train
 from trainer.losses import distillation_sums, with_balance

@@ -14,9 +14,11 @@ thinking as well, when it is told to. Printed: ce, the loss without weights.
   python train_distill_reason.py --data_path traces.jsonl --think_ratio 0.8
 """
 
+from trainer import dist  # before torch, see trainer/__init__.py
+
+# isort: split
 import torch
 
-from trainer import dist
 from trainer.cli import UserError, parse, run_main, stage_parser
 from trainer.loop import train
 from trainer.losses import weighted_lm_loss, with_balance
