@@ -6,6 +6,7 @@ Each subcommand prints a table of what it did and, as its last line on stdout, o
 import dataclasses
 import errno
 import json
+import math
 import os
 import sys
 
@@ -30,6 +31,7 @@ def sample(args):
 def clean(args):
     """Bring raw collections into a stage's file: read, normalise, filter, drop copies, hold out, mix."""
     from processing.clean import Settings, clean
+    from processing.dedup import THRESHOLD
     from processing.filters import PROFILES
 
     overrides = {name: getattr(args, name) for name in ("min_chars", "max_chars", "min_chinese", "languages",
@@ -39,9 +41,11 @@ def clean(args):
     if "languages" in overrides:
         overrides["languages"] = None if "any" in args.languages else tuple(args.languages)
     profile = dataclasses.replace(PROFILES[args.profile], **overrides)
+    _refuse_idle_flags(args, profile.chat_text)
     settings = Settings(
         to=args.to, profile=profile, encoding=args.encoding, txt_rows=args.txt_rows, text_key=args.text_key,
-        dedup=args.dedup, threshold=args.threshold, heldout=args.heldout, weights=tuple(args.weights or ()),
+        dedup=args.dedup, threshold=THRESHOLD if args.threshold is None else args.threshold,
+        heldout=args.heldout, weights=tuple(args.weights or ()),
         keep_dropped=args.keep_dropped, seed=args.seed,
     )  # fmt: skip
     summary = clean(args.data_path, args.out_dir, settings, args.workers, args.overwrite)
@@ -52,6 +56,20 @@ def clean(args):
     if "documents_per_second" in summary:
         print(f"{summary['documents_per_second']:,.0f} documents a second with {args.workers} process(es)")
     return summary
+
+
+def _refuse_idle_flags(args, chat_text: bool):
+    """Flags that would change nothing beside the others; chat_text: whether the profile tests the text of chats."""
+    chat = args.to in ("sft", "dpo")
+    for names, idle, why in (
+        (("min_chars", "max_chars", "text_key"), chat, f"texts, not for --to {args.to}"),
+        (("max_symbols", "max_repetition", "languages"), chat and not chat_text,
+         f"texts with --profile {args.profile}, not for --to {args.to}"),
+        (("threshold",), args.dedup != "near", f"--dedup near, not for --dedup {args.dedup}"),
+    ):  # fmt: skip
+        for name in names:
+            if idle and getattr(args, name) is not None:
+                raise UserError(f"--{name} would change nothing: it is for {why}")
 
 
 def report(args):
@@ -89,7 +107,7 @@ def distill(args):
 
 def add_clean(commands):
     from processing.dedup import THRESHOLD
-    from processing.filters import PROFILES
+    from processing.filters import LANGUAGES, PROFILES
     from processing.read_raw import ENCODINGS
     from trainer.workers import default_workers
 
@@ -105,20 +123,21 @@ def add_clean(commands):
         ("max_repetition", float, "largest share of repeated 8-grams"),
     ):  # fmt: skip
         command.add_argument(f"--{name}", type=kind, metavar="N", help=f"{text} (the profile's)")
-    command.add_argument("--languages", nargs="+", metavar="NAME", help="zh, en, code, ja, ..., or any (zh en code)")
+    command.add_argument("--languages", nargs="+", metavar="NAME", choices=(*LANGUAGES, "any"),
+                         help=f"of {', '.join(LANGUAGES)}, or any (zh en code)")  # fmt: skip
     command.add_argument("--text_key", metavar="NAME", help="key or column of the text (text, else content)")
     command.add_argument("--txt_rows", choices=("document", "line"), default="document",
-                         help="what a .txt file is made of (%(default)s)")  # fmt: skip
+                         help="what a .txt or .md file is made of (%(default)s)")  # fmt: skip
     command.add_argument("--encoding", choices=ENCODINGS, default="utf-8",
                          help="gb18030: what is not UTF-8 is read as GB18030 (%(default)s)")  # fmt: skip
     command.add_argument("--dedup", choices=("near", "exact", "none"), default="near", help="copies (%(default)s)")
-    command.add_argument("--threshold", type=float, default=THRESHOLD, metavar="S",
-                         help="similarity from which a text is a copy (%(default)s)")  # fmt: skip
+    command.add_argument("--threshold", type=float, metavar="S",
+                         help=f"similarity from which a text is a near copy ({THRESHOLD})")  # fmt: skip
     command.add_argument("--heldout", type=float, default=0.0, metavar="SHARE", help="share held out (%(default)s)")
     command.add_argument("--weights", nargs="+", type=float, metavar="W", help="copies of the rows of each path (1)")
     command.add_argument("--workers", type=int, default=default_workers(), metavar="N", help="processes (%(default)s)")
     command.flag(command, "keep_dropped", False, "write the dropped rows with their reasons to dropped.jsonl")
-    command.flag(command, "overwrite", False, "replace earlier output, discard an unfinished run")
+    command.flag(command, "overwrite", False, "replace earlier output, discard an unfinished run of other settings")
     command.add_argument("--seed", type=int, default=42, help="of hold-out and mixing (%(default)s)")
     command.set_defaults(run=clean)
 
@@ -175,9 +194,11 @@ def parse(argv=None):
         add(commands)
     args = parser.parse_args(argv)
     for name, least, most in (("workers", 1, None), ("samples", 0, None), ("heldout", 0, 0.5), ("threshold", 0.05, 1),
+                              ("min_chars", 0, None), ("max_chars", 1, None), ("min_chinese", 0, 1),
+                              ("max_symbols", 0, 1), ("max_repetition", 0, 1),
                               ("in_flight", 1, 256), ("retries", 0, None), ("max_tokens", 1, None)):  # fmt: skip
-        value = getattr(args, name, least)
-        if value < least or (most is not None and value > most):
+        value = getattr(args, name, None)
+        if value is not None and not least <= value <= (math.inf if most is None else most):  # NaN is neither
             wanted = f"at least {least}" if most is None else f"from {least} to {most}"
             raise UserError(f"--{name} must be {wanted}, not {value}")
     return args

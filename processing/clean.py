@@ -12,8 +12,8 @@ What is written depends on the input, the settings and the seed only: not on the
 
 import hashlib
 import json
+import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -24,18 +24,24 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 from processing.dedup import THRESHOLD, exact_key, find_copies, signature
 from processing.filters import PROFILES, Profile, check_row
 from processing.normalise import normalise_row
 from processing.read_raw import Dropped, RawRow, columns_of, find_files, raw_rows
-from processing.shapes import knows, parse_record, to_row
-from processing.work import Cleaned, Work
+from processing.shapes import check_rendering, knows, parse_record, to_row
+from processing.work import OURS, Cleaned, Work, foreign, locked, plan_of, remove
 from trainer.cli import UserError
 from trainer.workers import ordered_map
 
 SHAPE = {"pretrain": "text", "sft": "chat", "dpo": "pair", "tokenizer": "any"}  # of a stage's rows
 BATCH_CHARS = 2**17  # handed to a worker at a time: large enough to hide the hand-over
 CHECKPOINT_BATCHES = 8
+WRITTEN = {"summary.json", "dropped.jsonl", *(f"{to}{end}.jsonl" for to in SHAPE for end in ("", "_heldout"))}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Settings:
 def clean_row(raw: str | dict, settings: Settings) -> dict:
     """One raw row in its stage's shape, normalised and found good; raises Dropped. The whole of cleaning for a row."""
     row = normalise_row(to_row(parse_record(raw), SHAPE[settings.to], settings.text_key))
+    check_rendering(row)
     check_row(row, settings.profile)
     return row
 
@@ -68,9 +75,8 @@ def row_text(row: dict) -> str:
     if "text" in row:
         return row["text"]
     messages = row["conversations"] if "conversations" in row else [*row["chosen"], row["rejected"][-1]]
-    return "\n".join(
-        part for m in messages for part in (m.get("reasoning_content"), m["content"], m.get("tool_calls")) if part
-    )
+    parts = [part for m in messages for part in (m.get("reasoning_content"), m["content"], m.get("tool_calls")) if part]
+    return "\n".join(part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in parts)
 
 
 def clean_batch(batch, files: list[str], settings: Settings) -> Cleaned:
@@ -100,11 +106,12 @@ def clean_batch(batch, files: list[str], settings: Settings) -> Cleaned:
 
 
 def json_line(row: dict) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    """A line of JSON; dates and bytes, which only a dropped row of a Parquet file can hold, as Python writes them."""
+    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
 
 
 def dropped_line(reason: str, detail: str, file: str, line: int, row) -> bytes:
-    row = None if isinstance(row, Dropped) else row
+    row = row.row if isinstance(row, Dropped) else row
     return json_line({"reason": reason, "detail": detail, "file": file, "line": line, "row": row})
 
 
@@ -114,23 +121,29 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
     begin, out = time.time(), Path(out_dir)
     files, others, weights = _inputs(paths, settings)
     _check_places(paths, files, out)
+    if others:
+        named = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
+        print(f"{len(others):,} files of other kinds not read: {named}")
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     plan = json.loads(json.dumps({"settings": asdict(settings), "paths": [str(p) for p in paths], "files": stats}))
+    _put_back(out)
     if (done := _finished(out, plan, overwrite)) is not None:
         return done
-    work = Work(out.with_name(f"{out.name}.building"), plan, settings.dedup == "near", overwrite)
-    rows_before = sum(work.progress["counts"].values())
-    try:
-        _read(work, files, settings, workers)
-        read_seconds = time.time() - begin
+    with locked(_building(out)):
+        work = Work(_building(out), plan, settings.dedup == "near", overwrite)
+        rows_before = sum(work.progress["counts"].values())
+        try:
+            _read(work, files, settings, workers)
+            read_seconds = time.time() - begin
+            if work.progress["kept"]:
+                of, similarity = _find(work, settings)
+                summary = _write(work, plan, files, others, weights, of, similarity, settings)
+        finally:
+            work.close()
         if not work.progress["kept"]:
-            shutil.rmtree(work.folder)
+            remove(work.folder)
             raise UserError(f"no row is left: {_reasons_in_words(work.progress['counts'])}")
-        of, similarity = _find(work, settings)
-        summary = _write(work, plan, files, others, weights, of, similarity, settings)
-    finally:
-        work.close()
-    _publish(work.folder, out)
+        _publish(work.folder, out, overwrite)
     rows = sum(work.progress["counts"].values()) - rows_before
     seconds = time.time() - begin
     return summary | {
@@ -139,17 +152,27 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
     }  # fmt: skip
 
 
+def _building(out: Path) -> Path:
+    return out.with_name(f"{out.name}.building")
+
+
 def _inputs(paths, settings: Settings) -> tuple[list[Path], list[Path], list[float]]:
     """(data files, files of other kinds, the weight of each data file)."""
     if settings.weights and len(settings.weights) != len(paths):
         raise UserError(f"--weights has {len(settings.weights)} numbers for {len(paths)} paths; give one for each")
-    if any(weight < 0 for weight in settings.weights):
-        raise UserError("--weights are copies of a row: 0 or more")
+    if not all(0 <= weight < math.inf for weight in settings.weights):
+        raise UserError("--weights are copies of a row: each a number, 0 or more")
+    if settings.weights and not any(settings.weights):
+        raise UserError("--weights are all 0: nothing would be written")
     files, others, weights = [], [], []
     for i, path in enumerate(paths):
         found, unknown = find_files(path)
         files, others = files + found, others + unknown
         weights += [settings.weights[i] if settings.weights else 1.0] * len(found)
+    weight_of = {}
+    for file, weight in zip(files, weights):
+        if weight_of.setdefault(file.resolve(), weight) != weight:
+            raise UserError(f"{file} is given twice with different --weights; name it once")
     for file in files:
         columns = columns_of(file, settings.encoding)
         if columns is not None and not knows(columns, SHAPE[settings.to], settings.text_key):
@@ -162,6 +185,8 @@ def _inputs(paths, settings: Settings) -> tuple[list[Path], list[Path], list[flo
 
 def _check_places(paths, files, out: Path):
     """The output must stand apart from the input, or the next run would read it, or delete what it reads."""
+    if out.name in ("", ".."):
+        raise UserError(f"--out_dir {out}: give the new folder a name")
     target = out.resolve()
     for path in map(Path, paths):
         if path.is_dir() and target.is_relative_to(path.resolve()):
@@ -169,38 +194,59 @@ def _check_places(paths, files, out: Path):
     for file in files:
         if file.resolve().is_relative_to(target) or file.resolve().is_relative_to(f"{target}.building"):
             raise UserError(f"the input {file} lies inside the output folder {out}; name another --out_dir")
-    if not target.parent.is_dir():
-        target.parent.mkdir(parents=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir {out}: cannot make {target.parent}: {error.strerror}") from None
+
+
+def _put_back(out: Path):
+    """The earlier output that a kill between the two renames of `_publish` left without its name."""
+    replaced = _building(out) / "replaced"
+    if replaced.exists() and not out.exists() and plan_of(_building(out)) is not None:
+        with locked(_building(out)):
+            os.rename(replaced, out)
 
 
 def _finished(out: Path, plan: dict, overwrite: bool) -> dict | None:
     """The summary of an equal run that has finished; refuses a folder that is something else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    record = out / "summary.json"
-    if not out.is_dir() or not record.exists():
+    try:
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        summary = None
+    if not isinstance(summary, dict) or summary.get("stage") != "clean" or "plan" not in summary:
         raise UserError(f"{out} exists and was not written by this command; name a new folder with --out_dir")
-    summary = json.loads(record.read_text(encoding="utf-8"))
     if overwrite:
+        if name := foreign(out, WRITTEN):
+            raise UserError(f"{out} holds {name}, not written by this command; move it elsewhere")
         return None
-    if summary.get("plan") != plan:
+    if summary["plan"] != plan:
         raise UserError(f"{out} holds the output of other input or settings; --overwrite replaces it")
-    shutil.rmtree(out.with_name(f"{out.name}.building"), ignore_errors=True)  # left by a kill after the last rename
+    left = _building(out)  # by a kill after the last rename
+    if left.is_dir() and plan_of(left) in (None, plan) and not foreign(left, OURS):
+        with locked(left):
+            remove(left)
     print(f"{out} is finished already (--overwrite makes it anew)")
     return {key: value for key, value in summary.items() if key != "plan"} | {"out_dir": str(out)}
 
 
-def _publish(building: Path, out: Path):
+def _publish(building: Path, out: Path, overwrite: bool):
     """Renames the finished folder into place. A kill between the two renames leaves it in OUT.building, whole."""
     if out.exists():
+        if not overwrite and any(out.iterdir()):
+            raise UserError(f"{out} appeared during this run; move it elsewhere and give the same command again")
         shutil.rmtree(building / "replaced", ignore_errors=True)
         os.rename(out, building / "replaced")
     os.rename(building / "out", out)
-    shutil.rmtree(building)
+    remove(building)
 
 
-def peak_memory(workers: int) -> int:
-    """Bytes this process and its workers held at most; shared pages are counted for each."""
+def peak_memory(workers: int) -> int | None:
+    """Bytes this process and its workers held at most; shared pages are counted for each. None where nobody counts."""
+    if resource is None:
+        return None
     own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * (own + (workers * child if workers > 1 else 0))
@@ -305,10 +351,13 @@ def _write_rows(building: Path, files, weights, origins, of, similarity, counts:
 
 
 def _fate(key: int, weight: float, settings: Settings) -> tuple[bool, int]:
-    """(whether the row is held out, how often it is written), by its text and the seed alone."""
+    """(whether the row is held out, how often it is written), by its text and the seed alone.
+
+    Rows of weight 0 are never held out: they are of a path that the output should know nothing of.
+    """
     digest = hashlib.blake2b(f"{settings.seed} {key}".encode(), digest_size=16).digest()
     held, share = (int.from_bytes(half, "little") / 2**64 for half in (digest[:8], digest[8:]))
-    if held < settings.heldout:
+    if weight and held < settings.heldout:
         return True, 1
     return False, int(weight) + (share < weight % 1)
 

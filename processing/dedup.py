@@ -14,6 +14,7 @@ sentence that fits two facts (小满是夏季的节气, 秋分是秋季的节气
 
 import functools
 import hashlib
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -64,6 +65,17 @@ def _empty_sketch():
     return MinHash(BANDS * PLACES, seed=1, hashfunc=zlib.crc32)
 
 
+class Damaged(Exception):
+    """A file of unfinished work is shorter than was recorded: the message names it. Only the beginning is safe."""
+
+
+def cut(file, size: int) -> None:
+    """Cuts an open file to `size` bytes; raises Damaged where it has fewer, since truncate would add zeros."""
+    if file.seek(0, os.SEEK_END) < size:
+        raise Damaged(f"{file.name} is shorter than it was")
+    file.truncate(size)
+
+
 class Fingerprints:
     """Keys and signatures of texts 0, 1, 2, ..., appended to files in a folder."""
 
@@ -82,7 +94,7 @@ class Fingerprints:
     def truncate(self, count: int) -> None:
         """Keeps the first `count` texts: what was written after the last checkpoint is written again."""
         for name, size in self.sizes.items():
-            self.files[name].truncate(count * size)
+            cut(self.files[name], count * size)
 
     def flush(self) -> None:
         for file in self.files.values():

@@ -18,6 +18,7 @@ SCRIPTS = {
     "arabic": re.compile(r"[\u0600-\u06ff]"), "indic": re.compile(r"[\u0900-\u0dff]"),
     "thai": re.compile(r"[\u0e00-\u0e7f]"), "greek": re.compile(r"[\u0370-\u03ff]"),
 }  # fmt: skip
+LANGUAGES = ("zh", "en", "code", "ja", "ko", "latin", "cyrillic", "arabic", "indic", "thai", "greek")
 LATIN_WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+")
 ENGLISH_WORDS = frozenset(re.findall(r"\w+", """
     the of and to a in is it that for was on as with be by at from this are or an not have you he his but they which i

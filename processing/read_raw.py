@@ -18,21 +18,26 @@ from typing import NamedTuple
 from trainer.cli import UserError
 from trainer.read import MAX_ROW_BYTES, open_bytes
 
-KINDS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
+KINDS = (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet")
 ARCHIVES = (".gz", ".zst")
 MAX_CSV_RECORD = 4 * 2**20  # a longer record is a quote that does not close
 TXT_DOCUMENT_BYTES = 300_000  # about 100,000 Chinese characters; a longer .txt is cut at the next blank line
 SNIFFED_BYTES = 65_536
+SHOWN_BYTES = 2_000  # of a row that cannot be read: enough to recognise it
 ENCODINGS = ("utf-8", "gb18030")
 BETWEEN = " \t\r\n,\ufeff"  # what may stand between the elements of an array
 
 
 class Dropped(Exception):
-    """A row that is left out. `reason` is one of a few fixed phrases, for counting; `detail` is for a reader."""
+    """A row that is left out. `reason` is one of a few fixed phrases, for counting; `detail` is for a reader.
 
-    def __init__(self, reason: str, detail: str = ""):
+    `row` is the beginning of `data`, the bytes that could not be read as a row; None where there are none.
+    """
+
+    def __init__(self, reason: str, detail: str = "", data: bytes = b""):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+        self.row = data[:SHOWN_BYTES].decode("utf-8", "backslashreplace") or None
 
 
 class RawRow(NamedTuple):
@@ -59,7 +64,8 @@ def find_files(path) -> tuple[list[Path], list[Path]]:
 
 def kind_of(path: Path) -> str | None:
     """The ending that counts, ".jsonl" of "a.jsonl.gz"; None if the file is of no kind we read."""
-    suffix = Path(path.stem).suffix if path.suffix in ARCHIVES else path.suffix
+    name = Path(path.name.lower())
+    suffix = Path(name.stem).suffix if name.suffix in ARCHIVES else name.suffix
     return suffix if suffix in KINDS else None
 
 
@@ -67,26 +73,27 @@ def raw_rows(path: Path, encoding: str = "utf-8", txt_rows: str = "document") ->
     """Every row of a file of any kind.
 
     encoding: "gb18030" reads what is not valid UTF-8 as GB18030, row by row, so that mixed collections work.
-    txt_rows: a .txt file is one "document", or each "line" is one.
+    txt_rows: a .txt or .md file is one "document", or each "line" is one.
     """
     line = 0
     try:
         if path.stat().st_size == 0:
             raise Dropped("empty file")
         kind = kind_of(path)
+        if kind != ".parquet":
+            _refuse_binary(path)
         if kind == ".parquet":
             rows = _parquet_rows(path)
+        elif kind in (".txt", ".md"):
+            rows = _txt_rows(path, encoding, txt_rows)
         else:
-            _refuse_binary(path)
-            rows = {".csv": _csv_rows, ".txt": _txt_rows, ".json": _json_rows, ".jsonl": _line_rows}[kind](
-                path, encoding, *([txt_rows] if kind == ".txt" else [])
-            )
+            rows = {".csv": _csv_rows, ".json": _json_rows, ".jsonl": _line_rows}[kind](path, encoding)
         for row in rows:
             line = row.line
             yield row
     except Dropped as dropped:
         yield RawRow(line, dropped)
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # cut off, damaged, not readable
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:  # cut off, damaged, not readable
         yield RawRow(line, Dropped("unreadable file", f"from row {line + 1} on: {error}"))
     except Exception as error:
         if type(error).__name__ != "ZstdError":  # zstandard is imported only where a file needs it
@@ -118,9 +125,9 @@ def decode(data: bytes, encoding: str) -> tuple[str, bool]:
     try:
         text = data.decode("gb18030")
     except UnicodeDecodeError:
-        raise Dropped("not UTF-8", detail) from None
+        raise Dropped("not UTF-8", detail, data) from None
     if encoding != "gb18030":
-        raise Dropped("not UTF-8", f"{detail}; it is valid GB18030: --encoding gb18030 converts it")
+        raise Dropped("not UTF-8", f"{detail}; it is valid GB18030: --encoding gb18030 converts it", data)
     return text, True
 
 
@@ -134,8 +141,8 @@ def _refuse_binary(path: Path):
 
 
 # ---------------------------------------------------------------------------------------------------- kinds of files
-def _lines(file) -> Iterator[tuple[int, bytes | None]]:
-    """(number, line); None in place of a line above MAX_ROW_BYTES, which is passed over without being held."""
+def _lines(file) -> Iterator[tuple[int, bytes | Dropped]]:
+    """(number, line); Dropped in place of a line above MAX_ROW_BYTES, which is passed over without being held."""
     number = 0
     while line := file.readline(MAX_ROW_BYTES):
         number += 1
@@ -144,52 +151,45 @@ def _lines(file) -> Iterator[tuple[int, bytes | None]]:
             continue
         while (rest := file.readline(2**20)) and not rest.endswith(b"\n"):
             pass
-        yield number, None
-
-
-def _too_long() -> Dropped:
-    return Dropped("line too long", f"more than {MAX_ROW_BYTES // 2**20} MB without a line end")
+        yield number, Dropped("line too long", f"more than {MAX_ROW_BYTES // 2**20} MB without a line end", line)
 
 
 def _line_rows(path, encoding) -> Iterator[RawRow]:
     with open_bytes(path) as file:
         for number, line in _lines(file):
-            if line is None:
-                yield RawRow(number, _too_long())
-            elif line.strip():
+            if isinstance(line, Dropped) or line.strip():
                 yield _decoded(number, line, encoding)
 
 
-def _decoded(number: int, data: bytes, encoding: str, wrap=None) -> RawRow:
+def _decoded(number: int, data: bytes | Dropped, encoding: str) -> RawRow:
     try:
-        text, converted = decode(data, encoding)
+        return RawRow(number, data) if isinstance(data, Dropped) else RawRow(number, *decode(data, encoding))
     except Dropped as dropped:
         return RawRow(number, dropped)
-    return RawRow(number, wrap(text) if wrap else text, converted)
 
 
 def _txt_rows(path, encoding, txt_rows) -> Iterator[RawRow]:
-    def document(text):
-        return {"text": text}
-
-    piece, size, first = [], 0, 1
+    """Documents, or lines. Each line is decoded alone: one that cannot be costs itself, not its document."""
+    piece, size, first, converted = [], 0, 1, False
     with open_bytes(path) as file:
         for number, line in _lines(file):
-            if line is None:
-                yield RawRow(number, _too_long())
+            row = _decoded(number, line, encoding)
+            if isinstance(row.raw, Dropped):
+                yield row
                 continue
+            blank = not row.raw.strip()
             if txt_rows == "line":
-                if line.strip():
-                    yield _decoded(number, line, encoding, document)
+                if not blank:
+                    yield row._replace(raw={"text": row.raw})
                 continue
-            blank = not line.strip()
             if size > 2 * TXT_DOCUMENT_BYTES or (size > TXT_DOCUMENT_BYTES and blank):
-                yield _decoded(first, b"".join(piece), encoding, document)
-                piece, size, first = [], 0, number
-            piece.append(line)
+                yield RawRow(first, {"text": "".join(piece)}, converted)
+                piece, size, first, converted = [], 0, number, False
+            piece.append(row.raw)
             size += len(line)
-        if b"".join(piece).strip():
-            yield _decoded(first, b"".join(piece), encoding, document)
+            converted |= row.converted
+        if "".join(piece).strip():
+            yield RawRow(first, {"text": "".join(piece)}, converted)
 
 
 def _json_rows(path, encoding) -> Iterator[RawRow]:
@@ -220,8 +220,9 @@ def _array_rows(path, encoding) -> Iterator[RawRow]:
                     raise Dropped("not JSON", f"element {number + 1} of the array: {error.msg}") from None
                 buffer += more
                 continue
+            row = record if isinstance(record, dict) else buffer[position:end]  # JSON that is no row: `shapes` says why
             number, position = number + 1, end
-            yield RawRow(number, record if isinstance(record, dict) else _no_object(record), codec != "utf-8-sig")
+            yield RawRow(number, row, codec != "utf-8-sig")
 
 
 def _codec_of(head: bytes, encoding: str) -> str:
@@ -235,12 +236,11 @@ def _codec_of(head: bytes, encoding: str) -> str:
         raise Dropped("not UTF-8", "an array in another encoding; --encoding gb18030 converts GB18030") from None
 
 
-def _no_object(record) -> Dropped:
-    return Dropped("wrong shape", f"a row must be a JSON object, not {type(record).__name__}")
-
-
 def _csv_rows(path, encoding) -> Iterator[RawRow]:
-    """Records of a CSV file. Behind a broken one reading goes on at the next line, so one quote costs one row."""
+    """Records of a CSV file. Behind a broken one reading goes on at the next line, so one quote costs one row.
+
+    A header that cannot be read costs the file: a row in its place would name the columns.
+    """
     with open_bytes(path) as file:
         lines = _CsvLines(_lines(file), encoding)
         header = None
@@ -249,10 +249,15 @@ def _csv_rows(path, encoding) -> Iterator[RawRow]:
             try:
                 values = next(csv.reader(lines, strict=True), None)
             except Dropped as dropped:
+                if header is None:
+                    raise
                 yield RawRow(lines.first, dropped)
                 continue
             except csv.Error as error:
-                yield RawRow(lines.first, Dropped("broken CSV", f"{error}; reading goes on at the next line"))
+                if header is None:
+                    raise Dropped("broken CSV", f"the header: {error}", lines.record()) from None
+                detail = f"{error}; reading goes on at the next line"
+                yield RawRow(lines.first, Dropped("broken CSV", detail, lines.record()))
                 lines.back_to_second()
                 continue
             if values is None:
@@ -262,7 +267,8 @@ def _csv_rows(path, encoding) -> Iterator[RawRow]:
             if header is None:
                 header = values
             elif len(values) != len(header):
-                yield RawRow(lines.first, Dropped("broken CSV", f"{len(values)} fields for {len(header)} columns"))
+                detail = f"{len(values)} fields for {len(header)} columns"
+                yield RawRow(lines.first, Dropped("broken CSV", detail, lines.record()))
             else:
                 yield RawRow(lines.first, dict(zip(header, values, strict=True)), lines.converted)
 
@@ -279,6 +285,9 @@ class _CsvLines:
     def begin_record(self):
         self.taken, self.size, self.converted = [], 0, False
 
+    def record(self) -> bytes:
+        return b"".join(line for _, line in self.taken)
+
     def back_to_second(self):
         self.waiting.extendleft(reversed(self.taken[1:]))
 
@@ -289,8 +298,8 @@ class _CsvLines:
         number, line = self.waiting.popleft() if self.waiting else next(self.lines)
         if not self.taken:
             self.first = number
-        if line is None:
-            raise _too_long()
+        if isinstance(line, Dropped):
+            raise line
         self.taken.append((number, line))
         self.size += len(line)
         if self.size > MAX_CSV_RECORD:

@@ -1,7 +1,7 @@
 """What is in a stage file: rows, characters, tokens, lengths, languages, copies, turns, samples.
 
-One pass in batches on all cores; fingerprints go to a temporary folder, so memory does not grow with the file but for
-sixteen bytes a row.
+One pass in batches on all cores; fingerprints go to a temporary folder (648 bytes a row), so what grows in memory is
+the lengths, 12 bytes a row, and at the end the search for copies, some 200 bytes a row (docs/data.md, section 3).
 """
 
 import heapq
@@ -78,11 +78,12 @@ def describe(path, tokenizer_path=None, samples=3, seed=42, plot=None, workers=1
                 if found.keys:
                     prints.append(found.keys, found.signatures)
         prints.close()
-        of, similarity = find_copies(prints)
+        of, _ = find_copies(prints)
+        keys = prints.keys()
     if not len(of):
         raise UserError(f"{path} holds no usable rows")
     characters, tokens, turns = map(np.concatenate, (characters, tokens, turns))
-    exact = int(((of >= 0) & (similarity == 1)).sum())
+    exact = int(((of >= 0) & (keys == keys[of])).sum())  # a near copy can have an equal signature, not an equal key
     result = {
         "stage": "report", "file": str(path), "kind": kind, "rows": len(of), "bad_rows": totals["bad"],
         "characters": int(characters.sum()), "utf8_bytes": totals["bytes"], "tokens": int(tokens.sum()),
@@ -108,17 +109,18 @@ def measure(batch, kind: str, tokenizer_files: dict, seed: int, samples: int) ->
     """[(line, raw row), ...] -> figures; the tokenizer is built once a process."""
     if "tokenizer" not in _built:
         _built["tokenizer"] = tokenizer_from_dict(tokenizer_files)
-    tokenizer, rows, bad = _built["tokenizer"], [], []
+    tokenizer, rows, counts, bad = _built["tokenizer"], [], [], []
     for line, raw in batch:
         try:
             row = parse(raw, kind)
-            rows.append({"text": row} if kind == "text" else {"conversations": row} if kind == "chat" else row)
-        except BadRow as error:
+            row = {"text": row} if kind == "text" else {"conversations": row} if kind == "chat" else row
+            counts += [_tokens(tokenizer, row)] if kind != "text" else []
+            rows.append(row)
+        except (BadRow, ValueError) as error:  # ValueError: what the stages cannot render either
             bad.append((line, str(error)))
     texts = [row_text(row) for row in rows]
-    counts = [_tokens(tokenizer, row) for row in rows] if kind != "text" else [
-        (len(ids) + 2, len(ids) + 1) for ids in encode_texts(tokenizer, texts)  # with the marks of begin and end
-    ]  # fmt: skip
+    if kind == "text":  # with the marks of begin and end
+        counts = [(len(ids) + 2, len(ids) + 1) for ids in encode_texts(tokenizer, texts)]
     keys = [exact_key(text) for text in texts]
     ranked = heapq.nsmallest(samples, ((key * (2 * seed + 1) % 2**64, text) for key, text in zip(keys, texts)))
     return Measured(

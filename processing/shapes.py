@@ -12,6 +12,7 @@
 
 import json
 
+from model.chat_template import normalise_conversation
 from processing.read_raw import Dropped
 from trainer.read import BadRow, as_pair, check_messages, parse_history, record_text
 
@@ -59,14 +60,23 @@ def knows(columns: list[str], kind: str, text_key: str | None = None) -> bool:
     return {"text": text, "chat": chat, "pair": pair, "any": text or chat or pair}[kind]
 
 
+def check_rendering(row: dict) -> None:
+    """Raises Dropped for messages that the stages refuse: tools or calls that are no JSON, or on another's message."""
+    try:
+        for messages in row.values() if "text" not in row else ():
+            normalise_conversation(messages)
+    except ValueError as error:
+        raise Dropped("wrong shape", str(error)) from None
+
+
 # ------------------------------------------------------------------------------------------------------------- text
 def _text(record: dict, text_key: str | None) -> str:
     key = text_key or next((key for key in TEXT_KEYS if key in record), "text")
     text = record.get(key)
-    if text is None:
-        raise Dropped("wrong shape", f"no key {key!r} (found: {', '.join(map(str, list(record)[:8])) or 'none'})")
+    if key not in record:
+        raise BadRow(f"no key {key!r} (found: {', '.join(map(str, list(record)[:8])) or 'none'})")
     if not isinstance(text, str):
-        raise Dropped("wrong shape", f"{key!r} must be a string, not {type(text).__name__}")
+        raise BadRow(f"{key!r} must be a string, not {_type(text)}")
     return text
 
 
@@ -83,10 +93,10 @@ def chat_of(record: dict) -> list[dict]:
         messages = _messages(record.get("conversations", record.get("messages")))
         messages = _with_tools(messages, record)
     elif "q" in record and "a" in record:
-        question, answer = _joined(record, "input", "q"), _joined(record, "output", "a")
-        messages = _turns(record.get("history"), question, answer)
+        question = _string(record, "input") + _text(record, "q")
+        messages = _turns(record.get("history"), question, _string(record, "output") + _text(record, "a"))
     elif "instruction" in record and "output" in record:
-        question = "\n".join(part for part in (record["instruction"], record.get("input")) if part)
+        question = "\n".join(filter(None, (_string(record, "instruction"), _string(record, "input"))))
         messages = _turns(record.get("history"), question, record["output"], record.get("system"))
     else:
         keys = next((keys for keys in QUESTION_ANSWER if record.keys() >= set(keys)), None)
@@ -112,17 +122,21 @@ def _message(message: dict) -> dict:
     if "from" in message and "value" in message:  # ShareGPT
         role, value = message["from"], message["value"]
         if role == "function_call":
-            return {"role": "assistant", "content": "", "tool_calls": value if _is_list(value) else f"[{value}]"}
-        return {"role": SHAREGPT_ROLES.get(role, role), "content": value}
+            calls = _json(value)
+            calls = calls if calls.lstrip().startswith("[") else f"[{calls}]"
+            return {"role": "assistant", "content": "", "tool_calls": calls}
+        return {"role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": value}
     kept = {key: message[key] for key in KEPT_KEYS if message.get(key) not in (None, "", [])}
-    for key in ("tools", "tool_calls"):
-        if key in kept and not isinstance(kept[key], str):
-            kept[key] = json.dumps(kept[key], ensure_ascii=False)
+    kept |= {key: _json(kept[key]) for key in ("tools", "tool_calls") if key in kept}
     return {"role": message.get("role"), "content": message.get("content") or "", **kept}
 
 
-def _is_list(value) -> bool:
-    return isinstance(value, str) and value.lstrip().startswith("[")
+def _json(value) -> str:
+    """JSON text of tools or calls, which may be that already."""
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:  # bytes or a date of a Parquet file
+        raise BadRow(f"tools or calls cannot be written as JSON: {error}") from None
 
 
 def _with_tools(messages: list[dict], record: dict) -> list[dict]:
@@ -130,17 +144,22 @@ def _with_tools(messages: list[dict], record: dict) -> list[dict]:
     beside = {key: record[key] for key in ("system", "tools") if record.get(key) not in (None, "", "[]", [])}
     if not beside or (messages and messages[0].get("role") == "system"):
         return messages
-    system = {"role": "system", "content": str(beside.get("system", ""))}
+    system = {"role": "system", "content": beside.get("system", "")}
     if "tools" in beside:
-        tools = beside["tools"]
-        system["tools"] = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
+        system["tools"] = _json(beside["tools"])
     return [system, *messages]
 
 
-def _joined(record: dict, before: str, key: str) -> str:
-    if not isinstance(record[key], str):
-        raise BadRow(f"{key!r} must be a string, not {type(record[key]).__name__}")
-    return f"{record.get(before) or ''}{record[key]}"
+def _string(record: dict, key: str) -> str:
+    """The string under a key that may be missing, or be null or another nothing."""
+    value = record.get(key) or ""
+    if not isinstance(value, str):
+        raise BadRow(f"{key!r} must be a string, not {_type(value)}")
+    return value
+
+
+def _type(value) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def _turns(history, question, answer, system=None) -> list[dict]:
@@ -176,12 +195,12 @@ def pair_of(record: dict) -> dict:
 
 def _prompt(record: dict) -> list[dict]:
     """The messages before the two answers; empty where chosen and rejected are whole conversations."""
-    prompt = record.get("conversations", record.get("prompt", record.get("question", record.get("instruction"))))
-    if isinstance(prompt, list):
-        return _messages(prompt)
-    if not prompt:
+    key = next((key for key in ("conversations", "prompt", "question", "instruction") if key in record), "prompt")
+    if isinstance(record.get(key), list):
+        return _messages(record[key])
+    text = "\n".join(filter(None, (_string(record, key), _string(record, "input"))))
+    if not record.get(key):
         return []
-    text = "\n".join(part for part in (prompt, record.get("input")) if part)
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     return [*system, {"role": "user", "content": text}]
 

@@ -10,8 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from processing.dedup import Fingerprints
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from processing.dedup import Damaged, Fingerprints, cut
 from trainer.cli import UserError
+
+OURS = {"lock", "plan.json", "plan.json.new", "progress.json", "progress.json.new", "rows.jsonl", "dropped.jsonl",
+        "origins.bin", "prints", "out", "replaced"}  # fmt: skip
 
 
 class Cleaned(NamedTuple):
@@ -27,33 +35,102 @@ class Cleaned(NamedTuple):
     position: tuple[int, int]  # file and rows of it that have been read, once this batch is written
 
 
+@contextmanager
+def locked(folder: Path):
+    """The folder, made where there is none, for this process alone; the system gives it free when the process ends.
+
+    A record lock, not flock: the worker processes would inherit that one and hold it for a second after a kill.
+    """
+    taken = UserError(f"another run is at work in {folder}; wait for it, or name another --out_dir")
+    try:
+        folder.mkdir(exist_ok=True)
+        file = open(folder / "lock", "ab")
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}") from None
+    with file:
+        if fcntl is None:  # Windows deletes no open file
+            file.close()
+        else:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
+                    raise taken  # of a folder that its owner has just deleted
+            except (BlockingIOError, PermissionError, FileNotFoundError):
+                raise taken from None
+            except OSError as error:
+                print(f"{folder} cannot be locked ({error.strerror}): start no second run there")
+        yield
+
+
+def plan_of(folder: Path) -> dict | None:
+    """The plan of an unfinished run; None for a folder that is new, or was about to be deleted."""
+    try:
+        return json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def foreign(folder: Path, ours: set[str]) -> str | None:
+    """The first name in a folder that is none of ours: such a folder is never deleted."""
+    return min({path.name for path in folder.iterdir()} - ours, default=None)
+
+
+def empty(folder: Path):
+    """Deletes all but the lock. The plan goes first: what a kill leaves behind without it counts for nothing."""
+    (folder / "plan.json").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
+
+
+def remove(folder: Path):
+    """Deletes the folder of a run that has ended."""
+    empty(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # a network disk keeps the lock until it is closed
+
+
 class Work:
     """The folder OUT.building: rows and fingerprints so far, and progress.json, which says how much of them counts.
 
     Files are only appended to. What stands behind the sizes in progress.json was written after the last checkpoint by
-    a run that was killed, and is cut off. progress.json itself is replaced by renaming.
+    a run that was killed, and is cut off; a file that is shorter means that the folder was damaged, and work begins
+    anew. progress.json itself is replaced by renaming. Between `locked` and its end nobody else changes the folder.
     """
 
     def __init__(self, folder: Path, plan: dict, near: bool, overwrite: bool):
-        self.folder = folder
-        record = folder / "plan.json"
-        if overwrite and folder.exists() and not (folder / "replaced").exists():
-            shutil.rmtree(folder)
-        if record.exists() and json.loads(record.read_text(encoding="utf-8")) != plan:
+        self.folder, earlier = folder, plan_of(folder)
+        if earlier not in (None, plan) and not overwrite:
             raise UserError(f"{folder} holds an unfinished run of other input or settings; --overwrite discards it")
-        folder.mkdir(exist_ok=True)
-        replace_file(record, json.dumps(plan, ensure_ascii=False))
-        saved = folder / "progress.json"
+        if earlier != plan:
+            if name := foreign(folder, OURS):
+                raise UserError(f"{folder} holds {name}, not written by this command; name another --out_dir")
+            empty(folder)
+        try:
+            self._open(near)
+        except Damaged as why:
+            print(f"{why}: beginning again")
+            self.close()
+            empty(folder)
+            self._open(near)
+        if rows := sum(self.progress["counts"].values()):
+            print(f"going on after {rows:,} rows of an interrupted run")
+        replace_file(folder / "plan.json", json.dumps(plan, ensure_ascii=False))
+
+    def _open(self, near: bool):
+        saved = self.folder / "progress.json"
         self.progress = {"position": [0, 0], "kept": 0, "converted": 0, "counts": {}, "bytes": {}}
-        if saved.exists():
-            self.progress = json.loads(saved.read_text(encoding="utf-8"))
-            print(f"going on after {sum(self.progress['counts'].values()):,} rows of an interrupted run")
-        self.prints = Fingerprints(folder / "prints", near)
+        self.prints = Fingerprints(self.folder / "prints", near)
+        names = ("rows.jsonl", "dropped.jsonl", "origins.bin")
+        self.files = {name: open(self.folder / name, "ab") for name in names}
+        try:
+            self.progress |= json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
+        except ValueError:
+            raise Damaged(f"{saved} is not JSON") from None
         self.prints.truncate(self.progress["kept"])
-        self.files = {}
-        for name in ("rows.jsonl", "dropped.jsonl", "origins.bin"):
-            self.files[name] = open(folder / name, "ab")
-            self.files[name].truncate(self.progress["bytes"].get(name, 0))
+        for name, file in self.files.items():
+            cut(file, self.progress["bytes"].get(name, 0))
 
     def append(self, cleaned: Cleaned):
         self.files["rows.jsonl"].write(cleaned.kept)

@@ -1,9 +1,12 @@
 """Rows of every shape come out right, bad input costs no more than itself, and each dropped row has its reason."""
 
+import contextlib
+import copy
 import csv
 import gzip
 import json
 import os
+import random
 import resource
 import signal
 import tracemalloc
@@ -18,10 +21,10 @@ from data_process import main
 from processing.clean import Settings, clean, clean_row
 from processing.filters import PROFILES, Profile, check_row, language_of, lost_share, repetition, symbol_share
 from processing.normalise import normalise_text
-from processing.read_raw import Dropped, raw_rows
-from processing.shapes import to_row
+from processing.read_raw import Dropped, find_files, raw_rows
+from processing.shapes import parse_record, to_row
 from trainer.cli import UserError, run_main
-from trainer.read import iter_rows
+from trainer.read import BadRow, iter_rows, parse, record_text
 
 PROSE = "学而时习之，不亦说乎？有朋自远方来，不亦乐乎？人不知而不愠，不亦君子乎？"
 
@@ -100,11 +103,72 @@ def test_published_preference_shapes_become_one(record):
     ({"a": 1}, "no conversation"), ({"conversations": "x"}, "not JSON"), ({"conversations": [ANSWER]}, "first turn"),
     ({"conversations": [QUESTION, QUESTION, ANSWER]}, "two user turns"), ({"q": None, "a": "x"}, "must be a string"),
     ({"history": "__import__('os')", "q": "问", "a": "答"}, "history"),
+    ({"history": "[{[]: 1}]", "q": "问", "a": "答"}, "history"),
+    ({"instruction": ["a"], "output": "x"}, "'instruction' must be a string, not list"),
+    ({"instruction": "问", "input": 5, "output": "x"}, "'input' must be a string, not int"),
+    ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "role"),
+    ({"messages": [{"role": {}, "content": "x"}]}, "role"),
+    ({"messages": [QUESTION, ANSWER | {"reasoning_content": 5}]}, "reasoning_content"),
+    ({"system": 5, "messages": [QUESTION, ANSWER]}, "content"),
+    ({"messages": [QUESTION, ANSWER | {"tool_calls": [b"x"]}]}, "JSON"),
 ])  # fmt: skip
 def test_what_is_no_conversation_is_dropped_with_its_reason(record, word):
     with pytest.raises(Dropped) as dropped:
         to_row(record, "chat")
     assert dropped.value.reason == "wrong shape" and word in dropped.value.detail
+
+
+def test_a_null_is_called_null_and_a_prompt_must_be_a_string():
+    for record, kind, said in (
+        ({"content": None}, "text", "'content' must be a string, not null"),
+        ({"x": 1}, "text", "no key 'text' (found: x)"),
+        ({"prompt": 5, "chosen": "a", "rejected": "b"}, "pair", "'prompt' must be a string"),
+    ):
+        with pytest.raises(Dropped) as dropped:
+            to_row(record, kind)
+        assert said in dropped.value.detail
+
+
+def test_what_the_stages_refuse_to_render_is_no_clean_row():
+    for key, value in (("tool_calls", "no JSON"), ("tool_calls", "5"), ("tool_calls", [{"arguments": {}}])):
+        with pytest.raises(Dropped, match="wrong shape"):
+            clean_row({"messages": [QUESTION, ANSWER | {key: value}]}, Settings(to="sft"))
+    call = ANSWER | {"tool_calls": [{"name": "f", "arguments": {}}]}
+    assert clean_row({"messages": [QUESTION, call]}, Settings(to="sft"))
+
+
+GOOD = (
+    {"text": PROSE}, {"conversations": [QUESTION, ANSWER]}, {"question": "问", "answer": "答"},
+    {"tools": "[]", "conversations": [{"from": "human", "value": "问"}, {"from": "function_call", "value": "{}"},
+                                      {"from": "gpt", "value": "答"}]},
+    {"history": [["早", "早上好"]], "input": "前", "q": "问", "output": "先", "a": "答"},
+    {"system": "简短", "instruction": "译", "input": "hello", "output": "你好"},
+    {"system": "简短", "prompt": "问", "chosen": "答", "rejected": "错"},
+    {"chosen": [QUESTION, ANSWER], "reject": [QUESTION, ANSWER | {"content": "错"}]},
+)  # fmt: skip
+ODD = (None, True, 5, float("nan"), 10**400, "a\ud800b", "[" * 5000, "[[1]]", "[{[]: 1}]", b"x", [], ["a"], [[1, 2]],
+       "", {}, {"a": 1}, QUESTION, [{"role": [], "content": {}}], [{"from": {}, "value": []}], (1, 2))  # fmt: skip
+MORE_KEYS = ("history", "input", "system", "tools", "tool_calls", "reasoning_content", "role", "from")
+
+
+def test_no_row_of_any_type_ends_a_run():
+    """Good rows, one or two of whose values were exchanged: they are kept, or dropped with a reason, nothing else."""
+    rng, kept = random.Random(7), 0
+    for _ in range(2000):
+        record = copy.deepcopy(rng.choice(GOOD))
+        messages = [m for value in record.values() if isinstance(value, list) for m in value if isinstance(m, dict)]
+        for _ in range(rng.randint(1, 2)):
+            target = rng.choice([record, *messages])
+            target[rng.choice([*target, *MORE_KEYS])] = copy.deepcopy(rng.choice(ODD))
+        for to in ("pretrain", "sft", "dpo", "tokenizer"):
+            try:
+                kept += bool(clean_row(record, Settings(to=to)))
+            except Dropped as dropped:
+                assert dropped.reason
+        for read in (lambda r: parse(r, "text"), lambda r: parse(r, "chat"), lambda r: parse(r, "pair"), record_text):
+            with contextlib.suppress(BadRow):
+                read(record)
+    assert kept > 100
 
 
 # --------------------------------------------------------------------------------------------------------- normalising
@@ -206,6 +270,7 @@ def test_a_broken_quote_costs_one_row(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('q,a\n一,1\n"二,2\n三,3\n"四\n四",4\n五,5,6\n"六"x,6\n七,7\n', encoding="utf-8")
     rows = list(raw_rows(path))
+    assert [row.raw.row for row in rows if isinstance(row.raw, Dropped)][1:] == ["五,5,6\n", '"六"x,6\n']
     kept = [row.raw for row in rows if isinstance(row.raw, dict)]
     assert [row["q"] for row in kept] == ["一", "三", "四\n四", "七"]
     assert [(row.line, row.raw.reason) for row in rows if isinstance(row.raw, Dropped)] == [
@@ -227,6 +292,26 @@ def test_gb18030_is_said_and_converted_by_flag(tmp_path):
     assert texts == {PROSE + end for end in ("", "又", "二", "三", "四")}
 
 
+def test_one_line_of_another_encoding_costs_a_document_that_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("一行\n".encode() + "二行\n".encode("gb18030") + b"\xff\xff\n" + "四行".encode())
+    lost, gb, document = sorted(raw_rows(path), key=lambda row: (isinstance(row.raw, dict), -row.line))
+    assert document.raw == {"text": "一行\n四行"} and not document.converted
+    assert (gb.line, lost.line) == (2, 3) and "--encoding gb18030" in gb.raw.detail
+    assert gb.raw.row == "\\xb6\\xfe\\xd0\\xd0\n" and lost.raw.row == "\\xff\\xff\n"
+    lost, document = raw_rows(path, "gb18030")
+    assert document.raw == {"text": "一行\n二行\n四行"} and document.converted and lost.line == 3
+    lines = [row.raw for row in raw_rows(path, "gb18030", "line") if not isinstance(row.raw, Dropped)]
+    assert lines == [{"text": f"{n}行{end}"} for n, end in (("一", "\n"), ("二", "\n"), ("四", ""))]
+
+
+def test_a_header_that_is_not_utf8_costs_the_file(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("正文\n".encode("gb18030") + f"{PROSE}\n{PROSE}\n".encode())
+    assert reasons_in(path) == ["not UTF-8"]
+    assert [row.raw for row in raw_rows(path, "gb18030")] == [{"正文": PROSE}] * 2
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_a_line_of_500_mb_is_passed_over_in_little_memory(tmp_path, name):
     path, good = tmp_path / name, PROSE if name == "a.csv" else json.dumps({"text": PROSE})
@@ -236,13 +321,14 @@ def test_a_line_of_500_mb_is_passed_over_in_little_memory(tmp_path, name):
         file.seek(500 * 2**20)  # a hole: it reads as zeros and takes no disk
         file.write(b"\n" + good.encode() + b"\n")
     tracemalloc.start()
-    reasons = reasons_in(path)
+    long, good = raw_rows(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert reasons == ["line too long", None] and peak < 200 * 2**20
+    assert long.raw.reason == "line too long" and long.raw.row == "a" * 2000
+    assert not isinstance(good.raw, Dropped) and peak < 200 * 2**20
 
 
-def test_whole_files_that_cannot_be_read(tmp_path):
+def test_whole_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "picture.txt").write_bytes(b"\x89PNG\0\0\0\rIHDR" * 50)
     (tmp_path / "utf16.txt").write_bytes("中文".encode("utf-16"))
     (tmp_path / "empty.jsonl").touch()
@@ -255,10 +341,35 @@ def test_whole_files_that_cannot_be_read(tmp_path):
     }  # fmt: skip
     for name, reason in expected.items():
         assert reasons_in(tmp_path / name)[-1] == reason, name
-    (tmp_path / "notes.pdf").write_bytes(b"%PDF")
+    for name in ("a.pdf", "b.PDF", "c.doc", "d.doc"):
+        (tmp_path / name).write_bytes(b"%PDF")
     write_rows(tmp_path / "z.jsonl", [{"text": PROSE}])
     summary = clean([tmp_path], tmp_path.parent / "dirt", Settings())
-    assert summary["kept"] == 1 and summary["files_not_read"] == [str(tmp_path / "notes.pdf")]
+    assert summary["kept"] == 1 and summary["files_not_read"][0] == str(tmp_path / "a.pdf")
+    assert "4 files of other kinds not read: a.pdf, b.PDF, c.doc, ..." in capsys.readouterr().out
+
+
+def test_endings_in_capitals_and_markdown_are_read(tmp_path):
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(json.dumps({"text": PROSE}).encode()))
+    (tmp_path / "B.TXT").write_text(PROSE, encoding="utf-8")
+    (tmp_path / "C.md").write_text(PROSE, encoding="utf-8")
+    files, others = find_files(tmp_path)
+    assert len(files) == 3 and not others
+    assert [parse_record(row.raw) for file in files for row in raw_rows(file)] == [{"text": PROSE}] * 3
+
+
+def test_elements_of_an_array_that_are_no_rows_are_shown(tmp_path):
+    path, out = tmp_path / "a.json", tmp_path / "out"
+    path.write_text(json.dumps([{"text": PROSE}, ["一"], 5], ensure_ascii=False), encoding="utf-8")
+    assert clean([path], out, Settings(keep_dropped=True))["reasons"] == {"wrong shape": 2}
+    assert [(row["line"], row["row"]) for row in read_rows(out / "dropped.jsonl")] == [(2, '["一"]'), (3, "5")]
+
+
+def test_a_dropped_row_of_a_table_may_hold_bytes_and_dates(tmp_path):
+    rows = [{"text": PROSE, "b": None}, {"text": None, "b": b"\xff"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    clean([tmp_path / "a.parquet"], tmp_path / "out", Settings(keep_dropped=True))
+    assert [row["row"]["b"] for row in read_rows(tmp_path / "out" / "dropped.jsonl")] == ["b'\\xff'"]
 
 
 def test_a_text_file_is_a_document_cut_at_blank_lines_or_a_row_a_line(tmp_path):
@@ -299,7 +410,7 @@ def test_clean_writes_what_the_stages_read_and_says_what_it_dropped(tmp_path, ca
 
     again = run("clean", "--data_path", raw, *flags, capsys=capsys)
     assert again[0] == 0 and json.loads(again[1])["kept"] == 10  # finished: the record is shown again
-    code, _, err = run("clean", "--data_path", raw, *flags, "--min_chars", 5, capsys=capsys)
+    code, _, err = run("clean", "--data_path", raw, *flags, "--seed", 5, capsys=capsys)
     assert code == 2 and "--overwrite" in err
     code, last, _ = run("clean", "--data_path", raw, *flags, "--seed", 1, "--overwrite", capsys=capsys)
     assert code == 0 and json.loads(last)["seed"] == 1
@@ -334,6 +445,23 @@ def test_mistakes_cost_one_line_and_leave_nothing(tmp_path, capsys):
         ((bad, "--out_dir", out), "no row is left: 3 x too short"),
         ((good, "--out_dir", out, "--weights", 1, 2), "2 numbers for 1 paths"),
         ((good, "--out_dir", out, "--heldout", 0.9), "--heldout"),
+        ((good, "--out_dir", out, "--heldout", "nan"), "--heldout"),
+        ((good, "--out_dir", out, "--threshold", "nan"), "--threshold"),
+        ((good, "--out_dir", out, "--max_symbols", "nan"), "--max_symbols"),
+        ((good, "--out_dir", out, "--weights", "nan"), "each a number"),
+        ((good, "--out_dir", out, "--weights", "inf"), "each a number"),
+        ((good, "--out_dir", out, "--weights", 0), "nothing would be written"),
+        ((good, tmp_path / "raw", "--out_dir", out, "--weights", 1, 2), "given twice with different --weights"),
+        ((good, "--out_dir", "."), "give the new folder a name"),
+        ((good, "--out_dir", tmp_path / "c.csv" / "x"), "cannot make"),
+        ((good, "--out_dir", out, "--languages", "zh", "klingon"), "klingon"),
+        ((good, "--out_dir", out, "--to", "sft", "--min_chars", 5), "--min_chars would change nothing"),
+        ((good, "--out_dir", out, "--to", "dpo", "--text_key", "x"), "--text_key would change nothing"),
+        (
+            (good, "--out_dir", out, "--to", "sft", "--profile", "minimind-v1", "--max_symbols", 1),
+            "--profile minimind-v1",
+        ),
+        ((good, "--out_dir", out, "--dedup", "exact", "--threshold", 0.8), "it is for --dedup near"),
     ):
         code, _, err = run("clean", "--data_path", *argv, "--workers", 1, capsys=capsys)
         assert code == 2 and said in err and err.count("\n") == 1, (argv, err)
@@ -362,6 +490,38 @@ def test_a_full_disk_is_one_line_and_the_second_start_finishes(tmp_path, capfd):
     assert not (tmp_path / "out").exists()
     run_main(main, argv)
     assert len(read_rows(tmp_path / "out" / "pretrain.jsonl")) == 3000
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    raw = write_rows(tmp_path / "raw.jsonl", [{"text": PROSE}])
+    (tmp_path / "out.building").write_text("a file of this name", encoding="utf-8")
+    code, _, err = run("clean", "--data_path", raw, "--out_dir", tmp_path / "out", capsys=capsys)
+    assert code == 2 and "cannot write into" in err and err.count("\n") == 1
+
+
+def test_overwrite_replaces_nothing_that_this_command_did_not_write(tmp_path, capsys):
+    raw, out = write_rows(tmp_path / "raw.jsonl", [{"text": PROSE}]), tmp_path / "out"
+    flags = ("clean", "--data_path", raw, "--out_dir", out, "--overwrite", "--workers", 1)
+    out.mkdir()
+    for text in ("no JSON", "[]", '{"loss": 1}', '{"stage": "clean"}'):
+        (out / "summary.json").write_text(text, encoding="utf-8")
+        code, _, err = run(*flags, capsys=capsys)
+        assert code == 2 and "was not written by this command" in err and err.count("\n") == 1
+        assert (out / "summary.json").read_text(encoding="utf-8") == text
+    (out / "summary.json").unlink()
+    assert run(*flags, capsys=capsys)[0] == 0
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    code, _, err = run(*flags, capsys=capsys)
+    assert code == 2 and "holds notes.txt" in err and (out / "notes.txt").exists()
+    (out / "notes.txt").rename(tmp_path / "notes.txt")
+    assert run(*flags, capsys=capsys)[0] == 0
+    building = tmp_path / "out.building"  # a folder of the user's that happens to have this name
+    building.mkdir()
+    (building / "thesis.txt").write_text("mine", encoding="utf-8")
+    code, _, err = run(*flags, capsys=capsys)
+    assert code == 2 and "holds thesis.txt" in err and (building / "thesis.txt").exists()
+    flags = tuple(flag for flag in flags if flag != "--overwrite")
+    assert run(*flags, capsys=capsys)[0] == 0 and (building / "thesis.txt").exists()
 
 
 def test_an_unfinished_run_of_other_settings_is_not_mixed_in(tmp_path):

@@ -1,9 +1,11 @@
 """Near copies are found, strangers are not, and what is written depends on the input and the seed alone."""
 
 import dataclasses
+import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -26,6 +28,7 @@ from processing.dedup import (
     signature,
 )
 from processing.filters import PROFILES
+from trainer.cli import UserError
 
 CHARACTERS = [chr(0x4E00 + i) for i in range(3000)]
 WORDS = [f"{a}{b}{c}" for a in "bcdfg" for b in ("ar", "en", "il") for c in ("", "s", "ed", "ing", "tion", "ly")]
@@ -104,8 +107,6 @@ def test_the_search_finds_what_comparing_all_pairs_finds(tmp_path):
 
 
 def test_real_text_keeps_its_strangers(tmp_path, data_dir):
-    import gzip
-
     texts = []
     for name in ("zh_luxun", "zh_recipes_howtocook", "en_tinyshakespeare"):
         with gzip.open(data_dir / "pretrain" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
@@ -137,37 +138,172 @@ def raw(tmp_path_factory):
 
 ANY = dataclasses.replace(PROFILES["default"], languages=None)  # the made-up words are of no language
 SETTINGS = Settings(profile=ANY, heldout=0.1, keep_dropped=True, txt_rows="line", weights=(1.5,))
+EXACT = dataclasses.replace(SETTINGS, dedup="exact")
 
 
 def content(folder):
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
-def test_any_number_of_workers_and_any_kills_give_the_same_files(raw, tmp_path):
-    begin = time.time()
-    summary = clean([raw], tmp_path / "one", SETTINGS, workers=1)
-    seconds = time.time() - begin
+@pytest.fixture(scope="module")
+def whole(raw, tmp_path_factory):
+    """The folder that one process writes without being disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "one"
+    clean([raw], out, SETTINGS, workers=1)
+    return out
+
+
+def in_a_child(function):
+    """Runs a function in a process of its own; its number. What it prints is not kept."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return child
+
+
+def kill(child):
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "it did not happen"
+        time.sleep(0.002)
+
+
+def progress_of(building):
+    path = building / "progress.json"
+    return sum(json.loads(path.read_text(encoding="utf-8"))["counts"].values()) if path.exists() else 0
+
+
+@pytest.fixture
+def many_checkpoints(monkeypatch):
+    """A checkpoint every 30 rows or so; children and workers inherit it."""
+    monkeypatch.setattr("processing.clean.CHECKPOINT_BATCHES", 1)
+    monkeypatch.setattr("processing.clean.BATCH_CHARS", 2**12)
+
+
+def test_any_number_of_workers_gives_the_same_files(raw, whole, tmp_path):
+    summary = json.loads((whole / "summary.json").read_text(encoding="utf-8"))
     assert summary["reasons"]["near copy"] >= 280 and summary["reasons"]["exact copy"] == 100
     assert summary["reasons"]["not JSON"] == 1 and summary["rows"] == 5001
     assert summary["kept"] + summary["dropped"] == 5001
     clean([raw], tmp_path / "two", SETTINGS, workers=2)
-    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert content(tmp_path / "two") == content(whole)
 
-    rng, out = random.Random(6), tmp_path / "killed"
-    for _ in range(4):
-        child = os.fork()
-        if child == 0:
-            try:
-                clean([raw], out, SETTINGS, workers=1)
-            finally:
-                os._exit(0)
-        time.sleep(rng.uniform(0.2, 0.8) * seconds)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        assert not out.exists() or content(out) == content(tmp_path / "one")  # nothing, or all of it
-    clean([raw], out, SETTINGS, workers=1)
-    assert content(out) == content(tmp_path / "one")
-    assert not (tmp_path / "killed.building").exists()
+
+@pytest.mark.parametrize("workers, overwrite", [(1, False), (2, True)])
+def test_a_killed_run_goes_on_with_its_rows(raw, whole, tmp_path, many_checkpoints, capfd, workers, overwrite):
+    out, building = tmp_path / "out", tmp_path / "out.building"
+    if overwrite:  # an earlier output stays until the new one is whole
+        clean([raw / "c.jsonl"], out, Settings(dedup="none"))
+        earlier = content(out)
+    for rows in (300, 2000, 4000):
+        child = in_a_child(lambda: clean([raw], out, SETTINGS, workers, overwrite))
+        wait_for(lambda rows=rows: progress_of(building) >= rows)
+        kill(child)
+        assert content(out) == earlier if overwrite else not out.exists()
+    capfd.readouterr()
+    clean([raw], out, SETTINGS, workers, overwrite)
+    said = capfd.readouterr().out
+    assert "going on after" in said and int(said.split("going on after ")[1].split()[0].replace(",", "")) >= 4000
+    assert content(out) == content(whole) and not building.exists()
+
+
+def test_a_kill_at_the_end_costs_nothing(raw, tmp_path, monkeypatch):
+    """The last things a run does are to rename OUT and to delete OUT.building, any part of which a kill may leave."""
+    out, building, one = tmp_path / "out", tmp_path / "out.building", raw / "c.jsonl"
+    clean([one], out, EXACT)
+    whole = content(out)
+
+    def kill_at(name, path):
+        """A run that dies when it is about to do this to the path."""
+        module, real = {"rename": (os, os.rename), "rmtree": (shutil, shutil.rmtree)}[name]
+
+        def die(first, *args, **flags):
+            if first == path:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(first, *args, **flags)
+
+        def run():
+            monkeypatch.setattr(module, name, die)
+            clean([one], out, EXACT, overwrite=True)
+
+        _, status = os.waitpid(in_a_child(run), 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+
+    for path in (building / "prints", building):
+        kill_at("rmtree", path)
+        assert content(out) == whole and building.exists() and not (building / "plan.json").exists()
+        clean([one], out, EXACT)  # finished: only tidied up
+        assert content(out) == whole and not building.exists()
+    for name, path in (("rmtree", building / "prints"), ("rename", out), ("rename", building / "out")):
+        kill_at(name, path)
+        assert out.exists() or path == building / "out"
+        with pytest.raises(UserError, match="--overwrite replaces it"):  # the earlier output is not given up
+            clean([one], out, Settings())
+        assert content(out) == whole
+        clean([one], out, EXACT, overwrite=True)
+        assert content(out) == whole and not building.exists()
+
+
+WORK_FILES = ("rows.jsonl", "origins.bin", "prints/keys.bin", "prints/band_07.bin", "progress.json")
+
+
+@pytest.mark.parametrize("name", WORK_FILES)
+def test_damaged_work_is_begun_again(raw, tmp_path, many_checkpoints, capfd, name):
+    """A file shorter than recorded must not be filled up with zeros."""
+    out, building, one = tmp_path / "out", tmp_path / "out.building", raw / "c.jsonl"
+    child = in_a_child(lambda: clean([one], out, SETTINGS))
+    wait_for(lambda: progress_of(building) >= 100)
+    kill(child)
+    (building / name).write_bytes(b"")
+    summary = clean([one], out, SETTINGS)
+    said = capfd.readouterr().out
+    assert "beginning again" in said and "going on" not in said and summary["rows"] == 1001
+    assert len({json.loads(line)["text"] for line in (out / "pretrain.jsonl").open(encoding="utf-8")}) > 700
+
+
+def test_two_runs_at_once_are_refused_and_a_killed_one_holds_nothing(raw, tmp_path, many_checkpoints):
+    out, building = tmp_path / "out", tmp_path / "out.building"
+    child = in_a_child(lambda: clean([raw], out, EXACT, 2))
+    wait_for(lambda: progress_of(building) >= 100)
+    os.kill(child, signal.SIGSTOP)  # so that it cannot end before the others have begun
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="another run is at work"):
+            clean([raw], out, EXACT, 1, overwrite)
+    kill(child)
+    assert clean([raw], out, EXACT)["rows"] == 5001  # at once, though its workers may live on for a second
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(raw, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def copies(*args):
+        out.mkdir()
+        (out / "mine.txt").write_text("mine", encoding="utf-8")
+        return find_copies(*args)
+
+    monkeypatch.setattr("processing.clean.find_copies", copies)
+    with pytest.raises(UserError, match="appeared during this run"):
+        clean([raw / "c.jsonl"], out, EXACT)
+    (out / "mine.txt").rename(tmp_path / "mine.txt")
+    monkeypatch.undo()
+    assert clean([raw / "c.jsonl"], out, EXACT)["rows"] == 1001
+
+
+def test_a_path_of_weight_0_is_in_no_file(raw, tmp_path):
+    settings = dataclasses.replace(SETTINGS, dedup="none", heldout=0.3, weights=(1, 0), keep_dropped=False)
+    clean([raw / "c.jsonl", raw / "a.jsonl"], tmp_path / "both", settings)
+    clean([raw / "c.jsonl"], tmp_path / "one", dataclasses.replace(settings, weights=(1,)))
+    both, one = content(tmp_path / "both"), content(tmp_path / "one")
+    assert both["pretrain_heldout.jsonl"] == one["pretrain_heldout.jsonl"] != b""
+    assert both["pretrain.jsonl"] == one["pretrain.jsonl"]
 
 
 def test_weights_and_hold_out_follow_the_seed(raw, tmp_path):
@@ -212,3 +348,27 @@ def test_the_row_functions_run_under_datasets_too(raw, tmp_path):
     ours = [json.loads(line)["text"] for line in open(tmp_path / "out" / "pretrain.jsonl", encoding="utf-8")]
     table = datasets.load_dataset("json", data_files=str(raw / "a.jsonl"), cache_dir=str(tmp_path / "cache"))["train"]
     assert table.map(keep, batched=True, num_proc=2)["text"][:] == ours
+
+
+@pytest.mark.slow
+def test_the_row_functions_run_under_datatrove_too(raw, tmp_path, monkeypatch):
+    """The code of docs/data.md, as it stands there."""
+    pytest.importorskip("datatrove")
+    pytest.importorskip("orjson")  # which its reader wants
+    page = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    codes = [block.split("```")[0] for block in page.split("```python\n")[1:]]
+    imports = codes[0].split("def keep")[0]
+    code = next(code for code in codes if "datatrove" in code)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw").mkdir()
+    for i, lines in enumerate(([], [])):  # two files for two workers
+        lines += (raw / "a.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[i::2]
+        (tmp_path / "raw" / f"{i}.jsonl").write_text("".join(lines), encoding="utf-8")
+    exec(imports + code, {"__name__": "docs"})
+    clean([tmp_path / "raw"], tmp_path / "out", Settings(dedup="none"))
+    ours = [json.loads(line)["text"] for line in open(tmp_path / "out" / "pretrain.jsonl", encoding="utf-8")]
+    theirs = []
+    for path in sorted((tmp_path / "clean").iterdir()):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            theirs += [json.loads(line)["text"] for line in file]
+    assert theirs == ours and ours

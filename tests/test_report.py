@@ -9,6 +9,7 @@ from data_process import main
 from model.tokenizer import encode_text, load_tokenizer, render
 from processing.report import describe, histogram, histogram_of, quantiles
 from trainer.cli import UserError
+from trainer.read import BadRow, parse
 
 
 def write(path, rows):
@@ -53,6 +54,28 @@ def test_conversations_and_pairs(tmp_path):
     other, other_mask = render(tokenizer, [user, bad])
     assert pair["kind"] == "pair" and pair["tokens"] == len(ids) + len(other)
     assert pair["learned_tokens"] == sum(mask) + sum(other_mask)
+
+
+def test_an_equal_signature_alone_is_a_near_copy(tmp_path):
+    text = "".join(chr(0x4E00 + i) for i in range(100))
+    found = describe(write(tmp_path / "a.jsonl", [{"text": text}, {"text": text + "。"}, {"text": text}]))
+    assert (found["exact_copies"], found["near_copies"]) == (1, 1)
+
+
+def test_rows_that_no_stage_can_read_are_bad_rows(tmp_path):
+    texts = [{"text": "白日依山尽"}, {"text": "a\ud800"}, {"text": None}, {"text": 5}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    found = describe(tmp_path / "a.jsonl")
+    assert (found["rows"], found["bad_rows"]) == (1, 3)
+    with pytest.raises(BadRow, match="not null"):
+        parse({"text": None}, "text")
+    user, reply = {"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}
+    call = reply | {"tool_calls": [{"name": "f", "arguments": {"城": "北京"}}]}  # a list is what stages read, too
+    odd = [reply | {"content": "\ud800"}, reply | {"tool_calls": "5"}, reply | {"reasoning_content": 5}]
+    rows = [{"conversations": [user, answer]} for answer in (reply, call, *odd)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = describe(tmp_path / "c.jsonl", samples=9)
+    assert (found["rows"], found["bad_rows"]) == (2, 3) and any("北京" in text for text in found["samples"])
 
 
 def test_more_processes_give_the_same_report(tmp_path):

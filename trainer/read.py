@@ -84,9 +84,9 @@ def raw_rows(path) -> Iterator[tuple[int, object]]:
 def open_bytes(path):
     """Opens a plain, gzip or zstandard file for reading bytes."""
     path = Path(path)
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         import zstandard
 
         return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True), 2**20)
@@ -181,7 +181,7 @@ def parse_record(raw) -> dict:
         record = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of more digits than Python reads, too
         raise BadRow(f"not JSON ({error})") from None
     if not isinstance(record, dict):
         raise BadRow(f"a row must be a JSON object, not {type(record).__name__}")
@@ -191,12 +191,16 @@ def parse_record(raw) -> dict:
 def as_text(record: dict) -> str:
     """{"text": ...} -> the string."""
     text = record.get("text")
-    if text is None:
+    if "text" not in record:
         raise BadRow(f'no key "text" (found: {_keys(record)})')
     if not isinstance(text, str):
-        raise BadRow(f'"text" must be a string, not {type(text).__name__}')
+        raise BadRow(f'"text" must be a string, not {"null" if text is None else type(text).__name__}')
     if not text.strip():
         raise BadRow('"text" is empty')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair, as broken JSON writers leave it behind
+        raise BadRow(f'"text": character {error.start} is no valid Unicode') from None
     return text
 
 
@@ -236,6 +240,8 @@ def check_messages(messages) -> list[dict]:
             raise BadRow(f"message {i} has role {message.get('role')!r}; roles are {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise BadRow(f'message {i} needs a string under "content"')
+        if not isinstance(message.get("reasoning_content"), str | None):
+            raise BadRow(f'message {i} needs a string under "reasoning_content"')
     if all(message["role"] != "assistant" for message in messages):
         raise BadRow("no assistant message: there is nothing to learn")
     return messages
@@ -264,7 +270,7 @@ def parse_history(cell) -> list:
             raise BadRow(f"the history cell is longer than {MAX_HISTORY_CHARS} characters")
         try:
             cell = ast.literal_eval(cell)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             raise BadRow("the history cell is not a list of [question, answer]") from None
     if not isinstance(cell, list | tuple) or any(not isinstance(turn, list | tuple) or len(turn) != 2 for turn in cell):
         raise BadRow("the history cell is not a list of [question, answer]")
