@@ -1,11 +1,11 @@
-"""Held-out bits per byte of the same small model, trained on as many tokens of a collection before and after cleaning.
+"""Held-out bits per byte of the same small model on as many tokens of a collection: raw, cleaned, by v1's thresholds.
 
   python scripts/benchmark.py cleaning --data_path $DATA/pretrain --max_steps 300
 
 The held-out documents are rows of the clean collection; what is equal to one of them or nearly, in either training
-set, is left out, so that neither side has seen them. Both sides start from the same random weights, take the same
-number of steps over rows of the same length, and are measured on the same documents. The two runs of a seed stand side
-by side, so chance of the order and of the start can be told from the effect.
+set, is left out, so that no side has seen them. All sides start from the same random weights, take the same number of
+steps over rows of the same length, and are measured on the same documents. The runs of a seed stand side by side, so
+chance of the order and of the start can be told from the effect.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from inference.engine import Engine
 from model.weights import load_model
 from processing.clean import Settings, clean, row_text
 from processing.dedup import Fingerprints, exact_key, find_copies, signature
+from processing.filters import PROFILES
 from processing.normalise import normalise_row
 from processing.read_raw import Dropped, find_files, raw_rows
 from processing.shapes import parse_record, to_row
@@ -94,7 +95,9 @@ def run(args) -> dict:
         folder = Path(name)
         summary = clean(args.data_path, folder / "clean", Settings(heldout=args.heldout))
         held = read(folder / "clean" / "pretrain_heldout.jsonl")
-        sides = {"before": list(raw_texts(args.data_path)), "after": read(folder / "clean" / "pretrain.jsonl")}
+        clean(args.data_path, folder / "v1", Settings(profile=PROFILES["minimind-v1"], dedup="exact"))
+        sides = {"raw": list(raw_texts(args.data_path)), "cleaned": read(folder / "clean" / "pretrain.jsonl"),
+                 "minimind-v1": read(folder / "v1" / "pretrain.jsonl")}  # fmt: skip
         files = {}
         for side, rows in sides.items():
             rows = without_heldout(rows, held, folder / f"prints_{side}")
@@ -107,9 +110,8 @@ def run(args) -> dict:
                 bits[side].append(bits_per_byte(result["weights"], held, args.seq_len))
                 print(f"seed {seed}, {side}: {result['tokens']:,} tokens, "
                       f"{bits[side][-1]:.4f} bits per byte", flush=True)  # fmt: skip
-    difference = np.subtract(bits["after"], bits["before"]).tolist()
     return {
         "preset": args.preset, "tokens": result["tokens"], "heldout_documents": len(held),
-        "dropped": summary["reasons"], "before": spread(bits["before"]), "after": spread(bits["after"]),
-        "after_minus_before": spread(difference),
+        "dropped": summary["reasons"], "bits_per_byte": {side: spread(found) for side, found in bits.items()},
+        "minus_raw": {side: spread(np.subtract(bits[side], bits["raw"]).tolist()) for side in list(bits)[1:]},
     }  # fmt: skip
