@@ -141,6 +141,18 @@ def test_llama_cpp_computes_the_same(tmp_path, kind):
         assert token["logprob"] == pytest.approx(ours[token["id"]].item(), abs=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "dtype", "near"), [
+    ("llama", "float16", 0.01), ("llama", "q8_0", 0.2), ("granite", "bfloat16", 0.2), ("granite", "q8_0", 0.2)
+])  # fmt: skip
+def test_llama_cpp_loads_rounded_weights(tmp_path, kind, dtype, near):
+    model, ids = build(kind), some_ids(1, 200)
+    write_gguf(tmp_path / "x.gguf", model, load_tokenizer(), kind, dtype)
+    found = LlamaCpp(tmp_path / "x.gguf").greedy(ids[0].tolist(), 1, top=20)["completion_probabilities"][0]
+    ours = logits(model, ids)[0, -1].log_softmax(-1)
+    differences = [abs(token["logprob"] - ours[token["id"]].item()) for token in found["top_logprobs"]]
+    assert 1e-6 < max(differences) < near, max(differences)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(model, its GGUF file, the texts it learned): greedy text of a random model would soon repeat itself."""
