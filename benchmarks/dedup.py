@@ -48,9 +48,9 @@ def write_documents(path: Path, count: int, share: float, seed: int = 0) -> set[
                     document[places] = 0x4E00 + rng.integers(0, 3000, len(places))
                     planted.add(line)
                 elif len(earlier) < KEPT:
-                    earlier.append(document)
+                    earlier.append(document.copy())  # a view would keep its whole block
                 elif rng.random() < KEPT / line:  # so that copies lie near and far from their originals
-                    earlier[rng.integers(KEPT)] = document
+                    earlier[rng.integers(KEPT)] = document.copy()
                 text = document.astype("<u4").tobytes().decode("utf-32-le")
                 file.write('{"text": "' + text + '"}\n')
     return planted

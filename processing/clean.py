@@ -13,6 +13,7 @@ What is written depends on the input, the settings and the seed only: not on the
 import hashlib
 import json
 import math
+import re
 import os
 import shutil
 import sys
@@ -248,6 +249,9 @@ def peak_memory(workers: int) -> int | None:
     if resource is None:
         return None
     own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux counts in ru_maxrss what the program that started this one held
+        own = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * (own + (workers * child if workers > 1 else 0))
 
