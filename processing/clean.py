@@ -13,8 +13,8 @@ What is written depends on the input, the settings and the seed only: not on the
 import hashlib
 import json
 import math
-import re
 import os
+import re
 import shutil
 import sys
 import time
