@@ -34,7 +34,9 @@ def add_model_flags(parser) -> None:
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (auto)")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                    help="(auto: bfloat16 where a GPU has it, else float32)")  # fmt: skip
-    g.add_argument("--quantize", choices=("none", "int8"), default="none", help="8-bit weights, CPU only (none)")
+    g.add_argument(
+        "--quantize", choices=("none", "int8"), default="none", help="8-bit weights (FBGEMM, dynamic), CPU only (none)"
+    )
     g.add_argument("--rope_scaling", type=rope_scaling, default=None, metavar="none|linear:F|yarn:F",
                    help="texts up to F times as long as those trained on (none)")  # fmt: skip
 
