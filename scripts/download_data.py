@@ -12,6 +12,7 @@ second start. Before anything is fetched sizes and licences are shown and the fr
 whose SHA-256 the source publishes is compared with it.
 """
 
+import errno
 import fnmatch
 import hashlib
 import json
@@ -117,9 +118,19 @@ class HuggingFace:
         return str(licence), [Remote(f.rfilename, f.size or 0, f.lfs.sha256 if f.lfs else None) for f in info.siblings]
 
     def fetch(self, item: Item, file: Remote, folder: Path) -> None:
-        from huggingface_hub import hf_hub_download
+        """By the client's transfer of one address: `hf_hub_download` begins every start from nothing (2.4.0)."""
+        from huggingface_hub.file_download import hf_hub_url, http_get
+        from huggingface_hub.utils import build_hf_headers
 
-        hf_hub_download(item.huggingface, file.path, repo_type=item.kind, local_dir=folder, endpoint=self.endpoint)
+        url = hf_hub_url(item.huggingface, file.path, repo_type=item.kind, endpoint=self.endpoint)
+        part = folder / f"{file.path}.part"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab") as there:
+            if file.size and there.tell() > file.size:
+                there.truncate(0)
+            done = there.seek(0, os.SEEK_END)
+            http_get(url, there, resume_size=done, headers=build_hf_headers(), expected_size=file.size or None)
+        os.replace(part, folder / file.path)
 
     def address(self, item: Item, path: str) -> str:
         prefix = "datasets/" if item.kind == "dataset" else ""
@@ -206,7 +217,9 @@ def _attempt(source, item: Item, folder: Path, path: str, action):
         return action()
     except (UserError, RunFailed, KeyboardInterrupt):
         raise
-    except Exception as error:  # each client has errors of its own; they all mean that the file did not come
+    except Exception as error:  # each client has errors of its own; but for a full disk they mean that nothing came
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise RunFailed(f"the disk with {folder} is full; make room, and the same command goes on") from None
         said = str(error).strip().splitlines() or [""]
         raise RunFailed(
             f"{source.name} did not answer ({type(error).__name__}: {said[0][:200]}); the same command goes on where "

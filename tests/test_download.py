@@ -1,5 +1,6 @@
 """Downloads from a local server that speaks a hub's protocol and drops connections half-way."""
 
+import errno
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ from pyarrow import parquet
 
 from inference.exam import read_exam
 from processing.exams import arrange
-from scripts.download_data import main
+from scripts.download_data import HuggingFace, main
 from trainer.cli import run_main
 
 REPO = "/datasets/jingyaogong/minimind_dataset"
@@ -185,3 +186,21 @@ def test_exams_are_laid_out_as_they_are_read(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert arrange(tmp_path / "openbookqa") == 1
     assert read_exam(tmp_path / "openbookqa", "openbookqa")[0].questions[0].options == ("a", "b", "c", "d")
+
+
+def test_a_full_disk_is_no_fault_of_the_source(fetch, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HuggingFace, "fetch", full)
+    code, _, err = fetch(Hub(), "pretrain_hq")
+    assert code == 1 and "is full; make room" in err and "did not answer" not in err
+
+
+def test_a_second_start_goes_on_where_the_first_one_broke(fetch, tmp_path):
+    hub = Hub(drops=1000)
+    code, _, err = fetch(hub, "pretrain_hq")
+    assert code == 1 and "goes on where it stopped" in err and not (tmp_path / "pretrain_hq.jsonl").exists()
+    reached, hub.drops = len(hub.ranges), 0
+    code, _, err = fetch(hub, "pretrain_hq")
+    assert code == 0 and hub.ranges[reached] > 0 and (tmp_path / "pretrain_hq.jsonl").read_bytes() == CONTENT
