@@ -318,8 +318,9 @@ def test_a_key(engine):
 def test_a_full_queue_is_told_with_429(engine):
     with serve(engine, slots=1, queue=1) as live:
         client = openai.OpenAI(base_url=live.url, api_key="any", max_retries=0)
-        streams = [ask(client, stream=True, max_tokens=None, extra_body=LONG) for _ in range(2)]
-        next(streams[0])
+        streams = [ask(client, stream=True, max_tokens=None, extra_body=LONG)]
+        next(streams[0])  # it has the slot, so the second one waits
+        streams.append(ask(client, stream=True, max_tokens=None, extra_body=LONG))
         wait_until(lambda: live.scheduler.stats()["waiting"] == 1)
         with pytest.raises(openai.RateLimitError, match="1 requests wait") as caught:
             ask(client)
