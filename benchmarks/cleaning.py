@@ -10,14 +10,13 @@ chance of the order and of the start can be told from the effect.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.report import spread
+from benchmarks.stages import read_lines, stage
 from inference.engine import Engine
 from model.weights import load_model
 from processing.clean import Settings, clean, row_text
@@ -26,8 +25,6 @@ from processing.filters import PROFILES
 from processing.normalise import normalise_row
 from processing.read_raw import Dropped, find_files, raw_rows
 from processing.shapes import parse_record, to_row
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def add_flags(parser) -> None:
@@ -72,16 +69,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def trained(data: Path, seed: int, args, out_dir: Path) -> dict:
-    """The result of one run of 1-pretrain.py."""
-    command = [sys.executable, "1-pretrain.py", "--data_path", str(data), "--preset", args.preset, "--seq_len",
-               str(args.seq_len), "--max_steps", str(args.max_steps), "--epochs", "1000", "--seed", str(seed),
-               "--val_split", "0", "--out_dir", str(out_dir), *args.flags]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return read_lines(path.read_text(encoding="utf-8"))
 
 
 def bits_per_byte(weights: Path, heldout: list[dict], seq_len: int) -> float:
@@ -106,7 +94,9 @@ def run(args) -> dict:
         bits = {side: [] for side in files}
         for seed in range(args.seeds):
             for side, data in files.items():
-                result = trained(data, seed, args, folder / f"{side}_{seed}")
+                result = stage("1-pretrain.py", "--data_path", data, "--preset", args.preset, "--seq_len", args.seq_len,
+                               "--max_steps", args.max_steps, "--epochs", 1000, "--seed", seed, "--val_split", 0,
+                               "--out_dir", folder / f"{side}_{seed}", *args.flags)  # fmt: skip
                 bits[side].append(bits_per_byte(result["weights"], held, args.seq_len))
                 print(f"seed {seed}, {side}: {result['tokens']:,} tokens, "
                       f"{bits[side][-1]:.4f} bits per byte", flush=True)  # fmt: skip
