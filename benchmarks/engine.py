@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import spread
-from benchmarks.step import llama_like
+from benchmarks.step import counterpart
 from export.gguf_file import write_gguf
 from inference.engine import Engine
 from inference.sampling import SamplingParams
@@ -104,7 +104,7 @@ def run(args) -> dict:
     else:
         torch.manual_seed(0)
         model = MiniMindForCausalLM(LMConfig.from_preset(args.preset)).eval()
-    reference = llama_like(model.config).eval()
+    reference = counterpart(model.config).eval()
     reference.load_state_dict(model.state_dict())
     n, params = args.new_tokens, SamplingParams(max_tokens=args.new_tokens, temperature=0, ignore_eos=True)
     engine, small = Engine(model, tokenizer), Engine(model, tokenizer, quantize="int8")

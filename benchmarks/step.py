@@ -9,9 +9,10 @@ import time
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.report import spread
+from export.counterpart import transformers_config
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM, packed_mask, packed_positions
 from trainer.log import flops_per_token
@@ -36,13 +37,10 @@ def packed_rows(vocab_size: int) -> dict:
     return {"input_ids": ids, "labels": torch.where(starts, -100, ids), "segment_ids": segments}
 
 
-def llama_like(config: LMConfig) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(
-        hidden_size=config.dim, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads, intermediate_size=config.hidden_dim, vocab_size=config.vocab_size,
-        rms_norm_eps=config.norm_eps, max_position_embeddings=config.max_seq_len, tie_word_embeddings=True,
-        rope_parameters=dict(config.rope_parameters), use_cache=False,
-    ))  # fmt: skip
+def counterpart(config: LMConfig):
+    """transformers' model of the same mathematics (Llama, Qwen3, GraniteMoeShared or Qwen3Moe), random weights."""
+    fields = transformers_config(config, "float32") | {"use_cache": False}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
 
 
 def step_seconds(model, optimizer, logits_of, batch) -> float:
@@ -66,7 +64,7 @@ def run(args) -> dict:
     torch.set_num_threads(args.threads)
     config = LMConfig.from_preset(args.preset)
     batch = packed_rows(config.vocab_size)
-    ours, llama = MiniMindForCausalLM(config).train(), llama_like(config).train()
+    ours, llama = MiniMindForCausalLM(config).train(), counterpart(config).train()
     llama.load_state_dict(ours.state_dict())
     mask, positions = packed_mask(batch["segment_ids"]), packed_positions(batch["segment_ids"])
 

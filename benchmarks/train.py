@@ -1,23 +1,29 @@
 """Each stage beside what a user of transformers, trl and peft would run, on the same rows of the same file.
 
-Theirs: a Llama of the same shape in transformers' Trainer (pretrain), trl's SFTTrainer and DPOTrainer, peft's LoRA,
-each with its own collator, which pads a batch to its longest row, and documents cut at the same length. Ours: the stage
-as its command builds it, rows packed. Their trainer drives: after each of its steps one of ours is taken, so the two
-are measured in turns in one process. Counted are real tokens (no padding) a CPU second; one thread.
+Theirs: transformers' model of the same mathematics (export/counterpart.py) in transformers' Trainer (pretrain), trl's
+SFTTrainer and DPOTrainer, peft's LoRA, each with its own collator, which pads a batch to its longest row, and documents
+cut at the same length. Ours: the stage as its command builds it, rows packed. Their trainer drives: after each of its
+steps one of ours is taken, so the two are measured in turns in one process. Counted are real tokens (no padding) a CPU
+second; one thread. Then each side takes two steps in a process of its own for its peak memory, the libraries it loads
+included.
 """
 
+import argparse
 import importlib.util
 import json
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
 import torch
+from transformers import TrainerCallback
 
 from benchmarks.report import spread
-from benchmarks.step import llama_like, matmul_flops
+from benchmarks.step import counterpart, matmul_flops
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_document, load_tokenizer
@@ -64,8 +70,30 @@ class Ours:
         return time.process_time() - begin, tokens
 
 
-def their_trainer(stage: str, model, tokenizer, file: str, args, folder, callback):
-    """The libraries' trainer with its own collator; it counts real tokens and slots of each batch in callback.seen."""
+class Seen(TrainerCallback):
+    """(real tokens, slots) of each batch their collator made."""
+
+    def __init__(self):
+        self.seen = []
+
+
+class Alternating(Seen):
+    """Times each step of transformers' trainers and takes one of ours after it."""
+
+    def __init__(self, ours: Ours):
+        super().__init__()
+        self.step_of_ours, self.theirs, self.ours, self.begin = ours.take, [], [], 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begin = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.theirs.append(time.process_time() - self.begin)
+        self.ours.append(self.step_of_ours())
+
+
+def their_trainer(stage: str, model, tokenizer, file: str, args, folder, callback: Seen):
+    """The libraries' trainer with its own collator, which tells callback.seen of each batch."""
     from datasets import Dataset
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
@@ -110,37 +138,28 @@ def counted(collator, callback):
     return collate
 
 
-def alternating(ours: Ours):
-    """A callback of transformers' trainers that times each of their steps and takes one of ours after it."""
-    from transformers import TrainerCallback
+def our_stage(preset: str, stage: str, args, folder: Path) -> Ours:
+    shape = ["--preset", preset]
+    if stage != "pretrain":
+        shape = ["--from_weight", folder / "chat.pth"]
+        save_weights(shape[1], MiniMindForCausalLM(LMConfig.from_preset(preset)), load_tokenizer(), {})
+    flags = ["--data_path", data_of(stage, args), "--seq_len", args.seq_len, "--batch_size", args.batch_size,
+             "--optimizer", "adamw", "--val_split", 0, "--out_dir", folder, "--overwrite"]  # fmt: skip
+    return Ours(stage, *shape, *flags)
 
-    class Alternating(TrainerCallback):
-        def __init__(self):
-            self.seen, self.theirs, self.ours, self.begin = [], [], [], 0.0
 
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.begin = time.process_time()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.theirs.append(time.process_time() - self.begin)
-            self.ours.append(ours.take())
-
-    return Alternating()
+def data_of(stage: str, args) -> str:
+    return {"pretrain": args.text, "dpo": args.pairs}.get(stage, args.chats)
 
 
 def compare(preset: str, stage: str, args, folder: Path) -> dict:
-    """One row of the table: medians over the steps after the first, which warms up both."""
+    """Speeds of one row of the table: medians over the steps after the first, which warms up both."""
     torch.manual_seed(0)
-    config, tokenizer = LMConfig.from_preset(preset), load_tokenizer()
-    theirs = llama_like(config)
-    file = {"pretrain": args.text, "dpo": args.pairs}.get(stage, args.chats)
-    shape = ["--preset", preset] if stage == "pretrain" else ["--from_weight", folder / "chat.pth"]
-    if stage != "pretrain":
-        save_weights(folder / "chat.pth", MiniMindForCausalLM(config), tokenizer, {})
-    ours = Ours(stage, *shape, "--data_path", file, "--out_dir", folder, "--optimizer", "adamw", "--overwrite",
-                "--seq_len", args.seq_len, "--batch_size", args.batch_size, "--val_split", 0)  # fmt: skip
-    callback = alternating(ours)
-    trainer = their_trainer(stage, theirs, tokenizer, str(file), args, folder / "theirs", callback)
+    config = LMConfig.from_preset(preset)
+    ours = our_stage(preset, stage, args, folder)
+    callback = Alternating(ours)
+    file, theirs = data_of(stage, args), counterpart(config)
+    trainer = their_trainer(stage, theirs, load_tokenizer(), file, args, folder / "theirs", callback)
     callback.seen.clear()  # without the batches of the reference's pass
     trainer.train()
     real = [(tokens / seconds) for (tokens, _), seconds in list(zip(callback.seen, callback.theirs))[1:]]
@@ -155,19 +174,44 @@ def compare(preset: str, stage: str, args, folder: Path) -> dict:
     }  # fmt: skip
 
 
+def peak_bytes(side: str, preset: str, stage: str, args) -> int:
+    """Most memory this process has held after two steps of one side (Linux); each is measured in a process of its own.
+
+    Not from getrusage, whose figure a child inherits from the process that started it.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        if side == "ours":
+            ours = our_stage(preset, stage, args, Path(name))
+            for _ in range(2):
+                ours.take()
+        else:
+            model, two = counterpart(LMConfig.from_preset(preset)), argparse.Namespace(**vars(args) | {"steps": 1})
+            their_trainer(stage, model, load_tokenizer(), data_of(stage, args), two, name, Seen()).train()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
+
+
+def alone(function, *arguments):
+    """function(*arguments) in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def run(args) -> dict:
     torch.set_num_threads(1)
     result = {}
     for preset in args.presets:
-        if LMConfig.from_preset(preset).use_moe:
-            print(f"{preset}: transformers has no class of its shape to compare with; dense presets only")
-            continue
         for stage in args.stages:
             with tempfile.TemporaryDirectory() as folder:
                 row = result[f"{preset} {stage}"] = compare(preset, stage, args, Path(folder))
+            for side in ("ours", "theirs"):
+                row[f"{side}_peak_bytes"] = alone(peak_bytes, side, preset, stage, args)
             ours, theirs, ratio = row["ours"]["median"], row["theirs"]["median"], row["ratio"]
+            shares = row["our_real_token_share"], row["their_real_token_share"]
+            memory = row["ours_peak_bytes"] / 1e9, row["theirs_peak_bytes"] / 1e9
             print(f"{preset:<16} {stage:<9} ours {ours:>8,.0f} tok/s, theirs {theirs:>8,.0f}, "
                   f"ratio {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}), "
-                  f"real tokens {row['our_real_token_share']:.0%} / {row['their_real_token_share']:.0%}, "
-                  f"{row['share_of_matrix_product']:.0%} of a matrix product", flush=True)  # fmt: skip
+                  f"real tokens {shares[0]:.0%} / {shares[1]:.0%}, {row['share_of_matrix_product']:.0%} of a "
+                  f"matrix product, {memory[0]:.2f} / {memory[1]:.2f} GB", flush=True)  # fmt: skip
     return result
