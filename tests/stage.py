@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -20,7 +22,10 @@ TINY = """
 --preset tiny --dim 32 --n_layers 2 --n_heads 2 --n_kv_heads 1 --hidden_dim 64
 --seq_len 64 --batch_size 2 --accumulation_steps 2 --log_interval 1 --device cpu
 """.split()  # noqa: SIM905
-STAGES = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}
+STAGES = {
+    "pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py", "lora": "4-lora_sft.py", "dpo": "5-dpo_train.py",
+    "full_dist": "train_distill.py", "reason": "train_distill_reason.py", "grpo": "train_grpo.py",
+}  # fmt: skip
 
 
 def load(name: str):
@@ -65,11 +70,7 @@ def last_json(stdout: str) -> dict:
     return json.loads(stdout.strip().splitlines()[-1])
 
 
-# --------------------------------------------------------------------- the stages that start from a chat model
-LATER_STAGES = {
-    "lora": "4-lora_sft.py", "dpo": "5-dpo_train.py",
-    "full_dist": "train_distill.py", "reason": "train_distill_reason.py", "grpo": "train_grpo.py",
-}  # fmt: skip
+# ------------------------------------------------------------------------------------- short runs of each stage
 SHORT = "--seq_len 64 --batch_size 2 --accumulation_steps 2 --log_interval 1 --device cpu".split()  # noqa: SIM905
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 64}
 
@@ -126,7 +127,7 @@ def reasoning_weights(folder) -> Path:
              "--optimizer", "adamw", "--device", "cpu", "--log_interval", 100]  # fmt: skip
     for name, value in (SMALL | {"n_layers": 1}).items():
         flags += [f"--{name}", value]
-    return Path(load(LATER_STAGES["reason"]).main(list(map(str, flags)))["weights"])
+    return Path(load(STAGES["reason"]).main(list(map(str, flags)))["weights"])
 
 
 def write_questions(path) -> Path:
@@ -146,38 +147,72 @@ def grpo_flags(folder, steps=12) -> list[str]:
     return list(map(str, flags))
 
 
-def later_flags(stage: str, folder, steps=12) -> list[str]:
-    """Flags of a short run of a later stage with dropout, its data and starting weights written to `folder`."""
+def run_flags(stage: str, folder, steps=12) -> list[str]:
+    """Flags of a short run of a stage with dropout, its data and starting weights written to `folder`."""
     if stage == "grpo":
         return grpo_flags(folder, steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    write = {"pretrain": write_texts, "dpo": write_pairs, "reason": write_traces}.get(stage, write_chats)
+    flags = ["--data_path", write(folder / f"{stage}.jsonl"), "--max_steps", steps, "--save_interval", 2,
+             "--eval_interval", 5, "--val_split", 0.2, "--dropout", 0.1]  # fmt: skip
+    if stage in ("pretrain", "full_sft"):
+        return list(map(str, [*TINY, *flags, "--from_weight", "none"]))
     base = folder / "full_sft_32.pth"
     base = base if base.exists() else chat_weights(folder)
-    write = {"dpo": write_pairs, "reason": write_traces}.get(stage, write_chats)
-    flags = [*SHORT, "--data_path", write(folder / f"{stage}.jsonl"), "--max_steps", steps, "--save_interval", 2,
-             "--eval_interval", 5, "--val_split", 0.2, "--dropout", 0.1]  # fmt: skip
-    flags += ["--teacher", base] if stage == "full_dist" else ["--from_weight", base]
+    flags += ["--teacher" if stage == "full_dist" else "--from_weight", base]
     flags += ["--save_weight", "x", "--lora_dropout", 0.1] if stage == "lora" else []
-    return list(map(str, flags))
+    return list(map(str, [*SHORT, *flags]))
 
 
-def later_weights(stage: str) -> str:
-    """Where in --out_dir a run of later_flags leaves its weights."""
+def weights_of(stage: str) -> str:
+    """Where in --out_dir a run of run_flags leaves its weights."""
     return "lora/x_32.pth" if stage == "lora" else f"{stage}_32.pth"
 
 
-def same_after_a_kill(stage: str, folder, moment) -> subprocess.CompletedProcess:
-    """A later stage run to its end, and once more, killed after moment(process, state file) and resumed: all equal."""
-    whole, broken = folder / "whole", folder / "broken"
-    flags, script, weights = later_flags(stage, folder), LATER_STAGES[stage], later_weights(stage)
-    first = run(script, *flags, "--out_dir", whole)
-    assert first.returncode == 0, first.stderr
-    process = subprocess.Popen(command(script, *flags, "--out_dir", broken), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    moment(process, broken / weights.replace("_32", "_32_resume"))
+# ------------------------------------------------------------------------------------- runs that are killed and go on
+def popen(script: str, flags, log) -> subprocess.Popen:
+    """The command as a user types it; what it prints goes to the file `log`."""
+    with open(log, "w", encoding="utf-8") as file:
+        return subprocess.Popen(command(script, *flags), stdout=file, stderr=file, cwd=ROOT,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+class Forked(get_context("fork").Process):
+    """The stage's main() in a copy of this process, with Popen's methods: killed like any other, started at once."""
+
+    def __init__(self, script: str, flags, log):
+        super().__init__()
+        self.script, self.flags, self.log = script, list(map(str, flags)), log
+        self.start()
+
+    def run(self):
+        sys.stdout = sys.stderr = open(self.log, "w", encoding="utf-8")
+        load(self.script).main(self.flags)
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self) -> int:
+        self.join()
+        return self.exitcode
+
+
+def same_after_a_kill(stage: str, folder, moment, start=popen) -> str:
+    """A stage run to its end (once a folder), and once more, killed after moment(process, out) and resumed: all equal.
+
+    -> what the resumed run printed.
+    """
+    whole, broken = folder / "whole", Path(tempfile.mkdtemp(prefix="broken", dir=folder))
+    flags, script, weights, log = run_flags(stage, folder), STAGES[stage], weights_of(stage), folder / "log.txt"
+    if not (whole / weights).exists():
+        assert start(script, [*flags, "--out_dir", whole], log).wait() == 0, log.read_text(encoding="utf-8")
+    process = start(script, [*flags, "--out_dir", broken], log)
+    moment(process, broken)
     process.kill()
     process.wait()
-    again = run(script, *flags, "--out_dir", broken, "--resume")
-    assert again.returncode == 0, again.stderr
+    again = start(script, [*flags, "--out_dir", broken, "--resume"], log).wait()
+    printed = log.read_text(encoding="utf-8")
+    assert again == 0, printed
     one, two = (torch.load(d / weights, weights_only=True) for d in (whole, broken))
     assert one["model"].keys() == two["model"].keys()
     assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
@@ -186,10 +221,10 @@ def same_after_a_kill(stage: str, folder, moment) -> subprocess.CompletedProcess
     drop = ("seconds", "tokens_per_second", "peak_memory_bytes", "weights")
     results = [{k: v for k, v in w["record"]["result"].items() if k not in drop} for w in (one, two)]
     assert results[0] == results[1]
-    return again
+    return printed
 
 
-def after_a_save(process, state: Path) -> None:
-    while process.poll() is None and not state.exists():
+def after_a_save(process, out) -> None:
+    while process.poll() is None and not list(out.rglob("*_resume.pth")):
         time.sleep(0.01)
     time.sleep(0.05)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from stage import LATER_STAGES, ROOT, last_json, later_flags, load, run
+from stage import ROOT, STAGES, last_json, load, run, run_flags
 from test_dist import assert_same_losses, flags_of, free_port
 
 from model.weights import load_model
@@ -168,7 +168,7 @@ def test_the_launcher_without_the_flag_is_ddp_and_says_so(plain):
 @pytest.mark.parametrize("stage", ["lora", "dpo"])
 def test_other_stages_run_under_zero_2(stage, tmp_path):
     exact = ["--dropout", "0", *(["--lora_dropout", "0"] if stage == "lora" else []), "--out_dir"]
-    flags, script = [*later_flags(stage, tmp_path, steps=3), *exact], LATER_STAGES[stage]
+    flags, script = [*run_flags(stage, tmp_path, steps=3), *exact], STAGES[stage]
     alone = last_json(run(script, *flags, tmp_path / "one", "--optimizer", "adamw").stdout)
     done = launched(2, script, *flags, tmp_path / "two", "--accumulation_steps", 1, "--deepspeed")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -2,12 +2,11 @@
 
 import json
 import math
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from stage import LATER_STAGES, after_a_save, chat_weights, later_flags, load, same_after_a_kill, write_texts
+from stage import STAGES, chat_weights, load, run_flags, write_texts
 
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
@@ -19,7 +18,7 @@ from trainer.loop import take_step
 from trainer.losses import distillation_sums, kd_loss, language_model, lm_loss
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
-STAGE = load(LATER_STAGES["full_dist"])
+STAGE = load(STAGES["full_dist"])
 KINDS = ("forward", "reverse", "skewed")
 
 
@@ -106,7 +105,7 @@ def test_only_a_piece_of_the_teacher_is_kept_for_the_backward_pass():
 
 # -------------------------------------------------------------------------------------------------------- the stage
 def run_distill(tmp_path, *more) -> dict:
-    return STAGE.main([*later_flags("full_dist", tmp_path, steps=2), "--out_dir", str(tmp_path / "o"), *map(str, more)])
+    return STAGE.main([*run_flags("full_dist", tmp_path, steps=2), "--out_dir", str(tmp_path / "o"), *map(str, more)])
 
 
 def history(tmp_path, name="full_dist_32"):
@@ -223,15 +222,3 @@ def test_without_a_teacher_the_command_to_run_first_is_named(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no weights of full_sft or dpo in o or out; run `python 3-full_sft.py` first"):
         STAGE.main(["--out_dir", "o"])
-
-
-# ------------------------------------------------------------------------------------------------------------- slow
-@pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
-    same_after_a_kill("full_dist", tmp_path, after_a_save)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.5 + 0.8 * i for i in range(10)])
-def test_killed_at_any_moment(seconds, tmp_path):
-    same_after_a_kill("full_dist", tmp_path, lambda process, state: time.sleep(seconds))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 
 import numpy as np
 import pytest
@@ -10,12 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stage import (
-    LATER_STAGES,
-    after_a_save,
+    STAGES,
     chat_weights,
-    later_flags,
     load,
-    same_after_a_kill,
+    run_flags,
     write_chats,
     write_pairs,
 )
@@ -31,7 +28,7 @@ from trainer.preference import Reference, answers_of, paired_bootstrap, preferen
 from trainer.start import prepare
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
-STAGE = load(LATER_STAGES["dpo"])
+STAGE = load(STAGES["dpo"])
 
 
 # ------------------------------------------------------------------------------------------------------ the losses
@@ -78,7 +75,7 @@ def test_pairs_fit_the_row_and_lose_the_front_of_the_prompt_first(pairs, longest
 
 
 def begin(tmp_path, *more):
-    flags = [*later_flags("dpo", tmp_path, steps=6), "--out_dir", tmp_path / "o", "--dropout", 0, *more]
+    flags = [*run_flags("dpo", tmp_path, steps=6), "--out_dir", tmp_path / "o", "--dropout", 0, *more]
     args = parse(STAGE.parser(), list(map(str, flags)))
     start = prepare(args, sample="dpo.jsonl")
     reference = Reference(start)
@@ -201,7 +198,7 @@ def test_the_bootstrap_interval():
 
 # -------------------------------------------------------------------------------------------------------- the stage
 def run_dpo(tmp_path, *more) -> dict:
-    return STAGE.main([*later_flags("dpo", tmp_path), "--out_dir", str(tmp_path / "o"), *map(str, more)])
+    return STAGE.main([*run_flags("dpo", tmp_path), "--out_dir", str(tmp_path / "o"), *map(str, more)])
 
 
 def test_a_run_prefers_what_it_was_shown_and_reports_it(tmp_path):
@@ -325,14 +322,3 @@ def test_the_loss_is_trls(loss, tmp_path):
     start.model.train()
     theirs = trainer._compute_loss(start.model, inputs, False)
     assert numbers["loss"] == pytest.approx(theirs.item(), abs=1e-6, rel=2e-6)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
-    same_after_a_kill("dpo", tmp_path, after_a_save)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.5 + 0.8 * i for i in range(10)])
-def test_killed_at_any_moment(seconds, tmp_path):
-    same_after_a_kill("dpo", tmp_path, lambda process, state: time.sleep(seconds))

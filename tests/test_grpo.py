@@ -5,20 +5,17 @@ import json
 import math
 import os
 import subprocess
-import time
 
 import pytest
 import torch
 from stage import (
-    LATER_STAGES,
     ROOT,
-    after_a_save,
+    STAGES,
     command,
     grpo_flags,
     load,
     reasoning_weights,
     run,
-    same_after_a_kill,
     write_questions,
 )
 
@@ -38,7 +35,7 @@ from trainer.read import BadRow
 from trainer.rewards import final_answer, is_right, reward
 from trainer.start import prepare
 
-STAGE = load(LATER_STAGES["grpo"])
+STAGE = load(STAGES["grpo"])
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 TOKENIZER = load_tokenizer()
 
@@ -428,11 +425,11 @@ def test_the_loss_is_trls(kl, folder, tmp_path):
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_same_answers(folder, tmp_path):
     flags = [*grpo_flags(folder, 4), "--out_dir"]
-    one = run(LATER_STAGES["grpo"], *flags, tmp_path / "one")
+    one = run(STAGES["grpo"], *flags, tmp_path / "one")
     assert one.returncode == 0, one.stderr
     torchrun = [command("x")[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     more = [tmp_path / "two", "--batch_size", "4"]
-    two = subprocess.run([*torchrun, *command(LATER_STAGES["grpo"], *flags, *more)[1:]], capture_output=True, text=True,
+    two = subprocess.run([*torchrun, *command(STAGES["grpo"], *flags, *more)[1:]], capture_output=True, text=True,
                          env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)  # fmt: skip
     assert two.returncode == 0, two.stderr
     logs = [numbers_of(tmp_path / d / "grpo_32.jsonl") for d in ("one", "two")]
@@ -441,14 +438,3 @@ def test_two_processes_are_one_with_the_same_answers(folder, tmp_path):
         assert mine.keys() == others.keys()
         for name, value in mine.items():
             assert others[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on(tmp_path):
-    same_after_a_kill("grpo", tmp_path, after_a_save)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.5 + 0.8 * i for i in range(10)])
-def test_killed_at_any_moment(seconds, folder, tmp_path):
-    same_after_a_kill("grpo", folder / str(seconds), lambda process, state: time.sleep(seconds))

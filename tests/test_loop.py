@@ -3,11 +3,10 @@
 import json
 import signal
 import subprocess
-import time
 
 import pytest
 import torch
-from stage import STAGES, TINY, command, last_json, load, run, write_chats, write_texts
+from stage import TINY, after_a_save, command, last_json, load, popen, run, run_flags, write_chats, write_texts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.LMConfig import LMConfig
@@ -136,90 +135,12 @@ def test_the_plan_covers_each_row_once_for_any_number_of_processes(tmp_path):
         assert [sorted(step) for step in steps[:-1]] == [list(range(4 * s, 4 * s + 4)) for s in range(len(steps) - 1)]
 
 
-# ----------------------------------------------------------------------------------------------- whole runs, resume
-def stage_flags(stage, tmp_path, out):
-    data = write_texts(tmp_path / "t.jsonl") if stage == "pretrain" else write_chats(tmp_path / "c.jsonl")
-    flags = [*TINY, "--data_path", data, "--out_dir", out, "--max_steps", 12, "--save_interval", 2, "--dropout", 0.1,
-             "--eval_interval", 5, "--val_split", 0.1]  # fmt: skip
-    return [*flags, "--from_weight", "none"]
-
-
-def assert_same_run(a, b, stage):
-    one, two = (torch.load(d / f"{stage}_32.pth", weights_only=True) for d in (a, b))
-    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
-    assert (a / f"{stage}_32.jsonl").read_text() == (b / f"{stage}_32.jsonl").read_text()
-    drop = ("seconds", "tokens_per_second", "peak_memory_bytes", "weights")
-    strip = [{k: v for k, v in w["record"]["result"].items() if k not in drop} for w in (one, two)]
-    assert strip[0] == strip[1]
-
-
-def kill_and_resume(stage, tmp_path, moment):
-    """Runs the stage to its end; then again, killed with SIGKILL after moment(process, out), and resumed."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    first = run(STAGES[stage], *stage_flags(stage, tmp_path, whole))
-    assert first.returncode == 0, first.stderr
-    process = subprocess.Popen(command(STAGES[stage], *stage_flags(stage, tmp_path, broken)),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    moment(process, broken)
-    process.kill()
-    process.wait()
-    again = run(STAGES[stage], *stage_flags(stage, tmp_path, broken), "--resume")
-    assert again.returncode == 0, again.stderr
-    assert_same_run(whole, broken, stage)
-    return again
-
-
-def after_first_save(process, out):
-    while process.poll() is None and not list(out.glob("*_resume.pth")):
-        time.sleep(0.01)
-    time.sleep(0.05)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage, tmp_path):
-    again = kill_and_resume(stage, tmp_path, after_first_save)
-    assert "resumed   at step" in again.stdout
-    result = last_json(again.stdout)
-    third = run(STAGES[stage], *stage_flags(stage, tmp_path, tmp_path / "broken"), "--resume")
-    assert third.returncode == 0 and last_json(third.stdout) == result  # a finished run prints its result again
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.2 + 0.9 * i for i in range(10)])
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_any_moment(stage, seconds, tmp_path):
-    kill_and_resume(stage, tmp_path, lambda process, out: time.sleep(seconds))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.001 * i for i in range(10)])
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_inside_a_save(stage, delay, tmp_path):
-    def inside_a_save(process, out):
-        while process.poll() is None and not list(out.glob(".*.tmp")):
-            time.sleep(0.0005)
-        time.sleep(delay)
-
-    kill_and_resume(stage, tmp_path, inside_a_save)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.002 * i for i in range(10)])
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_inside_the_cache_build(stage, delay, tmp_path):
-    def inside_the_build(process, out):
-        while process.poll() is None and not list(out.glob("cache/*.building-*")):
-            time.sleep(0.0005)
-        time.sleep(delay)
-
-    kill_and_resume(stage, tmp_path, inside_the_build)
-
-
+# ------------------------------------------------------------------------------------------------------- whole runs
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = [*stage_flags("pretrain", tmp_path, broken), "--max_steps", 150, "--save_interval", 1000]
+    flags = [*run_flags("pretrain", tmp_path, steps=150), "--save_interval", 1000, "--out_dir"]
     process = subprocess.Popen(
-        command("1-pretrain.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command("1-pretrain.py", *flags, broken), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for line in process.stdout:
         if line.startswith("step 3/"):
@@ -230,27 +151,20 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     assert last_json(out)["stopped"] is True and "to go on: python" in out and "--resume" in out
     step = last_json(out)["steps"]
     assert 3 <= step < 150
-    assert run("1-pretrain.py", *flags, "--resume").returncode == 0
-    assert (
-        run(
-            "1-pretrain.py", *stage_flags("pretrain", tmp_path, whole), "--max_steps", 150, "--save_interval", 1000
-        ).returncode
-        == 0
-    )
+    assert run("1-pretrain.py", *flags, broken, "--resume").returncode == 0
+    assert run("1-pretrain.py", *flags, whole).returncode == 0
     assert torch.equal(*(load_model(d / "pretrain_32.pth")[0].lm_head.weight for d in (whole, broken)))
 
 
 def test_resume_with_another_micro_batch_keeps_the_global_batch(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    main = load("1-pretrain.py").main
-    flags = [str(x) for x in stage_flags("pretrain", tmp_path, whole)]
-    main([*flags, "--dropout", "0"])
-    flags = [str(x) for x in stage_flags("pretrain", tmp_path, broken)] + ["--dropout", "0"]
-    process = subprocess.Popen(command("1-pretrain.py", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    after_first_save(process, broken)
+    flags = [*run_flags("pretrain", tmp_path), "--dropout", "0", "--out_dir"]
+    load("1-pretrain.py").main([*flags, str(whole)])
+    process = popen("1-pretrain.py", [*flags, broken], tmp_path / "log.txt")
+    after_a_save(process, broken)
     process.kill()
     process.wait()
-    again = run("1-pretrain.py", *flags, "--resume", "--batch_size", "4")
+    again = run("1-pretrain.py", *flags, broken, "--resume", "--batch_size", "4")
     assert again.returncode == 0, again.stderr
     histories = [
         [json.loads(line) for line in (d / "pretrain_32.jsonl").read_text().splitlines()] for d in (whole, broken)
@@ -259,20 +173,19 @@ def test_resume_with_another_micro_batch_keeps_the_global_batch(tmp_path):
         assert a["step"] == b["step"] and a.get("tokens") == b.get("tokens")
         if "loss" in a:
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-    wrong = run("1-pretrain.py", *flags, "--resume", "--batch_size", "3")
+    wrong = run("1-pretrain.py", *flags, broken, "--resume", "--batch_size", "3")
     assert wrong.returncode == 0  # finished: prints its result
 
 
 def test_dry_run_says_all_and_writes_no_weights(tmp_path, capsys):
-    load("1-pretrain.py").main([str(x) for x in stage_flags("pretrain", tmp_path, tmp_path / "o")] + ["--dry_run"])
+    load("1-pretrain.py").main([*run_flags("pretrain", tmp_path), "--out_dir", str(tmp_path / "o"), "--dry_run"])
     out = capsys.readouterr().out
     assert last_json(out)["dry_run"] is True and "parameters" in out and "GB a process (estimate)" in out
     assert not list((tmp_path / "o").glob("*.pth"))
 
 
 def test_the_tokenizer_and_config_travel_with_the_weights(tmp_path):
-    flags = [str(x) for x in stage_flags("pretrain", tmp_path, tmp_path / "o")]
-    result = load("1-pretrain.py").main(flags)
+    result = load("1-pretrain.py").main([*run_flags("pretrain", tmp_path), "--out_dir", str(tmp_path / "o")])
     model, tokenizer, record = load_model(result["weights"])
     assert isinstance(model.config, LMConfig) and record["result"] == result and record["seq_len"] == 64
     assert tokenizer.get_vocab() == load_tokenizer().get_vocab()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from stage import LATER_STAGES, after_a_save, chat_weights, later_flags, load, same_after_a_kill, write_chats
+from stage import STAGES, chat_weights, load, run_flags, write_chats
 
 from model.LMConfig import LMConfig
 from model.lora import (
@@ -225,8 +225,8 @@ def test_peft_folders_and_models_that_cannot_meet(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- the stage
 def run_lora(tmp_path, *more) -> dict:
-    flags = [*later_flags("lora", tmp_path, steps=4), "--out_dir", tmp_path / "o", *more]
-    return load(LATER_STAGES["lora"]).main([str(flag) for flag in flags])
+    flags = [*run_flags("lora", tmp_path, steps=4), "--out_dir", tmp_path / "o", *more]
+    return load(STAGES["lora"]).main([str(flag) for flag in flags])
 
 
 def test_the_base_stays_and_only_the_adapter_is_written(tmp_path):
@@ -244,8 +244,8 @@ def test_the_base_stays_and_only_the_adapter_is_written(tmp_path):
 
 
 def test_a_stopped_run_keeps_the_adapter_its_optimizer_and_no_more(tmp_path):
-    assert later_flags("lora", tmp_path)
-    stage, state = load(LATER_STAGES["lora"]), tmp_path / "o" / "lora" / "x_32_resume.pth"
+    assert run_flags("lora", tmp_path)
+    stage, state = load(STAGES["lora"]), tmp_path / "o" / "lora" / "x_32_resume.pth"
     kept = {}
     original = stage.train
 
@@ -255,7 +255,7 @@ def test_a_stopped_run_keeps_the_adapter_its_optimizer_and_no_more(tmp_path):
         return original(start, *rest)
 
     stage.train = spy
-    stage.main([*later_flags("lora", tmp_path, steps=4), "--out_dir", str(tmp_path / "o")])
+    stage.main([*run_flags("lora", tmp_path, steps=4), "--out_dir", str(tmp_path / "o")])
     assert kept["step"] == 2 and all(".adapters." in name for name in kept["model"])
     sizes = [p.numel() for p in kept["model"].values()]
     moments = [s["exp_avg"].numel() for o in kept["engine"]["optimizers"] for s in o["state"].values()]
@@ -288,7 +288,7 @@ def test_wrong_data_and_missing_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full_sft_32.pth").unlink()
     with pytest.raises(UserError, match=r"no weights of full_sft in o or out; run `python 3-full_sft.py` first"):
-        load(LATER_STAGES["lora"]).main(["--data_path", str(chats), "--out_dir", "o"])
+        load(STAGES["lora"]).main(["--data_path", str(chats), "--out_dir", "o"])
 
 
 def test_a_resumed_run_must_stand_on_the_same_base(tmp_path):
@@ -296,16 +296,3 @@ def test_a_resumed_run_must_stand_on_the_same_base(tmp_path):
     chat_weights(tmp_path, seed=9)  # other weights under the same name
     with pytest.raises(UserError, match="base was [0-9a-f]{16}, is now [0-9a-f]{16}"):
         run_lora(tmp_path, "--resume")
-
-
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
-    again = same_after_a_kill("lora", tmp_path, after_a_save)
-    assert "resumed   at step" in again.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.5 + 0.8 * i for i in range(10)])
-def test_killed_at_any_moment(seconds, tmp_path):
-    import time
-
-    same_after_a_kill("lora", tmp_path, lambda process, state: time.sleep(seconds))

@@ -2,11 +2,10 @@
 
 import json
 import math
-import time
 
 import pytest
 import torch
-from stage import LATER_STAGES, after_a_save, chat_weights, later_flags, load, same_after_a_kill, write_chats
+from stage import STAGES, chat_weights, load, run_flags, write_chats
 
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
@@ -17,7 +16,7 @@ from trainer.data import packed_splits
 from trainer.losses import language_model, lm_loss, weighted_lm_loss
 from trainer.think import REASONING_TAGS, keep_thinking
 
-STAGE = load(LATER_STAGES["reason"])
+STAGE = load(STAGES["reason"])
 TOKENIZER = load_tokenizer()
 TRACE = "<think>\n三加四。\n</think>\n<answer>\n7\n</answer>"
 
@@ -97,7 +96,7 @@ def test_an_emptied_block_is_the_one_a_model_is_told_not_to_think_by():
 
 
 def run_reason(tmp_path, *more) -> dict:
-    return STAGE.main([*later_flags("reason", tmp_path, steps=2), "--out_dir", str(tmp_path / "o"), *map(str, more)])
+    return STAGE.main([*run_flags("reason", tmp_path, steps=2), "--out_dir", str(tmp_path / "o"), *map(str, more)])
 
 
 def test_a_run_reports_the_loss_without_weights(tmp_path):
@@ -139,14 +138,3 @@ def test_resume_with_another_weight_or_file_is_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         run_reason(tmp_path, "--resume", "--tag_weight", 3, "--data_path", chats, "--seed", 7)
     assert all(part in str(caught.value) for part in ("tag_weight was 10.0, is now 3.0", "data was", "seed was 42"))
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
-    same_after_a_kill("reason", tmp_path, after_a_save)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.5 + 0.8 * i for i in range(10)])
-def test_killed_at_any_moment(seconds, tmp_path):
-    same_after_a_kill("reason", tmp_path, lambda process, state: time.sleep(seconds))

@@ -1,0 +1,66 @@
+"""A run of any stage that is killed with SIGKILL and resumed equals the run that was not: weights, losses, result."""
+
+import time
+
+import pytest
+from stage import STAGES, Forked, after_a_save, last_json, popen, run_flags, same_after_a_kill
+
+BASE = ["pretrain", "full_sft"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """whole(stage): the folder of an uninterrupted run, made once for all kills of the stage, and its seconds."""
+    top, made = tmp_path_factory.mktemp("kills"), {}
+
+    def of(stage):
+        if stage not in made:
+            folder = top / stage
+            flags, begin = run_flags(stage, folder), time.monotonic()
+            assert Forked(STAGES[stage], [*flags, "--out_dir", folder / "whole"], folder / "log.txt").wait() == 0
+            made[stage] = folder, time.monotonic() - begin
+        return made[stage]
+
+    return of
+
+
+@pytest.mark.parametrize("stage", [*BASE, "lora"])
+def test_a_killed_command_goes_on_as_if_nothing_had_happened(stage, tmp_path):
+    printed = same_after_a_kill(stage, tmp_path, after_a_save)
+    assert "resumed   at step" in printed
+    flags, log = [*run_flags(stage, tmp_path), "--out_dir", tmp_path / "whole", "--resume"], tmp_path / "third.txt"
+    assert popen(STAGES[stage], flags, log).wait() == 0
+    assert last_json(log.read_text(encoding="utf-8"))["steps"] == 12  # a finished run prints its result again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0.05 + 0.1 * i for i in range(10)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_any_moment(stage, part, whole):
+    """`part` of the time the run takes: in its start, its cache, its steps, its saves, its end."""
+    folder, seconds = whole(stage)
+    same_after_a_kill(stage, folder, lambda process, out: process.join(part * seconds), Forked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.001 * i for i in range(10)])
+@pytest.mark.parametrize("stage", BASE)
+def test_killed_inside_a_save(stage, delay, whole):
+    def inside_a_save(process, out):
+        while process.poll() is None and not list(out.glob(".*.tmp")):
+            time.sleep(0.0005)
+        time.sleep(delay)
+
+    same_after_a_kill(stage, whole(stage)[0], inside_a_save, Forked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.002 * i for i in range(10)])
+@pytest.mark.parametrize("stage", BASE)
+def test_killed_inside_the_cache_build(stage, delay, whole):
+    def inside_the_build(process, out):
+        while process.poll() is None and not list(out.glob("cache/*.building-*")):
+            time.sleep(0.0005)
+        time.sleep(delay)
+
+    same_after_a_kill(stage, whole(stage)[0], inside_the_build, Forked)
