@@ -21,7 +21,8 @@ MINIMIND_FILES = ("pretrain_hq.jsonl", "pretrain_t2t_mini.jsonl", "pretrain_t2t.
 
 
 def main(argv=None) -> dict:
-    parser = stage_parser("pretrain", __doc__, learning_rate=2e-3, optimizer="muon", from_weight="none")
+    rates = {"muon": 4e-3, "adamw": 1e-3}  # docs/log.md, "Which optimizer"
+    parser = stage_parser("pretrain", __doc__, learning_rate=rates, optimizer="muon", from_weight="none")
     args = parse(parser, argv)
     start = prepare(args, MINIMIND_FILES, sample="pretrain.jsonl")
     with dist.join(args) as world:

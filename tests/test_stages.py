@@ -13,7 +13,7 @@ from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from model.weights import save_weights
-from trainer.cli import UserError, boolean, run_main, stage_parser
+from trainer.cli import UserError, boolean, parse, run_main, stage_parser
 
 COMMON = """
 data_path tokenizer out_dir save_weight from_weight preset dim n_layers n_heads n_kv_heads use_moe seq_len epochs
@@ -26,6 +26,13 @@ overwrite dry_run
 @pytest.fixture
 def texts(tmp_path):
     return write_texts(tmp_path / "t.jsonl")
+
+
+def test_the_default_rate_is_that_of_the_optimizer():
+    parser = stage_parser("pretrain", "", learning_rate={"muon": 4e-3, "adamw": 1e-3}, optimizer="muon")
+    for flags, rate in (([], 4e-3), (["--optimizer", "adamw"], 1e-3), (["--learning_rate", "0.01"], 0.01)):
+        assert parse(parser, flags).learning_rate == rate
+    assert parse(stage_parser("x", "", learning_rate=5e-4), ["--optimizer", "muon"]).learning_rate == 5e-4
 
 
 def refused(stage, *args) -> str:

@@ -80,7 +80,8 @@ def boolean(text: str) -> bool:
 def stage_parser(stage: str, description: str, **defaults) -> Parser:
     """The common flags, with this stage's defaults.
 
-    stage: its name in records, and the first part of its files. The caller adds flags of its own to the parser.
+    stage: its name in records, and the first part of its files. learning_rate may be one for each optimizer, as a dict.
+    The caller adds flags of its own to the parser.
     """
     d = {
         "save_weight": stage, "seq_len": 512, "epochs": 1.0, "batch_size": 8, "accumulation_steps": 4,
@@ -88,7 +89,9 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
         "from_weight": None, "preset": None, "val_split": 0.01,
     } | defaults  # fmt: skip
     parser = Parser(description=description)
-    parser.set_defaults(stage=stage, recipe_flags=(), subfolder="", default_optimizer=d["optimizer"])
+    rates = d.pop("learning_rate")
+    rates = rates if isinstance(rates, dict) else {"adamw": rates, "muon": rates}
+    parser.set_defaults(stage=stage, recipe_flags=(), subfolder="", default_optimizer=d["optimizer"], rates=rates)
 
     g = parser.add_argument_group("files")
     g.add_argument(
@@ -116,9 +119,12 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
     for name, kind, text in (
         ("epochs", float, "passes over the data"), ("max_steps", int, "steps in all, whatever --epochs says"),
         ("batch_size", int, "rows of one micro-batch of one process"),
-        ("accumulation_steps", int, "micro-batches of one step"), ("learning_rate", float, "peak rate"),
+        ("accumulation_steps", int, "micro-batches of one step"),
     ):  # fmt: skip
         g.add_argument(f"--{name}", type=kind, default=d.get(name), metavar="N", help=f"{text} ({d.get(name)})")
+    told = ", ".join(f"{rate:g} for {name}" for name, rate in rates.items())
+    told = told if len(set(rates.values())) > 1 else f"{rates['adamw']:g}"
+    g.add_argument("--learning_rate", type=float, metavar="N", help=f"peak rate ({told})")
     g.add_argument("--optimizer", choices=("adamw", "muon"), help=f"({d['optimizer']}; with --deepspeed adamw)")
     g.add_argument("--schedule", choices=("cosine", "wsd"), default=d["schedule"], help=f"({d['schedule']})")
     g.add_argument("--warmup", type=float, default=d["warmup"], metavar="N",
@@ -158,6 +164,7 @@ def parse(parser: Parser, argv=None) -> argparse.Namespace:
     """Parses and checks; all faults of the arguments are reported at once."""
     args = parser.parse_args(argv)
     args.optimizer = args.optimizer or ("adamw" if args.deepspeed else args.default_optimizer)
+    args.learning_rate = args.rates[args.optimizer] if args.learning_rate is None else args.learning_rate
     faults = faults_of(args)
     if faults:
         raise UserError("\n       ".join(faults))
