@@ -19,11 +19,7 @@ def training_bytes(config, args, world, trainable: int, others=0) -> int:
     tokens = args.batch_size * args.seq_len
     width = torch.finfo(world.dtype).bits // 8
     heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    experts = (config.num_experts_per_tok, config.moe_hidden_dim) if config.use_moe else (0, 0)
-    hidden = 4 * config.hidden_dim if not config.use_moe else 4 * (
-        experts[0] * experts[1] + config.n_shared_experts * config.moe_hidden_dim
-    ) + 2 * experts[0] * config.dim  # fmt: skip
-    layer = 6 * config.dim + 2 * heads + hidden  # numbers kept for one token of one layer
+    layer = 6 * config.dim + 2 * heads + feed_forward_numbers(config, world)  # kept for one token of one layer
     if args.gradient_checkpointing:
         activations = width * tokens * (config.n_layers * config.dim + layer)
     else:
@@ -31,6 +27,20 @@ def training_bytes(config, args, world, trainable: int, others=0) -> int:
     logits = tokens * config.vocab_size * (3 * 4 if world.dtype == torch.float32 else width + 2 * 4)
     masks = args.batch_size * args.seq_len**2 * (5 if world.device.type != "cuda" else 0)
     return int(states + activations + logits + masks + FRAMEWORK.get(world.device.type, 0))
+
+
+def feed_forward_numbers(config, world) -> int:
+    """Numbers a feed-forward block keeps of one token: gate, up, silu(gate) and their product.
+
+    Of a routed expert the loop keeps gate and up alone (model/moe.py), the grouped kernels the weighted product too,
+    and the token once for each of its experts.
+    """
+    if not config.use_moe:
+        return 4 * config.hidden_dim
+    routed, k = config.num_experts_per_tok * config.moe_hidden_dim, config.num_experts_per_tok
+    grouped = world.device.type == "cuda" and world.dtype == torch.bfloat16
+    shared = 4 * config.n_shared_experts * config.moe_hidden_dim
+    return shared + (5 * routed + k * config.dim if grouped else 2 * routed)
 
 
 def memory_line(config, args, world, trainable: int, others=0) -> str:
