@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing import get_context
+from multiprocessing import context
 from pathlib import Path
 
 import torch
@@ -177,8 +177,11 @@ def popen(script: str, flags, log) -> subprocess.Popen:
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
 
 
-class Forked(get_context("fork").Process):
-    """The stage's main() in a copy of this process, with Popen's methods: killed like any other, started at once."""
+class Forked(getattr(context, "ForkProcess", context.Process)):
+    """The stage's main() in a copy of this process, with Popen's methods: killed like any other, started at once.
+
+    Where a system cannot fork, in a new process.
+    """
 
     def __init__(self, script: str, flags, log):
         super().__init__()

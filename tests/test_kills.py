@@ -43,24 +43,17 @@ def test_killed_at_any_moment(stage, part, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.001 * i for i in range(10)])
+@pytest.mark.parametrize(("sign", "delay"), [
+    *((".*.tmp", 0.001 * i) for i in range(10)),  # inside a save
+    *(("cache/*.building-*", 0.002 * i) for i in range(10)),  # inside the cache's build
+])  # fmt: skip
 @pytest.mark.parametrize("stage", BASE)
-def test_killed_inside_a_save(stage, delay, whole):
-    def inside_a_save(process, out):
-        while process.poll() is None and not list(out.glob(".*.tmp")):
+def test_killed_while_a_file_is_written(stage, sign, delay, whole):
+    """`delay` seconds after the unfinished file or folder appears in --out_dir."""
+
+    def moment(process, out):
+        while process.poll() is None and not list(out.glob(sign)):
             time.sleep(0.0005)
         time.sleep(delay)
 
-    same_after_a_kill(stage, whole(stage)[0], inside_a_save, Forked)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.002 * i for i in range(10)])
-@pytest.mark.parametrize("stage", BASE)
-def test_killed_inside_the_cache_build(stage, delay, whole):
-    def inside_the_build(process, out):
-        while process.poll() is None and not list(out.glob("cache/*.building-*")):
-            time.sleep(0.0005)
-        time.sleep(delay)
-
-    same_after_a_kill(stage, whole(stage)[0], inside_the_build, Forked)
+    same_after_a_kill(stage, whole(stage)[0], moment, Forked)
