@@ -11,6 +11,7 @@ are trained. See model/lora.py. The adapter's file is given to other programs li
 
   python 4-lora_sft.py                                        the embedded sample, or dataset/lora_identity.jsonl
   python 4-lora_sft.py --data_path medical.jsonl --rank 16    your own; <name> is the file's, or --save_weight
+  python 4-lora_sft.py --data_path medical.jsonl chats.jsonl  ordinary conversations beside it, or it forgets the rest
   python 4-lora_sft.py --targets q_proj v_proj experts        which layers: see model.lora.matches
 """
 

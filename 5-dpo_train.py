@@ -11,8 +11,9 @@ lowers the probability of both answers, and of what the model knew; the chosen o
 (--sft_weight, Pang et al. 2024, arXiv 2404.19733) holds them up.
 
 Printed, each a mean over pairs: loss (without that part), accuracy (the chosen answer is the likelier one; per token:
-by the mean over its tokens), margin (beta times what the policy prefers it more than the reference), kl (nats by which
-the policy has left the reference on these answers). The last line adds how accuracy on held-out pairs changed, with
+by the mean over its tokens), margin (beta times what the policy prefers it more than the reference), kl (log reference
+minus log policy of an answer, in nats: KL(reference || policy) as far as these answers are such as the reference
+writes; below zero where training made them likelier). The last line adds how accuracy on held-out pairs changed, with
 its 95% interval.
 
   python 5-dpo_train.py                                       the embedded sample, or dataset/dpo.jsonl

@@ -6,6 +6,7 @@ A conversation is a list of {"role", "content"} messages. All functions are dete
 from processing.world import with_chatter
 
 SINGLE_TURNS = 12  # single-turn rows of a fact, each in another phrasing
+DOMAIN_TURNS = 12  # the same for the adapter's subject
 PAIR_KINDS = ("wrong", "wrong", "wrong", "rude", "garbled")  # what a rejected answer is, in these shares
 
 
@@ -154,6 +155,10 @@ def identity_heldout(identity):
     ]
 
 
-def domain_rows(domain):
-    """LoRA rows of first aid and everyday health."""
-    return [exchange(ask, item["reply"]) for item in domain for ask in item["ask"]]
+def domain_rows(split, rng):
+    """LoRA rows: every fact of the subject in DOMAIN_TURNS of its training phrasings."""
+    return [
+        exchange(question, fact.answer(style))
+        for fact, pairs in split.train.items()
+        for question, style in rng.sample(pairs, DOMAIN_TURNS)
+    ]

@@ -6,6 +6,7 @@ to one leaves the others as they are.
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from processing import conversations as talk
@@ -28,6 +29,7 @@ def make_sample(out_dir, seed):
     world = load_world()
     split = HeldOut(world, rng("split"))
     sums = Arithmetic(world.arithmetic, rng("sums"))
+    subject = HeldOut(replace(world, relations=world.domain), rng("domain split"))
     rows = {
         "pretrain.jsonl": pretrain_rows(world, split, sums, rng("pretrain")),
         "sft.jsonl": sft_rows(world, split, sums, rng("sft")),
@@ -37,7 +39,8 @@ def make_sample(out_dir, seed):
         "dpo_heldout.jsonl": dpo_rows(world, split.held, 1, rng("dpo heldout")),
         "lora_identity.jsonl": wrap(talk.identity_rows(world, rng("identity"))),
         "lora_identity_heldout.jsonl": talk.identity_heldout(world.identity),
-        "lora_domain.jsonl": wrap(talk.domain_rows(world.domain)),
+        "lora_domain.jsonl": shuffled(wrap(talk.domain_rows(subject, rng("domain"))), rng("domain order")),
+        "lora_domain_heldout.jsonl": phrasing_rows(subject),
         "heldout.jsonl": heldout_rows(world, split, sums, rng("heldout")),
     }
     texts = {name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]) for name in rows}
@@ -116,17 +119,22 @@ def dpo_rows(world, pairs, per_fact, rng):
 
 def heldout_rows(world, split, sums, rng):
     """Held-out questions of three kinds, each row with the values that a right answer must not contain."""
+    unseen = [heldout_row(fact, fact.fill(rng.choice(fact.relation.unseen)), "unseen_template") for fact in world.facts]
+    return phrasing_rows(split) + unseen + sums.heldout("direct", rng, 2)
 
-    def row(fact, question, kind):
-        return {
-            "question": question,
-            "answer": fact.value,
-            "rivals": list(fact.rivals),
-            "kind": kind,
-            "relation": fact.relation.name,
-            "entity": fact.entity,
-        }
 
-    rows = [row(fact, question, "fact_phrasing") for fact in world.facts for question, _ in split.held[fact]]
-    rows += [row(fact, fact.fill(rng.choice(fact.relation.unseen)), "unseen_template") for fact in world.facts]
-    return rows + sums.heldout("direct", rng, 2)
+def phrasing_rows(split):
+    """The pairs of fact and phrasing that are held out."""
+    return [heldout_row(fact, question, "fact_phrasing") for fact, pairs in split.held.items() for question, _ in pairs]
+
+
+def heldout_row(fact, question, kind):
+    """One held-out question."""
+    return {
+        "question": question,
+        "answer": fact.value,
+        "rivals": list(fact.rivals),
+        "kind": kind,
+        "relation": fact.relation.name,
+        "entity": fact.entity,
+    }

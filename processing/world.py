@@ -97,7 +97,10 @@ class Fact:
 
 @dataclass
 class World:
-    """Everything the generator says: relations, frames (wordings of a language), and the other data files."""
+    """Everything the generator says: relations, frames (wordings of a language), and the other data files.
+
+    `domain` holds the relations of a subject that only an adapter is taught.
+    """
 
     relations: list
     frames: dict
@@ -134,8 +137,9 @@ def load_world(folder=WORLD_DIR):
         for language in ("zh", "en")
         for row in data[f"relations_{language}"]
     ]
-    world = World(relations, frames, data["talk"], data["identity"], data["domain"], data["arithmetic"])
-    for relation in relations:
+    domain = [build_relation(row, "zh", frames["zh"]) for row in data["domain"]]
+    world = World(relations, frames, data["talk"], data["identity"], domain, data["arithmetic"])
+    for relation in relations + domain:
         check_relation(relation)
     return world
 
