@@ -3,6 +3,8 @@
 import json
 import signal
 import subprocess
+import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
 from model.weights import load_model
+from trainer.checkpoint import Files
 from trainer.cli import RunFailed, parse, stage_parser
 from trainer.dist import Engine, World
-from trainer.loop import Plan, take_step
+from trainer.loop import Plan, SaveTimes, take_step
 from trainer.losses import language_model
 from trainer.start import prepare
 
@@ -133,6 +136,39 @@ def test_the_plan_covers_each_row_once_for_any_number_of_processes(tmp_path):
         seen = [r for step in steps for r in step if r >= 0]
         assert sorted(seen) == list(range(2 * len(rows[0])))
         assert [sorted(step) for step in steps[:-1]] == [list(range(4 * s, 4 * s + 4)) for s in range(len(steps) - 1)]
+
+
+# ------------------------------------------------------------------------------------------------------- when to save
+@pytest.mark.parametrize(
+    ("steps", "minutes", "saved_at"),
+    [(4, 0, [4, 8]), (100, 1, [3, 6, 9]), (4, 1, [3, 4, 7, 8]), (100, 0, [])],
+    ids=["by steps", "by the clock", "by both, the clock running from the last save", "neither"],
+)
+def test_a_run_is_saved_by_steps_and_by_the_clock(monkeypatch, steps, minutes, saved_at):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    saves, due = SaveTimes(Namespace(save_interval=steps, save_minutes=minutes), WORLD), []
+    for step in range(1, 10):
+        clock[0] += 20
+        due += [step] * saves.due(step)
+    assert due == saved_at
+
+
+def test_the_first_processes_clock_decides_for_all(monkeypatch):
+    told, second = [], World(1, 2, WORLD.device, WORLD.dtype)
+    monkeypatch.setattr(World, "sum", lambda self, overdue: told.append(overdue) or [1.0])
+    assert SaveTimes(Namespace(save_interval=100, save_minutes=1e-9), second).due(3)
+    assert told == [False]  # its own clock has run out and is not asked
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "grpo"])
+def test_slow_steps_are_saved_each(tmp_path, monkeypatch, stage):
+    script = load({"pretrain": "1-pretrain.py", "grpo": "train_grpo.py"}[stage])
+    flags = [*run_flags(stage, tmp_path, steps=4), "--save_interval", "100", "--save_minutes", "1e-9"]
+    saved = []
+    monkeypatch.setattr(Files, "save", lambda self, engine, tokenizer, record, step, counters: saved.append(step))
+    script.main([*flags, "--out_dir", str(tmp_path / "out")])
+    assert saved == [1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs

@@ -143,13 +143,21 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
                    help="train by DeepSpeed, as this file says (trainer/deepspeed.json), see docs")  # fmt: skip
     g.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by launchers, not used")
 
+    add_watching(parser, d["val_split"])
+    return parser
+
+
+def add_watching(parser: Parser, val_split: float) -> None:
+    """The flags that change what is said, measured and kept of a run, not how it learns."""
     g = parser.add_argument_group("watching")
     g.add_argument("--log_interval", type=int, default=10, metavar="STEPS", help="steps between printed lines (10)")
     g.add_argument("--eval_interval", type=int, default=200, metavar="STEPS",
                    help="steps between validations, 0: only at the end (200)")  # fmt: skip
     g.add_argument("--save_interval", type=int, default=100, metavar="STEPS", help="steps between saves (100)")
-    g.add_argument("--val_split", type=float, default=d["val_split"], metavar="SHARE",
-                   help=f"share of the documents held out for validation ({d['val_split']})")  # fmt: skip
+    g.add_argument("--save_minutes", type=float, default=10.0, metavar="X",
+                   help="save at the latest after so many minutes, 0: by steps alone (10)")  # fmt: skip
+    g.add_argument("--val_split", type=float, default=val_split, metavar="SHARE",
+                   help=f"share of the documents held out for validation ({val_split})")  # fmt: skip
     parser.flag(g, "resume", False, "go on where the run of the same name stopped")
     parser.flag(g, "overwrite", False, "replace weights of another configuration, or an unfinished run")
     parser.flag(g, "skip_bad_lines", False, "leave out rows that cannot be read, and count them")
@@ -157,7 +165,6 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
     g.add_argument("--wandb_project", default="MiniMind", metavar="NAME", help="(MiniMind)")
     parser.flag(g, "use_tensorboard", False, "write TensorBoard events to <out_dir>/tensorboard")
     parser.flag(g, "dry_run", False, "say what would be done and stop")
-    return parser
 
 
 def parse(parser: Parser, argv=None) -> argparse.Namespace:
@@ -190,7 +197,7 @@ def faults_of(args) -> list[str]:
     for name in ("epochs", "learning_rate"):
         if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
             faults.append(f"--{name} must be above 0, not {getattr(args, name)}")
-    for name in ("warmup", "weight_decay", "grad_clip", "eval_interval", "seed"):
+    for name in ("warmup", "weight_decay", "grad_clip", "eval_interval", "save_minutes", "seed"):
         if getattr(args, name) < 0:
             faults.append(f"--{name} must not be negative, but is {getattr(args, name)}")
     if not 0 <= args.val_split < 1:

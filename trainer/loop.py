@@ -56,7 +56,8 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
         start.state = state = None  # the copies in it would stay in memory for the whole run
     record = start.record | {"recipe": recipe}
     log = open_log(start, world, plan, step, recipe, counters["run_id"])
-    stop, begin, loss = StopSignals(), time.perf_counter() - counters["seconds"], math.nan
+    stop, saves = StopSignals(), SaveTimes(args, world)
+    begin, loss = time.perf_counter() - counters["seconds"], math.nan
     while step < plan.steps and not world.sum(stop.signal)[0]:
         micro_batches = [train_rows.batch(plan.rows(step, i)) for i in range(args.accumulation_steps)]
         factor = learning_rate_factor(step, plan.steps, plan.warmup, args.schedule)
@@ -67,7 +68,7 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
         log.step(step, tokens, lr=args.learning_rate * factor, **numbers)
         if args.eval_interval and step % args.eval_interval == 0 and step < plan.steps:
             log.validation(step, **evaluate(engine, val_rows, loss_fn, args.batch_size, start.bytes_of_token))
-        if step % args.save_interval == 0 and step < plan.steps:
+        if step < plan.steps and saves.due(step):
             counters["seconds"] = time.perf_counter() - begin
             log.flush()
             start.files.save(engine, start.tokenizer, record, step, counters)
@@ -235,6 +236,25 @@ class StopSignals:
     def restore(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+class SaveTimes:
+    """When to save: every --save_interval steps, and --save_minutes after the last time at the latest.
+
+    So what a power cut costs does not depend on how long a step takes on this machine.
+    """
+
+    def __init__(self, args, world):
+        self.steps, self.seconds, self.world = args.save_interval, args.save_minutes * 60, world
+        self.last = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step`; all processes ask, and the first one's clock decides."""
+        overdue = self.world.first and 0 < self.seconds <= time.monotonic() - self.last
+        due = bool(self.world.sum(overdue)[0]) or step % self.steps == 0
+        if due:
+            self.last = time.monotonic()
+        return due
 
 
 def announce(start, plan: Plan, rows: list[tuple[str, str]], world, state) -> None:

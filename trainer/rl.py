@@ -18,7 +18,7 @@ from trainer.checkpoint import check_recipe
 from trainer.cli import UserError
 from trainer.data import IGNORED
 from trainer.dist import Engine, make_engine
-from trainer.loop import Plan, StopSignals, announce, end_run, finish_here, open_log, take_step
+from trainer.loop import Plan, SaveTimes, StopSignals, announce, end_run, finish_here, open_log, take_step
 from trainer.losses import group_advantages, grpo_loss, token_log_probs, with_balance
 from trainer.optim import learning_rate_factor
 from trainer.preference import paired_bootstrap
@@ -75,7 +75,8 @@ def train(start, questions, held_out, reference, rollout, world) -> dict:
         start.state = state = None
     record = start.record | {"recipe": recipe}
     log = open_log(start, world, plan, step, recipe, counters["run_id"])
-    stop, begin, loss = StopSignals(), time.perf_counter() - counters["seconds"], math.nan
+    stop, saves = StopSignals(), SaveTimes(args, world)
+    begin, loss = time.perf_counter() - counters["seconds"], math.nan
     if counters["before"] is None:
         counters["before"], validation = evaluate(engine, rollout, held_out)
         log.validation(0, **validation)
@@ -89,7 +90,7 @@ def train(start, questions, held_out, reference, rollout, world) -> dict:
         log.step(step, amounts["tokens"], lr=args.learning_rate * factor, **numbers)
         if args.eval_interval and step % args.eval_interval == 0 and step < plan.steps:
             log.validation(step, **evaluate(engine, rollout, held_out)[1])
-        if step % args.save_interval == 0 and step < plan.steps:
+        if step < plan.steps and saves.due(step):
             counters["seconds"] = time.perf_counter() - begin
             log.flush()
             start.files.save(engine, start.tokenizer, record, step, counters)
