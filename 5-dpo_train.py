@@ -31,7 +31,9 @@ FLAGS = ("loss", "beta", "label_smoothing", "simpo_gamma", "per_token", "sft_wei
 
 
 def parser():
-    p = stage_parser("dpo", __doc__, learning_rate=5e-5, accumulation_steps=1, weight_decay=0.01, val_split=0.05)
+    p = stage_parser(
+        "dpo", __doc__, learning_rate=5e-5, batch_size=4, accumulation_steps=1, weight_decay=0.01, val_split=0.05
+    )
     g = p.add_argument_group("preferences")
     g.add_argument("--loss", choices=("sigmoid", "ipo", "simpo", "orpo"), default="sigmoid",
                    help="simpo and orpo compare with no reference (sigmoid)")  # fmt: skip

@@ -24,7 +24,7 @@ def run(args) -> dict:
     weights, out = chat_weights(args.weight), Path(args.out_dir)
     data = ["--data_path", *args.data_path, "--val_split", 0.2] if args.data_path else [
         "--data_path", SAMPLE / "dpo.jsonl", "--val_path", SAMPLE / "dpo_heldout.jsonl"]  # fmt: skip
-    found = stage("5-dpo_train.py", "--from_weight", weights, "--out_dir", out, "--overwrite", "--seq_len", 256, *data,
+    found = stage("5-dpo_train.py", "--from_weight", weights, "--out_dir", out, "--overwrite", *data,
                   *args.flags)  # fmt: skip
     before, after = (held_out(w, SAMPLE / "sft.jsonl", out)["loss"] for w in (weights, found["weights"]))
     result = {key: found[key] for key in FIGURES}
