@@ -27,7 +27,8 @@ from trainer.think import REASONING_TAGS
 
 
 def parser():
-    p = stage_parser("reason", __doc__, learning_rate=1e-3, epochs=3.0, accumulation_steps=1, weight_decay=0.01)
+    p = stage_parser("reason", __doc__, learning_rate=1e-3, epochs=3.0, batch_size=4, accumulation_steps=1,
+                     weight_decay=0.01)  # fmt: skip
     g = p.add_argument_group("reasoning")
     g.add_argument("--tag_weight", type=float, default=10.0, metavar="X",
                    help="how often <think>, </think>, <answer>, </answer> count in the loss (10)")  # fmt: skip

@@ -40,7 +40,7 @@ def fault(completion) -> str | None:
 def run(args) -> dict:
     weights = chat_weights(args.weight)
     found = stage("train_distill_reason.py", "--from_weight", weights, "--out_dir", Path(args.out_dir), "--overwrite",
-                  "--seq_len", 256, "--data_path", *args.data_path, *args.flags)  # fmt: skip
+                  "--data_path", *args.data_path, *args.flags)  # fmt: skip
     rows = read_lines(Path(args.questions).read_text(encoding="utf-8"))
     result = {"questions": args.questions, "seconds": found["seconds"]}
     for name, path in (("before", weights), ("after", found["weights"])):
