@@ -13,7 +13,7 @@ from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from model.weights import save_weights
-from trainer.cli import UserError, boolean, parse, run_main, stage_parser
+from trainer.cli import UserError, boolean, note, parse, run_main, stage_parser
 
 COMMON = """
 data_path tokenizer out_dir save_weight from_weight preset dim n_layers n_heads n_kv_heads use_moe seq_len epochs
@@ -244,3 +244,10 @@ def test_last_line_is_json_with_the_promised_keys(texts, tmp_path, capsys):
     load("1-pretrain.py").main([str(f) for f in pretrain_flags(texts, tmp_path)])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result["stage"] == "pretrain" and result["steps"] == 1 and os.path.exists(result["weights"])
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "NOTE: once\n"), ("1", "")])
+def test_a_note_is_printed_by_one_process(monkeypatch, capsys, rank, said):
+    monkeypatch.setenv("RANK", rank)
+    note("once")
+    assert capsys.readouterr().out == said

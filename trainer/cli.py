@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def user_errors():
         yield
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def note(text: str) -> None:
+    """Prints something worth knowing, once, however many processes a launcher started."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"NOTE: {text}", flush=True)
 
 
 def run_main(main, argv=None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from model.tokenizer import render
-from trainer.cli import UserError
+from trainer.cli import UserError, note
 from trainer.read import BadRow, as_chat, parse_record, raw_rows
 from trainer.rewards import known_answer
 
@@ -85,7 +85,7 @@ def read_questions(paths, tokenizer, longest: int, skip_bad_lines=False) -> list
                 continue
             found.append(Question(prompt, answer))
     if skipped:
-        print(f"NOTE: {len(skipped)} bad line(s) left out, the first: {skipped[0]}", flush=True)
+        note(f"{len(skipped)} bad line(s) left out, the first: {skipped[0]}")
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: no question in it that can be used")
     return found

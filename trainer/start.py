@@ -11,7 +11,7 @@ from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_hash
 from model.weights import fingerprint, load_model, newest_weights
 from trainer.cache import Cache, tokenised
 from trainer.checkpoint import AdapterFiles, Files, find_states, read_state
-from trainer.cli import SHAPE_FLAGS, UserError
+from trainer.cli import SHAPE_FLAGS, UserError, note
 from trainer.data import packed_splits, token_bytes
 from trainer.dist import pick_device, pick_dtype
 from trainer.read import check_file
@@ -120,11 +120,11 @@ def resolve_data(args, minimind_files, sample: str) -> list[Path]:
     for name in minimind_files:
         if (ROOT / "dataset" / name).exists():
             path = ROOT / "dataset" / name
-            print(f"NOTE: no --data_path given: training on {path.relative_to(ROOT)}", flush=True)
+            note(f"no --data_path given: training on {path.relative_to(ROOT)}")
             return [check_file(path)]
     path = check_file(SAMPLE / sample)
     wanted = f"dataset/{minimind_files[0]} is not there" if minimind_files else "no --data_path given"
-    print(f"NOTE: {wanted}: training on the embedded sample {path.relative_to(ROOT)}", flush=True)
+    note(f"{wanted}: training on the embedded sample {path.relative_to(ROOT)}")
     return [path]
 
 
