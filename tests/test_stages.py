@@ -18,8 +18,8 @@ from trainer.cli import UserError, boolean, note, parse, run_main, stage_parser
 COMMON = """
 data_path tokenizer out_dir save_weight from_weight preset dim n_layers n_heads n_kv_heads use_moe seq_len epochs
 max_steps batch_size accumulation_steps learning_rate optimizer schedule warmup weight_decay grad_clip seed device
-dtype compile gradient_checkpointing deepspeed local_rank log_interval eval_interval save_interval save_minutes val_split
-resume overwrite dry_run
+dtype compile gradient_checkpointing deepspeed local_rank log_interval eval_interval save_interval save_minutes
+val_split resume overwrite dry_run
 """.split()  # noqa: SIM905
 
 
