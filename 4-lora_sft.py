@@ -19,6 +19,7 @@ import re
 
 from model.lora import PROJECTIONS, LoraConfig, add_lora, load_lora
 from model.peft_folder import check_peft, save_peft
+from model.weights import load_model
 from trainer import dist
 from trainer.cli import UserError, parse, run_main, stage_parser
 from trainer.loop import train
@@ -79,8 +80,9 @@ def main(argv=None) -> dict:
     with dist.join(args) as world:
         result = train(start, start.packed("chat", world), language_model, world)
         if args.peft_dir and world.first and not args.dry_run:
-            load_lora(start.model, result["weights"], "trained")  # also where the run was finished before
-            save_peft(args.peft_dir, start.model, base=start.came_from)
+            model = load_model(start.came_from, args.preset)[0]  # a fresh one: ZeRO 3 spreads the trained one
+            load_lora(model, result["weights"], "trained")
+            save_peft(args.peft_dir, model, base=start.came_from)
     return result
 
 

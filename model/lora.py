@@ -157,7 +157,11 @@ def _adapt(layer) -> LoraLayer:
 def matches(target: str, name: str) -> bool:
     """Does `target` name this layer? The end of its dotted name ("q_proj", "self_attn.q_proj"), or with * or [...]
     a pattern for the whole of it ("model.layers.[01].*_proj")."""
-    return name == target or name.endswith(f".{target}") or ("*" in target and fnmatch.fnmatchcase(name, target))
+    return name == target or name.endswith(f".{target}") or (is_pattern(target) and fnmatch.fnmatchcase(name, target))
+
+
+def is_pattern(target: str) -> bool:
+    return "*" in target or "[" in target
 
 
 def targeted(model, targets) -> dict[str, nn.Module]:
@@ -167,7 +171,7 @@ def targeted(model, targets) -> dict[str, nn.Module]:
     chosen = {}
     for target in targets:
         found = {name: m for name, m in layers.items() if matches(target, name)}
-        if "*" in target:
+        if is_pattern(target):
             found = {n: m for n, m in found.items() if not n.endswith(("lm_head", "mlp.gate", "experts"))}
         if not found and not (model.config.use_moe and target in PROJECTIONS):  # there without shared experts
             ends = sorted({name.rsplit(".", 1)[-1] for name in layers})

@@ -17,6 +17,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PLAIN = {  # keys of a peft config and the values under which its adapter is what ours is
     "bias": ("none",), "fan_in_fan_out": (False,), "use_dora": (False,), "modules_to_save": (None, []),
     "rank_pattern": ({},), "alpha_pattern": ({},), "layer_replication": (None,), "lora_bias": (False,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the matrix beside it too
     "trainable_token_indices": (None,), "target_parameters": (None, []), "use_qalora": (False,),
 }  # fmt: skip
 

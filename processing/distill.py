@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -44,10 +45,11 @@ class Teacher:
     retries: int = 5
     first_wait: float = FIRST_WAIT
 
-    def ask(self, messages: list[dict]) -> dict:
+    def ask(self, messages: list[dict], stop: threading.Event) -> dict:
         """One request with its retries -> {"content", "reasoning_content", "tokens"} or {"failed": reason, "tokens"}.
 
-        Raises UserError where no request can succeed: a wrong key, address or model.
+        stop: set where the run ends; no retry is made then. Raises UserError where no request can succeed: a wrong
+        key, address or model.
         """
         pause = self.first_wait
         for attempt in range(self.retries + 1):
@@ -63,11 +65,11 @@ class Teacher:
                 pause = float(named) if named.isdecimal() else pause
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off
                 reason = type(getattr(error, "reason", error)).__name__
-            except (ValueError, KeyError, IndexError, TypeError):
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
                 reason = "no chat completion in the reply"
-            if attempt < self.retries:
-                time.sleep(min(pause, LONGEST_WAIT))
-                pause *= 2
+            if attempt < self.retries and stop.wait(min(pause, LONGEST_WAIT)):
+                break
+            pause *= 2
         return {"failed": reason, "tokens": 0}
 
     def _ask_once(self, messages: list[dict]) -> dict:
@@ -128,7 +130,7 @@ def distill(path, out, teacher: Teacher, system=None, in_flight=4, max_requests=
 def _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests, token_budget) -> int:
     """Keeps `in_flight` requests under way until the prompts or a limit are reached; returns the prompts asked."""
     before = [{"role": "system", "content": system}] if system else []
-    todo = iter(waiting[:max_requests])
+    todo, stop = iter(waiting[:max_requests]), threading.Event()
     asked, failures, under_way = 0, 0, {}
     bar = tqdm(desc="asking", total=len(waiting[:max_requests]), disable=not sys.stderr.isatty(), leave=False)
     with ThreadPoolExecutor(in_flight) as pool, bar:
@@ -139,7 +141,7 @@ def _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests
                 while len(under_way) < in_flight and (token_budget is None or spent < token_budget):
                     if (i := next(todo, None)) is None:
                         break
-                    under_way[pool.submit(teacher.ask, [*before, *prompts[i]])] = i
+                    under_way[pool.submit(teacher.ask, [*before, *prompts[i]], stop)] = i
                     asked, spent = asked + 1, spent + teacher.max_tokens
                 if not under_way:
                     return asked
@@ -152,7 +154,11 @@ def _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests
                         raise RunFailed(f"{failures} prompts failed one after another ({answer['failed']}); "
                                         "the same command goes on")  # fmt: skip
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
+            pool.shutdown(cancel_futures=True)  # waits for the requests under way: their answers are paid for
+            for done, i in under_way.items():
+                if not done.cancelled() and not done.exception():
+                    journal.append(i, done.result())
             raise
 
 
@@ -208,6 +214,8 @@ class Journal:
         out.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._read(head)
+        elif out.exists():
+            raise UserError(f"{out} is there and finished; name another --out, or delete it")
         else:
             with new_file(self.path) as file:
                 file.write(json.dumps(head, ensure_ascii=False) + "\n")

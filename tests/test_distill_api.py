@@ -51,6 +51,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         status = how if isinstance(how, int) else 200
         message = {"role": "assistant", "content": "" if how == "empty" else f"答：{prompt}"}
+        if how == "parts":
+            message["content"] = [{"type": "text", "text": "答"}]
         if how == "thinks":
             message["reasoning_content"] = "想一想"
         choice = {"index": 0, "message": message, "finish_reason": "length" if how == "long" else "stop"}
@@ -112,11 +114,34 @@ def test_limits_stop_a_run_and_the_next_goes_on_without_asking_twice(prompts, tm
 
 
 def test_answers_that_are_no_good_are_counted_and_asked_again_later(prompts, tmp_path):
-    stub, out = Stub({"问题0": ["long"], "问题1": ["empty"], "问题2": [400]}), tmp_path / "out.jsonl"
-    result = distill(prompts, out, stub.teacher(), in_flight=1)
-    assert result["failed"] == {"cut at max_tokens": 1, "empty answer": 1, "status 400": 1} and result["rows"] == 9
+    stub = Stub({"问题0": ["long"], "问题1": ["empty"], "问题2": [400], "问题3": ["parts"]})
+    out = tmp_path / "out.jsonl"
+    result = distill(prompts, out, stub.teacher(retries=0), in_flight=1)
+    wrong = {"cut at max_tokens": 1, "empty answer": 1, "status 400": 1, "no chat completion in the reply": 1}
+    assert result["failed"] == wrong and result["rows"] == 8
     result = distill(prompts, out, stub.teacher(), in_flight=1)
     assert result["failed"] == {} and len(answers(out)) == 12 and stub.asked["问题5"] == 1
+
+
+def test_a_finished_file_is_not_asked_for_again_nor_lost(prompts, tmp_path):
+    stub, out = Stub(), tmp_path / "out.jsonl"
+    distill(prompts, out, stub.teacher())
+    before = out.read_bytes()
+    with pytest.raises(UserError, match=r"out\.jsonl is there and finished"):
+        distill(prompts, out, Stub({None: [401]}).teacher())
+    assert out.read_bytes() == before and sum(stub.asked.values()) == 12
+
+
+def test_answers_under_way_when_a_run_ends_are_kept(prompts, tmp_path):
+    stub, out = Stub({"问题0": [401], "问题1": [500, 500]}, slow=0.2), tmp_path / "out.jsonl"
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="answers 401"):
+        distill(prompts, out, stub.teacher(first_wait=30.0), in_flight=4)
+    assert time.monotonic() - begin < 20  # the pause before another try ends with the run
+    assert (
+        set(answers(out)) == {f"答：{prompt}" for prompt in stub.asked} - {"答：问题0", "答：问题1"}
+        and len(answers(out)) >= 2
+    )
 
 
 def test_what_no_retry_can_mend_is_one_line(prompts, tmp_path):

@@ -25,6 +25,7 @@ from trainer.loop import evaluate, take_step
 from trainer.losses import dpo_loss, lm_loss, orpo_loss, simpo_loss
 from trainer.pack import pair_items
 from trainer.preference import Reference, answers_of, paired_bootstrap, preference_report
+from trainer.read import as_pair
 from trainer.start import prepare
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
@@ -237,11 +238,23 @@ def pair(prompts, answers):
             for key, p, a in zip(("chosen", "rejected"), prompts, answers)}  # fmt: skip
 
 
+def scored(row):
+    """Each message with a note that no model reads."""
+    return {key: [message | {"score": key} for message in messages] for key, messages in row.items()}
+
+
+def test_a_note_beside_a_message_does_not_part_a_pair():
+    assert as_pair(scored(pair("aa", "xy")))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         (pair("ab", "xy"), "d.jsonl:1: the prompts of chosen and rejected differ"),
         (pair("aa", "xx"), "d.jsonl:1: chosen and rejected are the same answer"),
+        (scored(pair("aa", "xx")), "d.jsonl:1: chosen and rejected are the same answer"),
+        ({k: v * 2 for k, v in pair("aa", "xy").items()}, "d.jsonl:1: the prompts of chosen and rejected differ"),
+        ({k: v + v[:1] for k, v in pair("aa", "xy").items()}, "d.jsonl:1: .* must each end with an answer"),
         ({"chosen": []}, 'd.jsonl:1: no keys "chosen" and "rejected"'),
     ],
 )

@@ -376,6 +376,8 @@ def test_a_resumed_run_must_be_the_same_run(folder, tmp_path):
         main(folder, tmp_path, "--max_steps", 1, "--resume", "--data_path", other, "--kl", 0.5, "--seed", 7)
     message = str(caught.value)
     assert all(part in message for part in ("questions was", "kl was 0.01, is now 0.5", "seed was 42, is now 7"))
+    with pytest.raises(UserError, match="held_out was"):  # what was right before training is compared with it
+        main(folder, tmp_path, "--max_steps", 1, "--resume", "--val_path", other)
 
 
 # ---------------------------------------------------------------------------------------------------------------- slow

@@ -1,8 +1,10 @@
 """The loop: what a step learns does not depend on how it was dealt out, and is what transformers learns."""
 
 import json
+import os
 import signal
 import subprocess
+import sys
 import time
 from argparse import Namespace
 
@@ -18,7 +20,7 @@ from model.weights import load_model
 from trainer.checkpoint import Files
 from trainer.cli import RunFailed, parse, stage_parser
 from trainer.dist import Engine, World
-from trainer.loop import Plan, SaveTimes, take_step
+from trainer.loop import Plan, SaveTimes, StopSignals, resume_command, take_step
 from trainer.losses import language_model
 from trainer.start import prepare
 
@@ -190,6 +192,48 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     assert run("1-pretrain.py", *flags, broken, "--resume").returncode == 0
     assert run("1-pretrain.py", *flags, whole).returncode == 0
     assert torch.equal(*(load_model(d / "pretrain_32.pth")[0].lm_head.weight for d in (whole, broken)))
+
+
+@pytest.mark.parametrize(
+    ("signals", "left", "stopped"),
+    [
+        ([signal.SIGINT], [], signal.SIGINT),
+        ([signal.SIGINT, signal.SIGTERM], [], signal.SIGINT),  # Ctrl-C under DeepSpeed's launcher
+        ([signal.SIGINT, signal.SIGTERM, signal.SIGINT], [130], signal.SIGINT),
+        ([signal.SIGTERM, signal.SIGTERM], [143], signal.SIGTERM),
+    ],
+)
+def test_a_second_signal_of_its_kind_ends_at_once(monkeypatch, signals, left, stopped):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    stop = StopSignals()
+    try:
+        for number in signals:
+            signal.raise_signal(number)
+    finally:
+        stop.restore()
+    assert codes == left and stop.signal == stopped
+
+
+@pytest.mark.parametrize(
+    ("words", "launched", "said"),
+    [
+        ("x.py --overwrite --seed 1", {}, "python x.py --seed 1 --resume"),
+        ("x.py --overwrite 1 --seed 1 --resume 0", {}, "python x.py --seed 1 --resume"),
+        ("x.py --resume=0 --use_moe 1 --local_rank=3", {}, "python x.py --use_moe 1 --resume"),
+        ("x.py", {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+         "torchrun --nproc_per_node 2 x.py --resume"),
+        ("x.py", {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+         "torchrun ... x.py --resume"),
+        ("x.py", {"CROSS_SIZE": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, "deepspeed --num_gpus 2 x.py --resume"),
+        ("x.py", {"CROSS_SIZE": "2", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, "deepspeed ... x.py --resume"),
+    ],
+)  # fmt: skip
+def test_the_command_to_go_on(monkeypatch, words, launched, said):
+    monkeypatch.setattr(sys, "argv", words.split())
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert resume_command() == said
 
 
 def test_resume_with_another_micro_batch_keeps_the_global_batch(tmp_path):

@@ -110,6 +110,8 @@ def test_which_layers_are_adapted_and_what_is_trained():
     assert not [n for n in adapted_layers(add_lora(moe, rank=2)) if n.endswith(("mlp.gate", "experts", "lm_head"))]
     one = add_lora(small_model(), targets=("model.layers.[1].*_proj",))
     assert all(name.startswith("model.layers.1.") for name in adapted_layers(one))
+    both = add_lora(small_model(), targets=("model.layers.[01].self_attn.q_proj",))
+    assert list(adapted_layers(both)) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     everything = add_lora(small_model(use_moe=True), targets=("*",))
     assert not [n for n in adapted_layers(everything) if n.endswith(("lm_head", "mlp.gate"))]
     with pytest.raises(ValueError, match="no layer is called 'wq'; the model's layers are down_proj, "):
@@ -200,6 +202,7 @@ def test_peft_reads_ours_and_we_read_peft(tmp_path):
         ({"use_dora": True}, "has no counterpart here: use_dora=True"),
         ({"bias": "all"}, "has no counterpart here: bias='all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),  # it changes the frozen matrices as well
     ],
 )
 def test_a_peft_adapter_without_counterpart_is_refused(change, message, tmp_path):

@@ -84,10 +84,12 @@ def test_thinking_is_kept_in_a_share_of_the_conversations():
 def test_an_emptied_block_is_the_one_a_model_is_told_not_to_think_by():
     """Prompt with enable_thinking=False, then the answer: the tokens of the emptied row."""
     prompt, _ = render(TOKENIZER, chat("三加四？", "")[:1], add_generation_prompt=True, enable_thinking=False)
-    for row in (chat("三加四？", TRACE), chat("三加四？", "<answer>\n7\n</answer>", reasoning_content="三加四。")):
+    answer = "<answer>\n7\n</answer>"
+    rows = chat("三加四？", TRACE), chat("三加四？", answer, reasoning_content="三加四。")
+    for row in (*rows, chat("三加四？", TRACE, reasoning_content=None)):
         ids, mask = render(TOKENIZER, keep_thinking(row, 0.0))
         assert ids[: len(prompt)] == prompt
-        assert TOKENIZER.decode(ids[len(prompt) :]) == "<answer>\n7\n</answer><|im_end|>\n"
+        assert TOKENIZER.decode(ids[len(prompt) :]) == f"{answer}<|im_end|>\n"
     plain = chat("你好", "你好！")
     assert (
         keep_thinking(plain, 0.0) == plain

@@ -10,6 +10,7 @@ from pathlib import Path
 from model.LMConfig import DEFAULT_PRESET, PRESETS
 
 DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
+BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 SHAPE_FLAGS = {  # fields of LMConfig that can be set on the command line, and what they are
     "dim": (int, "width of the model"), "n_layers": (int, "decoder layers"), "n_heads": (int, "query heads"),
     "n_kv_heads": (int, "key/value heads"), "hidden_dim": (int, "width of a feed-forward block"),
@@ -77,11 +78,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def boolean(text: str) -> bool:
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    if text.lower() not in BOOLEANS:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return BOOLEANS[text.lower()]
 
 
 def stage_parser(stage: str, description: str, **defaults) -> Parser:

@@ -19,7 +19,7 @@ from model.moe import experts_kind
 from model.weights import describe
 from trainer import log as logs
 from trainer.checkpoint import check_recipe
-from trainer.cli import RunFailed, UserError
+from trainer.cli import BOOLEANS, RunFailed, UserError
 from trainer.dist import Engine, by_deepspeed_launcher, engine_in_words, make_engine
 from trainer.losses import learned_bytes
 from trainer.memory import memory_line
@@ -221,17 +221,22 @@ class Plan:
 
 
 class StopSignals:
-    """Remembers Ctrl-C or SIGTERM until the step is done; a second one ends the process at once."""
+    """Remembers Ctrl-C or SIGTERM until the step is done; a second one of its kind ends the process at once.
+
+    One of each is one wish: at Ctrl-C DeepSpeed's launcher sends SIGTERM to processes that the terminal told already.
+    """
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.seen = 0, set()
         self.before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _on_signal(self, number, frame):
-        if self.signal:
+        if number in self.seen:
             os._exit(128 + number)
-        self.signal = number
-        print("stopping after this step (once more: at once)", file=sys.stderr)
+        self.seen.add(number)
+        if not self.signal:
+            print("stopping after this step (once more: at once)", file=sys.stderr)
+        self.signal = self.signal or number
 
     def restore(self):
         for number, handler in self.before.items():
@@ -305,14 +310,25 @@ def learned_parameters(start) -> int:
 
 
 def resume_command() -> str:
-    """The command that started this process, with --resume."""
-    words = [w for w in sys.argv if w not in ("--resume", "--overwrite") and not w.startswith("--local_rank=")]
-    launcher = "python"
+    """The command that started this process, with --resume; of several machines' launchers only the name."""
+    words = without_flags(sys.argv, ("--resume", "--overwrite", "--local_rank"))
+    launcher, size = "python", os.environ.get("WORLD_SIZE")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
+        launcher = f"torchrun --nproc_per_node {size}" if size == os.environ["LOCAL_WORLD_SIZE"] else "torchrun ..."
     elif by_deepspeed_launcher():
-        launcher = f"deepspeed --num_gpus {os.environ['WORLD_SIZE']}"
+        launcher = f"deepspeed --num_gpus {size}" if size == os.environ["LOCAL_SIZE"] else "deepspeed ..."
     return f"{launcher} {shlex.join(words)} --resume"
+
+
+def without_flags(words: list[str], flags) -> list[str]:
+    """A command's words without these flags, in any of the forms --flag, --flag 0, --flag=0."""
+    kept, value_may_follow = [], False
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in flags and not (value_may_follow and word.lower() in BOOLEANS):
+            kept.append(word)
+        value_may_follow = name in flags and not value
+    return kept
 
 
 def finish_here(result: dict) -> dict:

@@ -114,5 +114,5 @@ def load_questions(start, val_files: list[Path]) -> tuple[Questions, list[Questi
     else:
         questions, held_out = split_questions(questions, args.val_split)
     rows = Questions(questions, args.group, args.seed)
-    start.fixed["questions"] = rows.digest()
+    start.fixed |= {"questions": rows.digest(), "held_out": Questions(held_out, 1, 0).digest()}
     return rows, held_out

@@ -24,6 +24,7 @@ MAX_ROW_BYTES = 64 * 2**20  # a longer "line" is a binary file or a file without
 MAX_HISTORY_CHARS = 2**20
 TXT_DOCUMENT_CHARS = 100_000  # a longer .txt file is cut at the next blank line
 ROLES = ("system", "user", "assistant", "tool")
+TOLD = ("role", "content", "reasoning_content", "tools", "tool_calls")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".txt", ".parquet")
 
 
@@ -222,11 +223,19 @@ def as_pair(record: dict) -> dict:
     if "chosen" not in record or "rejected" not in record:
         raise BadRow(f'no keys "chosen" and "rejected" (found: {_keys(record)})')
     chosen, rejected = check_messages(record["chosen"]), check_messages(record["rejected"])
-    if chosen[:-1] != rejected[:-1]:
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise BadRow("chosen and rejected must each end with an answer of the assistant")
+    ours, theirs = ([_told(message) for message in messages] for messages in (chosen, rejected))
+    if ours[:-1] != theirs[:-1]:
         raise BadRow("the prompts of chosen and rejected differ; they may differ in the last message only")
-    if chosen[-1] == rejected[-1]:
+    if ours[-1] == theirs[-1]:
         raise BadRow("chosen and rejected are the same answer: there is nothing to prefer")
     return {"chosen": chosen, "rejected": rejected}
+
+
+def _told(message: dict) -> dict:
+    """What the chat template makes text of: not the scores and names that a message may carry beside it."""
+    return {key: message[key] for key in TOLD if message.get(key) is not None}
 
 
 def check_messages(messages) -> list[dict]:

@@ -23,6 +23,6 @@ def keep_thinking(messages: list[dict], share: float) -> list[dict]:
 
 def without_thinking(message: dict) -> dict:
     """An assistant message with its think block emptied; one without such a block stays as it is."""
-    if "reasoning_content" in message:
+    if message.get("reasoning_content") is not None:
         return message | {"reasoning_content": ""}
     return message | {"content": BLOCK.sub(EMPTY, message["content"], count=1)}
