@@ -16,6 +16,7 @@ are trained. See model/lora.py. The adapter's file is given to other programs li
 """
 
 import re
+from pathlib import Path
 
 from model.lora import PROJECTIONS, LoraConfig, add_lora, load_lora
 from model.peft_folder import check_peft, save_peft
@@ -24,7 +25,7 @@ from trainer import dist
 from trainer.cli import UserError, parse, run_main, stage_parser
 from trainer.loop import train
 from trainer.losses import language_model
-from trainer.read import open_bytes
+from trainer.read import raw_rows
 from trainer.start import prepare
 
 MINIMIND_FILES = ("lora_identity.jsonl", "lora_medical.jsonl")
@@ -54,11 +55,10 @@ def parser():
 
 def refuse_placeholders(path) -> None:
     """An adapter trained on them would call itself {{name}}."""
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            if found := PLACEHOLDER.search(line):
-                raise UserError(f"{path}:{number}: the placeholder {found[0].decode()} is not filled in; "
-                                "`python data_process.py fill --set name=... author=...` does it")  # fmt: skip
+    for number, row in raw_rows(path):
+        if found := PLACEHOLDER.search(row if isinstance(row, bytes) else str(row).encode()):
+            raise UserError(f"{path}:{number}: the placeholder {found[0].decode()} is not filled in; "
+                            "`python data_process.py fill --set name=... author=...` does it")  # fmt: skip
 
 
 def main(argv=None) -> dict:
@@ -72,6 +72,8 @@ def main(argv=None) -> dict:
     def adapt(model):
         if args.peft_dir:
             check_peft(model, config)
+            if Path(args.peft_dir).is_file():
+                raise ValueError(f"--peft_dir {args.peft_dir} is a file; name a folder")
         add_lora(model, config.rank, config.alpha, config.dropout, config.targets)
 
     start = prepare(args, MINIMIND_FILES, "lora_domain.jsonl", before=("full_sft",), required=True, adapt=adapt)

@@ -99,7 +99,8 @@ def main(argv=None) -> dict:
         return student, tokenizer, came_from, {}
 
     start = prepare(args, files, "sft.jsonl" if args.rows == "chat" else "pretrain.jsonl", make=make)
-    if tokenizer_hash(start.tokenizer) != tokenizer_hash(tokenizer):
+    widths = start.model.config.vocab_size, teacher.config.vocab_size
+    if tokenizer_hash(start.tokenizer) != tokenizer_hash(tokenizer) or widths[0] != widths[1]:
         raise UserError(f"the teacher {path} has another vocabulary than the student: their words cannot be compared")
     start.use_frozen("teacher", teacher, path)
     with dist.join(args) as world:

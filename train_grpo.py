@@ -19,7 +19,6 @@ match of greedy answers to held-out questions.
 """
 
 import copy
-import math
 
 from inference.engine import Engine
 from inference.sampling import SamplingParams
@@ -60,12 +59,12 @@ def check(args) -> None:
         raise UserError(f"--inner_steps must be at least 1, not {args.inner_steps}")
     if not 1 <= args.max_new_tokens < args.seq_len:
         raise UserError(f"--max_new_tokens must lie between 1 and --seq_len {args.seq_len}, not {args.max_new_tokens}")
-    if not (args.temperature > 0 and math.isfinite(args.temperature)):
+    if args.temperature <= 0:
         raise UserError(f"--temperature must be above 0, not {args.temperature}: without chance a group is one answer")
     if not 0 < args.clip < 1:
         raise UserError(f"--clip must lie between 0 and 1, not {args.clip}")
     for name in ("kl", "format_reward"):
-        if not (getattr(args, name) >= 0 and math.isfinite(getattr(args, name))):
+        if getattr(args, name) < 0:
             raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
     if args.deepspeed and get(read_config(args.deepspeed), "zero_optimization.stage", 0) == 3:
         raise UserError(f"{args.deepspeed}: ZeRO stage 3 leaves no process whole weights to sample from; use stage 2")

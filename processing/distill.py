@@ -10,11 +10,13 @@ Protocol: POST {base_url}/chat/completions, as in OpenAI's API reference; `reaso
 import hashlib
 import http.client
 import json
+import math
 import os
 import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -56,7 +58,7 @@ class Teacher:
             try:
                 return self._ask_once(messages)
             except urllib.error.HTTPError as error:
-                said = error.read(2000).decode("utf-8", "replace")
+                said = _body(error)
                 if error.code in (401, 403, 404):
                     raise UserError(f"{self.base_url} answers {error.code}: {said.strip()[:300]}") from None
                 if error.code not in WORTH_ANOTHER_TRY:
@@ -65,7 +67,7 @@ class Teacher:
                 pause = float(named) if named.isdecimal() else pause
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off
                 reason = type(getattr(error, "reason", error)).__name__
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError):
                 reason = "no chat completion in the reply"
             if attempt < self.retries and stop.wait(min(pause, LONGEST_WAIT)):
                 break
@@ -83,14 +85,44 @@ class Teacher:
         with urllib.request.urlopen(request, timeout=self.timeout) as reply:
             completion = json.load(reply)
         choice = completion["choices"][0]
-        tokens = int((completion.get("usage") or {}).get("total_tokens") or 0)
+        tokens = max(0, int((completion.get("usage") or {}).get("total_tokens") or 0))
         content = (choice["message"].get("content") or "").strip()
         if choice.get("finish_reason") == "length":
             return {"failed": "cut at max_tokens", "tokens": tokens}
         if not content:
             return {"failed": "empty answer", "tokens": tokens}
         thinking = (choice["message"].get("reasoning_content") or "").strip()
+        (content + thinking).encode()  # half a surrogate pair cannot be written down
         return {"content": content, "tokens": tokens} | ({"reasoning_content": thinking} if thinking else {})
+
+
+def _body(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(2000).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def check_asking(teacher: Teacher, in_flight: int, max_requests: int | None, token_budget: int | None) -> None:
+    """Raises UserError for what no request can be made of."""
+    try:
+        address = urllib.parse.urlsplit(teacher.base_url)
+        whole = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:  # a port that is no number
+        whole = False
+    if not whole:
+        raise UserError(f"--base_url {teacher.base_url}: write it as http://HOST:PORT/v1")
+    if not (teacher.api_key.isascii() and teacher.api_key.isprintable()):
+        raise UserError("--api_key: a key has no line breaks and no letters outside ASCII")
+    if not math.isfinite(teacher.temperature) or teacher.temperature < 0:
+        raise UserError(f"--temperature must be a number from 0, not {teacher.temperature}")
+    least = {"--timeout": teacher.timeout, "--max_tokens": teacher.max_tokens, "--in_flight": in_flight,
+             "--max_requests": max_requests, "--token_budget": token_budget}  # fmt: skip
+    for name, value in least.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} must be above 0, not {value}")
+    if teacher.retries < 0:
+        raise UserError(f"--retries must not be negative, but is {teacher.retries}")
 
 
 def distill(path, out, teacher: Teacher, system=None, in_flight=4, max_requests=None, token_budget=None) -> dict:
@@ -102,8 +134,7 @@ def distill(path, out, teacher: Teacher, system=None, in_flight=4, max_requests=
     out = Path(out)
     if not out.name.endswith(".jsonl"):
         raise UserError(f"--out {out}: the answers are JSON lines; let the name end in .jsonl")
-    if not teacher.base_url.startswith(("http://", "https://")):
-        raise UserError(f"--base_url {teacher.base_url}: write it as http://HOST:PORT/v1")
+    check_asking(teacher, in_flight, max_requests, token_budget)
     prompts = read_prompts(path)
     journal = Journal(out, prompts, {"model": teacher.model, "system": system, "max_tokens": teacher.max_tokens,
                                      "temperature": teacher.temperature})  # fmt: skip
@@ -115,11 +146,11 @@ def distill(path, out, teacher: Teacher, system=None, in_flight=4, max_requests=
         journal.close()
         rows = _write(out, prompts, journal.answers)
     failed = Counter(answer["failed"] for answer in journal.answers.values() if "failed" in answer)
-    complete = len(journal.answers) == len(prompts)
-    if complete and not failed:
+    complete = rows == len(prompts)
+    if complete:
         journal.path.unlink()
     print(f"{rows:,} of {len(prompts):,} prompts answered, {journal.tokens:,} tokens -> {out}")
-    if not complete or failed:
+    if not complete:
         print(f"{len(prompts) - rows:,} prompts without an answer; the same command asks them again")
     return {
         "stage": "distill", "prompts": len(prompts), "rows": rows, "asked": asked, "failed": dict(failed),
@@ -179,7 +210,8 @@ def read_prompts(path) -> list[list[dict]]:
         for line, raw in raw_rows(path):
             try:
                 prompts.append(_prompt(parse_record(raw)))
-            except BadRow as error:
+                json.dumps(prompts[-1], ensure_ascii=False).encode()  # half a surrogate pair cannot be sent
+            except ValueError as error:
                 raise UserError(f"{path}:{line}: {error}") from None
     if not prompts:
         raise UserError(f"{path} holds no prompts")
@@ -215,7 +247,7 @@ class Journal:
         if self.path.exists():
             self._read(head)
         elif out.exists():
-            raise UserError(f"{out} is there and finished; name another --out, or delete it")
+            raise UserError(f"{out} is there, and no run that could go on; name another --out, or delete it")
         else:
             with new_file(self.path) as file:
                 file.write(json.dumps(head, ensure_ascii=False) + "\n")
@@ -224,7 +256,7 @@ class Journal:
     def _read(self, head: dict):
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]  # a kill may have cut the last line
-        first, *lines = whole.splitlines()
+        first, *lines = whole.splitlines() or [b"{}"]
         if json.loads(first) != head:
             raise UserError(f"{self.path} belongs to other prompts or settings; delete it, or name another --out")
         os.truncate(self.path, len(whole))

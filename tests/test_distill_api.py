@@ -29,6 +29,13 @@ class Stub(ThreadingHTTPServer):
         return Teacher(f"http://127.0.0.1:{self.server_port}/v1", "stub", **{"first_wait": 0.01, "timeout": 5} | flags)
 
 
+ODD = {  # in place of a message
+    "parts": {"content": [{"type": "text", "text": "答"}]},
+    "no object": "答",
+    "half a character": {"content": "\ud83d"},
+}
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         stub = self.server
@@ -51,8 +58,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         status = how if isinstance(how, int) else 200
         message = {"role": "assistant", "content": "" if how == "empty" else f"答：{prompt}"}
-        if how == "parts":
-            message["content"] = [{"type": "text", "text": "答"}]
+        if how in ODD:
+            message = ODD[how]
         if how == "thinks":
             message["reasoning_content"] = "想一想"
         choice = {"index": 0, "message": message, "finish_reason": "length" if how == "long" else "stop"}
@@ -114,11 +121,12 @@ def test_limits_stop_a_run_and_the_next_goes_on_without_asking_twice(prompts, tm
 
 
 def test_answers_that_are_no_good_are_counted_and_asked_again_later(prompts, tmp_path):
-    stub = Stub({"问题0": ["long"], "问题1": ["empty"], "问题2": [400], "问题3": ["parts"]})
+    stub = Stub({"问题0": ["long"], "问题1": ["empty"], "问题2": [400], "问题3": ["parts"],
+                 "问题4": ["no object"], "问题6": ["half a character"]})  # fmt: skip
     out = tmp_path / "out.jsonl"
     result = distill(prompts, out, stub.teacher(retries=0), in_flight=1)
-    wrong = {"cut at max_tokens": 1, "empty answer": 1, "status 400": 1, "no chat completion in the reply": 1}
-    assert result["failed"] == wrong and result["rows"] == 8
+    wrong = {"cut at max_tokens": 1, "empty answer": 1, "status 400": 1, "no chat completion in the reply": 3}
+    assert result["failed"] == wrong and result["rows"] == 6 and not result["complete"]
     result = distill(prompts, out, stub.teacher(), in_flight=1)
     assert result["failed"] == {} and len(answers(out)) == 12 and stub.asked["问题5"] == 1
 
@@ -127,7 +135,7 @@ def test_a_finished_file_is_not_asked_for_again_nor_lost(prompts, tmp_path):
     stub, out = Stub(), tmp_path / "out.jsonl"
     distill(prompts, out, stub.teacher())
     before = out.read_bytes()
-    with pytest.raises(UserError, match=r"out\.jsonl is there and finished"):
+    with pytest.raises(UserError, match=r"out\.jsonl is there, and no run"):
         distill(prompts, out, Stub({None: [401]}).teacher())
     assert out.read_bytes() == before and sum(stub.asked.values()) == 12
 
@@ -148,8 +156,6 @@ def test_what_no_retry_can_mend_is_one_line(prompts, tmp_path):
     out = tmp_path / "out.jsonl"
     with pytest.raises(UserError, match="answers 401"):
         distill(prompts, out, Stub({None: [401]}).teacher())
-    with pytest.raises(UserError, match="http"):
-        distill(prompts, out, Teacher("localhost:1/v1", "x"))
     many = tmp_path / "many.txt"
     many.write_text("".join(f"{i}\n" for i in range(40)), encoding="utf-8")
     stub = Stub({None: [500]})
@@ -159,6 +165,40 @@ def test_what_no_retry_can_mend_is_one_line(prompts, tmp_path):
     empty.write_text("\n\n", encoding="utf-8")
     with pytest.raises(UserError, match="no prompts"):
         distill(empty, out, Teacher("http://x", "x"))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "limits", "message"),
+    [
+        (("localhost:1/v1", "x"), {}, "write it as http://HOST:PORT/v1"),
+        (("http://127.0.0.1:8998x/v1", "x"), {}, "write it as http://HOST:PORT/v1"),
+        (("http://h/v1", "x", "sk-abc\n"), {}, "--api_key"),
+        (("http://h/v1", "x", "", 1024, float("nan")), {}, "--temperature"),
+        (("http://h/v1", "x", "", 1024, 0.7, 0), {}, "--timeout must be above 0"),
+        (("http://h/v1", "x", "", 1024, 0.7, 1, -1), {}, "--retries must not be negative"),
+        (("http://h/v1", "x"), {"max_requests": -1}, "--max_requests must be above 0"),
+        (("http://h/v1", "x"), {"in_flight": 0}, "--in_flight must be above 0"),
+    ],
+)
+def test_what_no_request_can_be_made_of(teacher, limits, message, prompts, tmp_path):
+    with pytest.raises(UserError, match=message):
+        distill(prompts, tmp_path / "out.jsonl", Teacher(*teacher), **limits)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_prompts_are_not_written_over(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(UserError, match=r"p\.jsonl is there"):
+        distill(path, path, Stub().teacher(), max_requests=1)
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_half_a_surrogate_pair_is_no_prompt(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "x \\ud83d y"}\n')
+    with pytest.raises(UserError, match=r"p\.jsonl:1"):
+        read_prompts(path)
 
 
 def test_prompts_of_every_shape(tmp_path):

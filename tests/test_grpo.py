@@ -169,7 +169,7 @@ def test_rows_that_cannot_be_checked(row, message, folder, tmp_path):
         (["--clip", 1], "--clip must lie between 0 and 1"),
         (["--inner_steps", 0], "--inner_steps must be at least 1"),
         (["--kl", -1], "--kl must not be negative"),
-        (["--format_reward", "nan"], "--format_reward must not be negative"),
+        (["--format_reward", "nan"], "--format_reward must be a number, not nan"),
         (["--dropout", 0.1], "--dropout has no place here"),
         (["--max_new_tokens", 64], "--max_new_tokens must lie between 1 and --seq_len 64"),
         (["--max_new_tokens", 60], "questions.jsonl:1: the question has .* raise --seq_len"),

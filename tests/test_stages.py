@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from stage import STAGES, TINY, load, run, write_chats, write_texts
+from stage import SHORT, STAGES, TINY, chat_weights, load, run, write_chats, write_texts
 
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from model.weights import save_weights
+from trainer.checkpoint import FORMAT
 from trainer.cli import UserError, boolean, note, parse, run_main, stage_parser
 
 COMMON = """
@@ -65,6 +66,10 @@ def weights_of_another_shape(path, vocab_size=6400, **fields):
         (["--from_weight", "dpo"], "no such file, and no dpo_"),
         (["--device", "gpu9"], "is no device"),
         (["--resume", "--overwrite"], "give one of them"),
+        (["--warmup", "nan"], "--warmup must be a number, not nan"),
+        (["--save_minutes", "inf"], "--save_minutes must be a number, not inf"),
+        (["--dropout", "1"], "--dropout must lie in [0, 1)"),
+        (["--seed", "9" * 20], "--seed must be below 2^63"),
     ],
 )
 def test_wrong_arguments(flags, message, texts, tmp_path):
@@ -100,11 +105,44 @@ def test_weights_that_do_not_fit(texts, tmp_path):
     flags = ["--data_path", chats, "--out_dir", tmp_path / "o", "--from_weight", other, "--max_steps", 1]
     assert "another shape than the flags say: n_layers 2 (there: 1)" in refused("full_sft", *flags, "--n_layers", 2)
     torch.save({"model.embed_tokens.weight": torch.zeros(6400, 48)}, tmp_path / "odd.pth")
-    assert "odd.pth" in refused("full_sft", "--data_path", chats, "--from_weight", tmp_path / "odd.pth") or True
+    assert "odd.pth" in refused("full_sft", "--data_path", chats, "--from_weight", tmp_path / "odd.pth")
     (tmp_path / "garbage.pth").write_bytes(b"garbage")
     assert "garbage.pth cannot be read" in refused(
         "full_sft", "--data_path", chats, "--from_weight", tmp_path / "garbage.pth"
     )
+
+
+def test_a_run_does_not_write_over_the_weights_it_needs(tmp_path):
+    """An adapter would lose what it adapts, DPO its reference, and every run its start if it is killed."""
+    chats = write_chats(tmp_path / "c.jsonl")
+    flags = [*SHORT, "--data_path", chats, "--max_steps", 1, "--out_dir", tmp_path, "--save_weight", "x"]
+    for stage, subfolder in (("full_sft", ""), ("lora", "lora")):
+        base = chat_weights(tmp_path)
+        first = load(STAGES[stage]).main([str(a) for a in (*flags, "--from_weight", base)])
+        assert (tmp_path / subfolder / "x_32.pth").exists()
+        again = refused(stage, *flags, "--from_weight", first["weights"])
+        assert "x_32.pth and would write over it; use --save_weight NAME" in again
+    student = ["--dim", 32, "--n_heads", 2, "--n_kv_heads", 1, "--n_layers", 1, "--overwrite"]
+    assert "would write over it" in refused("full_dist", *flags, "--teacher", tmp_path / "x_32.pth", *student)
+
+
+def test_the_state_of_another_stage_is_not_resumed(texts, tmp_path):
+    state = {"format": FORMAT, "record": {"stage": "full_sft"}}
+    (tmp_path / "o").mkdir()
+    torch.save(state, tmp_path / "o" / "x_32_resume.pth")
+    flags = pretrain_flags(texts, tmp_path, "--save_weight", "x", "--resume")
+    assert "is the state of another stage, full_sft" in refused("pretrain", *flags)
+    (tmp_path / "o" / "x_32_resume.pth").write_bytes(b"")
+    assert "x_32_resume.pth cannot be read" in refused("pretrain", *flags)
+
+
+def test_ctrl_c_before_training_is_one_word(capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        run_main(interrupted)
+    assert left.value.code == 130 and capsys.readouterr().err == "stopped\n"
 
 
 def test_a_tokenizer_that_does_not_fit_the_weights(tmp_path):

@@ -46,6 +46,11 @@ class Files:
         except OSError as error:
             raise UserError(f"cannot write to --out_dir {self.folder}: {error.strerror}") from None
 
+    def check_apart(self, path) -> None:
+        """Raises UserError where the run would write over weights that it needs; path may be no path, but words."""
+        if Path(path).resolve() == self.weights.resolve():
+            raise UserError(f"this run needs {path} and would write over it; use --save_weight NAME, or --out_dir")
+
     def check_free(self, args) -> None:
         """Raises UserError where this run would destroy what another one left."""
         if args.resume or args.overwrite:
@@ -146,7 +151,9 @@ def read_state(path, mmap=False) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
     except Exception as error:  # torch reports damaged files by a dozen types
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}; --overwrite starts afresh") from None
+        raise UserError(
+            f"{path} cannot be read: {str(error).partition(chr(10))[0]}; --overwrite starts afresh"
+        ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is no state of a run; --overwrite starts afresh")
     return state

@@ -55,6 +55,9 @@ def run_main(main, argv=None) -> None:
     except RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # while data are read; during training the loop saves first
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         sys.stderr.close()
         sys.exit(0)
@@ -200,12 +203,19 @@ def faults_of(args) -> list[str]:
         faults.append(f"--max_steps must be at least 1, not {args.max_steps}")
     if args.seq_len < 16:
         faults.append(f"--seq_len must be at least 16, not {args.seq_len}")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            faults.append(f"--{name} must be a number, not {value}")
     for name in ("epochs", "learning_rate"):
-        if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
+        if getattr(args, name) <= 0:
             faults.append(f"--{name} must be above 0, not {getattr(args, name)}")
     for name in ("warmup", "weight_decay", "grad_clip", "eval_interval", "save_minutes", "seed"):
         if getattr(args, name) < 0:
             faults.append(f"--{name} must not be negative, but is {getattr(args, name)}")
+    if args.seed >= 2**63:
+        faults.append(f"--seed must be below 2^63, not {args.seed}")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        faults.append(f"--dropout must lie in [0, 1), not {args.dropout}")
     if not 0 <= args.val_split < 1:
         faults.append(f"--val_split must lie in [0, 1), not {args.val_split}")
     if args.resume and args.overwrite:

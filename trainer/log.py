@@ -46,10 +46,10 @@ class Log:
             for line in Path(self.files.log).read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                except ValueError:
+                    if record["step"] <= start_step:
+                        kept.append(record)
+                except (ValueError, TypeError, KeyError):
                     break
-                if record["step"] <= start_step:
-                    kept.append(record)
         return kept
 
     def step(self, step: int, tokens: int, **numbers) -> None:

@@ -78,7 +78,7 @@ def read_questions(paths, tokenizer, longest: int, skip_bad_lines=False) -> list
                 if len(prompt) > longest:
                     raise BadRow(f"the question has {len(prompt)} tokens, with --max_new_tokens more than --seq_len; "
                                  "raise --seq_len")  # fmt: skip
-            except BadRow as error:
+            except ValueError as error:  # BadRow, or the chat template's complaint
                 if not skip_bad_lines:
                     raise UserError(f"{path}:{line}: {error} (--skip_bad_lines leaves such lines out)") from None
                 skipped.append(f"{path}:{line}: {error}")

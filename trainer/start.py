@@ -11,7 +11,7 @@ from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_hash
 from model.weights import fingerprint, load_model, newest_weights
 from trainer.cache import Cache, tokenised
 from trainer.checkpoint import AdapterFiles, Files, find_states, read_state
-from trainer.cli import SHAPE_FLAGS, UserError, note
+from trainer.cli import SHAPE_FLAGS, UserError, note, user_errors
 from trainer.data import packed_splits, token_bytes
 from trainer.dist import pick_device, pick_dtype
 from trainer.read import check_file
@@ -59,6 +59,7 @@ class Start:
 
     def use_frozen(self, role: str, model, path) -> None:
         """Notes that the run depends on a second model that is not trained: it must be the same when resumed."""
+        self.files.check_apart(path)
         self.fixed[role] = fingerprint(model)
         self.record[role] = str(path)
         self.other_parameters += model.num_parameters()
@@ -104,6 +105,8 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
         model, tokenizer, came_from, record = resolve_weights(args, before, required, make)
     files = Files(args, model.config) if adapt is None else AdapterFiles(args, model)
     files.check_writable()
+    if not args.resume:
+        files.check_apart(came_from)
     files.check_free(args)
     record = record | {"stage": args.stage, "seq_len": args.seq_len}
     if state is None:  # else it says what the run began with
@@ -222,7 +225,8 @@ def _check_shape_flags(args, config, whose: str) -> None:
         if name in wanted:
             setattr(config, name, wanted[name])
     if args.preset:
-        fields = LMConfig.from_preset(args.preset, vocab_size=config.vocab_size, **wanted).fields()
+        with user_errors():
+            fields = LMConfig.from_preset(args.preset, vocab_size=config.vocab_size, **wanted).fields()
         wanted = {name: fields[name] for name in SHAPE_FLAGS} | wanted
     for name in ("dropout", "aux_loss_alpha"):
         wanted.pop(name, None)
@@ -240,4 +244,9 @@ def resumed_state(args, mmap=False) -> dict | None:
         paths = [path for path in paths if f"_{dim}_" in path.name]
     if len(paths) > 1:
         raise UserError(f"--resume could mean {' or '.join(map(str, paths))}; say which with --dim or --use_moe")
-    return read_state(paths[0], mmap) if paths else None
+    if not paths:
+        return None
+    state = read_state(paths[0], mmap)
+    if state["record"]["stage"] != args.stage:
+        raise UserError(f"{paths[0]} is the state of another stage, {state['record']['stage']}; use --save_weight NAME")
+    return state

@@ -41,7 +41,12 @@ class Wandb:
         except wandb.errors.Error as error:  # no network, or a key that is refused
             mode, why = "offline", str(error).splitlines()[0]
             wandb.teardown()  # its service still holds the id
-            self.run = wandb.init(mode=mode, **options)
+            try:
+                self.run = wandb.init(mode=mode, **options)
+            except wandb.errors.Error as wrong:  # not the network's fault: a project's name, for instance
+                raise UserError(f"--use_wandb: {wrong}") from None
+        except ValueError as error:
+            raise UserError(f"--use_wandb: {str(error).partition(chr(10))[0]} (WANDB_MODE {mode})") from None
         if mode == "offline":
             print(f"wandb: offline ({why}): the run is kept in {files.folder / 'wandb'}; `wandb sync` sends it",
                   flush=True)  # fmt: skip
