@@ -64,7 +64,7 @@ class Teacher:
                 if error.code not in WORTH_ANOTHER_TRY:
                     return {"failed": f"status {error.code}", "detail": said[:300], "tokens": 0}
                 reason, named = f"status {error.code}", error.headers.get("Retry-After", "")
-                pause = float(named) if named.isdecimal() else pause
+                pause = max(pause, float(named)) if named.isdecimal() else pause
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off
                 reason = type(getattr(error, "reason", error)).__name__
             except (ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError):

@@ -189,6 +189,18 @@ def test_a_killed_build_is_not_mistaken_for_a_whole_cache(text_file, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut"])
+def test_a_damaged_cache_is_named(text_file, tmp_path, damage):
+    folder = tokenised(text_file, "text", load_tokenizer(), tmp_path / "cache").folder
+    tokens = folder / "tokens.bin"
+    if damage == "gone":
+        tokens.unlink()
+    else:
+        os.truncate(tokens, {"empty": 0, "cut": tokens.stat().st_size - 2}[damage])
+    with pytest.raises(UserError, match=f"{folder.name} is damaged .*delete the folder"):
+        tokenised(text_file, "text", load_tokenizer(), tmp_path / "cache")
+
+
 def test_rows_hold_every_token_once(text_file, tmp_path):
     cache = tokenised(text_file, "text", TOKENIZER, tmp_path / "c")
     rows = PackedRows([cache], np.arange(len(cache)), "text", 64, seed=1)

@@ -295,7 +295,11 @@ def test_a_run_needs_the_reference_it_began_with(tmp_path):
     again.ready(rows, WORLD)
     chat_weights(tmp_path, seed=3)
     again.ready(rows, WORLD)
-    for file in (tmp_path / "o" / "cache").glob("reference-*.npy"):
+    cached = list((tmp_path / "o" / "cache").glob("reference-*.npy"))
+    cached[0].write_bytes(b"")
+    with pytest.raises(UserError, match=r"reference-.*\.npy is damaged"):
+        again.ready(rows, WORLD)
+    for file in cached:
         file.unlink()
     with pytest.raises(UserError, match="is no longer what this run began with"):
         again.ready(rows, WORLD)

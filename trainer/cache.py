@@ -55,6 +55,8 @@ class Cache:
         self.offsets = _starts(self._map("lengths"))
         self.turn_offsets = _starts(self._map("turn_counts"))
         self.hashes = np.array(self._map("hashes"))
+        if len(self.tokens) != self.offsets[-1] or len(self.turns) != self.turn_offsets[-1]:
+            raise ValueError("a file of it is cut short")
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -81,7 +83,10 @@ def tokenised(path, kind: str, tokenizer, folder, skip_bad_lines=False, workers=
     final = Path(folder) / f"{path.name.split('.')[0]}-{key}"
     if not final.exists():
         _build(path, kind, tokenizer, final, skip_bad_lines, workers)
-    cache = Cache(final)
+    try:
+        cache = Cache(final)
+    except (OSError, ValueError, KeyError) as error:  # a disk's fault, or a hand's: what we build is whole or absent
+        raise UserError(f"{final} is damaged ({error}); delete the folder, and it is made again") from None
     if cache.meta["bad_lines"]:
         _say_bad(path, cache.meta["bad_lines"], cache.meta["first_bad"])
     if len(cache) == 0:

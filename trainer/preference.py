@@ -85,7 +85,10 @@ class Reference:
         digest = hashlib.blake2b(key + rows.documents.tobytes(), digest_size=8).hexdigest()
         path = Path(self.args.out_dir) / "cache" / f"reference-{digest}.npy"
         if world.gather(path.exists())[0]:
-            return np.load(path)
+            try:
+                return np.load(path)
+            except (OSError, ValueError, EOFError) as error:
+                raise UserError(f"{path} is damaged ({error}); delete it, and it is made again") from None
         values, _ = answers_of(self.model(), rows, world, self.args.batch_size)
         if world.first:
             temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
