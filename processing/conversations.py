@@ -136,7 +136,7 @@ def rude(lines, length, rng):
     return min(wanted or longer or shorter, key=lambda line: (abs(len(line) - length), line))
 
 
-def identity_rows(world, rng, chatter=4):
+def identity_rows(world, rng, chatter=3):
     """LoRA rows in which {{name}} and {{author}} wait to be filled in: each question alone, and amid other talk."""
     rows = []
     for item in world.identity["rows"]:

@@ -47,13 +47,13 @@ class Teacher:
     retries: int = 5
     first_wait: float = FIRST_WAIT
 
-    def ask(self, messages: list[dict], stop: threading.Event) -> dict:
+    def ask(self, messages: list[dict], stop: threading.Event | None = None) -> dict:
         """One request with its retries -> {"content", "reasoning_content", "tokens"} or {"failed": reason, "tokens"}.
 
         stop: set where the run ends; no retry is made then. Raises UserError where no request can succeed: a wrong
         key, address or model.
         """
-        pause = self.first_wait
+        pause, stop = self.first_wait, stop or threading.Event()
         for attempt in range(self.retries + 1):
             try:
                 return self._ask_once(messages)
