@@ -133,11 +133,14 @@ def add_lora(model, rank=8, alpha=16.0, dropout=0.0, targets=PROJECTIONS, name="
     """Adds an adapter to every layer that `targets` name, makes it active, and freezes all else; returns the model.
 
     targets: see `matches`. Drawn from torch's global random numbers. The model computes what it did before, since B
-    is zero. Raises ValueError where a target names no layer.
+    is zero. Raises ValueError where a target names no layer, or no layer is as large as the rank.
     """
     config = LoraConfig(rank, alpha, dropout, targets)
     base = getattr(model, "lora_base", None) or fingerprint(model)
     layers = targeted(model, config.targets)
+    largest = max(min(p.shape[-2:]) for layer in layers.values() for p in layer.parameters() if p.ndim >= 2)
+    if config.rank > largest:
+        raise ValueError(f"rank {config.rank}: no update of these layers can have a rank above {largest}")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in layers.values():
@@ -177,6 +180,8 @@ def targeted(model, targets) -> dict[str, nn.Module]:
             ends = sorted({name.rsplit(".", 1)[-1] for name in layers})
             raise ValueError(f"no layer is called {target!r}; the model's layers are {', '.join(ends)}")
         chosen |= found
+    if not chosen:
+        raise ValueError(f"no layer of this model is called {' or '.join(targets)}")
     return {name: m for name, m in layers.items() if name in chosen}
 
 

@@ -116,6 +116,8 @@ def test_which_layers_are_adapted_and_what_is_trained():
     assert not [n for n in adapted_layers(everything) if n.endswith(("lm_head", "mlp.gate"))]
     with pytest.raises(ValueError, match="no layer is called 'wq'; the model's layers are down_proj, "):
         add_lora(small_model(), targets=("wq",))
+    with pytest.raises(ValueError, match="no layer of this model is called gate_proj"):
+        add_lora(small_model(use_moe=True, n_shared_experts=0), targets=("gate_proj",))
     with pytest.raises(ValueError, match="rank"):
         add_lora(small_model(), rank=0)
 
@@ -269,6 +271,7 @@ def test_a_stopped_run_keeps_the_adapter_its_optimizer_and_no_more(tmp_path):
     ("flags", "message"),
     [
         (["--rank", "0"], "rank of an adapter must be"),
+        (["--rank", "999999999"], "can have a rank above 32"),
         (["--lora_dropout", "1"], "dropout of an adapter must"),
         (["--targets", "c_attn"], "no layer is called 'c_attn'"),
         (["--targets", "lm_head", "--peft_dir", "p"], "cannot hold an adapter of the head"),

@@ -14,7 +14,7 @@ from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from model.weights import save_weights
 from trainer.checkpoint import FORMAT
-from trainer.cli import UserError, boolean, note, parse, run_main, stage_parser
+from trainer.cli import RunFailed, UserError, boolean, note, parse, run_main, stage_parser
 
 COMMON = """
 data_path tokenizer out_dir save_weight from_weight preset dim n_layers n_heads n_kv_heads use_moe seq_len epochs
@@ -193,8 +193,6 @@ def test_errors_are_one_line_without_a_traceback(tmp_path):
 
 
 def test_run_main_gives_failures_exit_code_1(capsys):
-    from trainer.cli import RunFailed
-
     def main(argv):
         raise RunFailed("the disk is full")
 
@@ -203,11 +201,52 @@ def test_run_main_gives_failures_exit_code_1(capsys):
     assert caught.value.code == 1 and capsys.readouterr().err == "failed: the disk is full\n"
 
 
+def test_out_of_memory_is_one_line_whose_advice_leads_to_the_same_weights(texts, tmp_path):
+    """A batch of two rows needs a petabyte from the third step on, one row does not."""
+    stage = load("1-pretrain.py")
+    plain = stage.language_model
+
+    def greedy(model, batch):
+        greedy.calls += 1
+        if greedy.calls > 4 and len(batch["input_ids"]) > 1:
+            torch.empty(2**48)
+        return plain(model, batch)
+
+    flags = [*TINY, "--max_steps", 6, "--save_interval", 2, "--data_path", texts]
+    flags = list(map(str, flags))
+    expected = stage.main([*flags, "--out_dir", str(tmp_path / "twin")])
+    greedy.calls, stage.language_model = 0, greedy
+    flags += ["--out_dir", str(tmp_path / "o")]
+    with pytest.raises(RunFailed, match=r"out of memory \(1048576.00 GiB more .* --resume goes on from it") as caught:
+        stage.main(flags)
+    advice = re.search(r"--batch_size 1 --accumulation_steps 4\b", str(caught.value))[0].split()
+    found = stage.main([*flags, *advice, "--resume"])
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6) and found["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 "
+                                "GiB"), "out of memory (2.00 GiB more were wanted)"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)"), "out of memory"),
+        (MemoryError(), "out of memory"),
+    ],
+    ids=["cuda", "mps", "cpu"],
+)  # fmt: skip
+def test_run_main_tells_of_memory_that_ran_out(error, words, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    assert caught.value.code == 1 and capsys.readouterr().err == f"failed: {words}\n"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
 def test_a_full_disk_leaves_the_last_checkpoint_whole(texts, tmp_path, monkeypatch):
     """The third save meets a device without space: exit 1, one line, what was saved before can be resumed."""
     from model import weights
-    from trainer.cli import RunFailed
 
     saves, original = [], torch.save
 

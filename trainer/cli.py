@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def user_errors():
         raise UserError(str(error)) from None
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What to say of an allocator's error; None for any other. Only CUDA's has a class of its own."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
+        return None
+    if (wanted := re.search(r"tried to allocate ([\d.]+) (\w+)", text, re.IGNORECASE)) is None:
+        return "out of memory"
+    amount = f"{int(wanted[1]) / 2**30:.2f} GiB" if wanted[2] == "bytes" else f"{wanted[1]} {wanted[2]}"
+    return f"out of memory ({amount} more were wanted)"
+
+
 def note(text: str) -> None:
     """Prints something worth knowing, once, however many processes a launcher started."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -54,6 +66,11 @@ def run_main(main, argv=None) -> None:
         sys.exit(2)
     except RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        if (words := out_of_memory(error)) is None:
+            raise
+        print(f"failed: {words}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # while data are read; during training the loop saves first
         print("stopped", file=sys.stderr)

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as torch_dist
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.cli import UserError
+from trainer.cli import RunFailed, UserError, out_of_memory
+from trainer.memory import what_to_lower
 from trainer.optim import make_optimizers
 from trainer.watch import PATIENCE, Watch
 
@@ -125,6 +126,10 @@ def join(args):
     except (UserError, SystemExit):  # all processes meet these alike; after any other error leaving could hang
         leave()
         raise
+    except (RuntimeError, MemoryError) as error:
+        if (words := out_of_memory(error)) is None:
+            raise
+        raise RunFailed(f"{words}. What was saved is whole, --resume goes on from it. {what_to_lower(args)}") from None
     leave()
 
 

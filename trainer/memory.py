@@ -54,6 +54,19 @@ def memory_line(config, args, world, trainable: int, others=0) -> str:
     return text
 
 
+def what_to_lower(args) -> str:
+    """For a run whose memory was not enough: flags that need less of it, the one that changes nothing else first."""
+    ways = []
+    if args.batch_size > 1:
+        size = next(n for n in range(args.batch_size // 2, 0, -1) if args.batch_size % n == 0)
+        more = args.accumulation_steps * (args.batch_size // size)
+        ways.append(f"--batch_size {size} --accumulation_steps {more} has the same result")
+    if not args.gradient_checkpointing:
+        ways.append("--gradient_checkpointing takes a third more time")
+    ways.append(f"a shorter --seq_len than {args.seq_len} cuts long texts sooner")
+    return "; ".join(ways)
+
+
 def device_bytes(device: torch.device) -> int | None:
     """All memory of the device; None where it is not known."""
     if device.type == "cuda":
