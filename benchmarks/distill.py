@@ -12,7 +12,7 @@ from benchmarks.stages import add_run_flags, stage
 STUDENT = ["--preset", "tiny", "--dim", 128, "--n_layers", 4, "--n_heads", 4, "--n_kv_heads", 2]
 TEACHER = ["--preset", "tiny", "--dim", 256, "--n_layers", 8, "--n_heads", 8, "--n_kv_heads", 2]
 RECIPE = ["--optimizer", "muon", "--learning_rate", "4e-3", "--weight_decay", 0.1, "--log_interval", 50,
-          "--eval_interval", 0, "--val_split", 0.02, "--accumulation_steps", 1]  # fmt: skip
+          "--eval_interval", 0, "--accumulation_steps", 1]  # fmt: skip
 
 
 def add_flags(parser) -> None:
