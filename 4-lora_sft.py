@@ -57,8 +57,10 @@ def refuse_placeholders(path) -> None:
     """An adapter trained on them would call itself {{name}}."""
     for number, row in raw_rows(path):
         if found := PLACEHOLDER.search(row if isinstance(row, bytes) else str(row).encode()):
-            raise UserError(f"{path}:{number}: the placeholder {found[0].decode()} is not filled in; "
-                            "`python data_process.py fill --set name=... author=...` does it")  # fmt: skip
+            command = f"python data_process.py fill {path} --set {found[1].decode()}=... --out FILE"
+            raise UserError(
+                f"{path}:{number}: the placeholder {found[0].decode()} is not filled in; `{command}` does it"
+            )
 
 
 def main(argv=None) -> dict:
@@ -72,8 +74,10 @@ def main(argv=None) -> dict:
     def adapt(model):
         if args.peft_dir:
             check_peft(model, config)
-            if Path(args.peft_dir).is_file():
-                raise ValueError(f"--peft_dir {args.peft_dir} is a file; name a folder")
+            try:
+                Path(args.peft_dir).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--peft_dir {args.peft_dir}: cannot write the folder ({error.strerror})") from None
         add_lora(model, config.rank, config.alpha, config.dropout, config.targets)
 
     start = prepare(args, MINIMIND_FILES, "lora_domain.jsonl", before=("full_sft",), required=True, adapt=adapt)

@@ -9,6 +9,7 @@ by name, one of which is active. Experts are stacks of matrices, and so are thei
     save_lora(path, model)                              the adapters alone: a few hundred kilobytes
     load_lora(model, path, name="medical")              put saved ones beside those that are there
     use_lora(model, "medical")                          switch; None: the model without any
+    remove_lora(model, "medical")                       forget it
     merge_lora(model)                                   add them to the weights for good: a plain model again
 """
 
@@ -133,9 +134,11 @@ def add_lora(model, rank=8, alpha=16.0, dropout=0.0, targets=PROJECTIONS, name="
     """Adds an adapter to every layer that `targets` name, makes it active, and freezes all else; returns the model.
 
     targets: see `matches`. Drawn from torch's global random numbers. The model computes what it did before, since B
-    is zero. Raises ValueError where a target names no layer, or no layer is as large as the rank.
+    is zero. Raises ValueError where a target names no layer, no layer is as large as the rank, or the name is taken.
     """
     config = LoraConfig(rank, alpha, dropout, targets)
+    if name in getattr(model, "lora_configs", {}) or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"the adapter's name {name!r} is taken; give it another one")
     base = getattr(model, "lora_base", None) or fingerprint(model)
     layers = targeted(model, config.targets)
     largest = max(min(p.shape[-2:]) for layer in layers.values() for p in layer.parameters() if p.ndim >= 2)
@@ -194,6 +197,18 @@ def use_lora(model, name: str | None):
         layer.active = name if name in layer.adapters else None
         for key, adapter in layer.adapters.items():
             adapter.requires_grad_(key == name)
+    return model
+
+
+def remove_lora(model, name: str):
+    """Takes an adapter out; where it was the active one, none is."""
+    for layer in adapted_layers(model).values():
+        if layer.active == name:
+            layer.unmerge()
+            layer.active = None
+        if name in layer.adapters:
+            del layer.adapters[name]
+    del model.lora_configs[name]
     return model
 
 
@@ -301,6 +316,7 @@ def fill(model, name: str, tensors: dict[str, Tensor], path):
     }  # fmt: skip
     odd = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
     if odd:
+        remove_lora(model, name)
         raise ValueError(f"{path} does not fit this model: {odd[0]} (and {len(odd) - 1} more) differ")
     for key, parameter in own.items():
         parameter.copy_(tensors[key])
@@ -315,5 +331,5 @@ def load_merged(path, content: dict) -> tuple[MiniMindForCausalLM, object, dict]
         raise ValueError(
             f"{path} is an adapter for the weights {base}, which are not there; load them and use model.lora.load_lora"
         )
-    model, tokenizer, _ = load_model(base)
+    model, tokenizer, _ = load_model(base, content["record"].get("preset"))
     return merge_lora(attach(model, content, "default", path)), tokenizer, content["record"]

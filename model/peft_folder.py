@@ -14,12 +14,16 @@ from model.lora import LoraConfig, active_lora, adapter_tensors, add_lora, fill,
 
 PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PLAIN = {  # keys of a peft config and the values under which its adapter is what ours is
-    "bias": ("none",), "fan_in_fan_out": (False,), "use_dora": (False,), "modules_to_save": (None, []),
-    "rank_pattern": ({},), "alpha_pattern": ({},), "layer_replication": (None,), "lora_bias": (False,),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the matrix beside it too
-    "trainable_token_indices": (None,), "target_parameters": (None, []), "use_qalora": (False,),
+ABOUT = {  # keys of a peft config that leave the meaning of its tensors alone, or are read below
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "qalora_group_size",
 }  # fmt: skip
+EMPTY = (None, False, [], {})  # any other key must say nothing, or what it says in PLAIN
+PLAIN = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the matrix beside it too
+}
 
 
 def check_peft(model, config: LoraConfig) -> None:
@@ -62,9 +66,13 @@ def load_peft(model, folder, name: str):
         tensors = load_file(folder / TENSORS)
     except Exception as error:  # safetensors raises a type of its own for a damaged file
         raise ValueError(f"{folder} cannot be read as a peft adapter: {error}") from None
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{folder}: {CONFIG} is no JSON object")
     if theirs.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds a {theirs.get('peft_type')} adapter; only LoRA has a counterpart here")
-    odd = [f"{key}={theirs[key]!r}" for key, values in PLAIN.items() if key in theirs and theirs[key] not in values]
+    if not all(isinstance(theirs.get(key), int | float) for key in ("r", "lora_alpha")):
+        raise ValueError(f"{folder}: {CONFIG} must say r and lora_alpha, the adapter's rank and scale")
+    odd = [f"{k}={v!r}" for k, v in theirs.items() if k not in ABOUT and v not in PLAIN.get(k, EMPTY)]
     if odd:
         raise ValueError(f"{folder} is a LoRA adapter of a kind that has no counterpart here: {', '.join(odd)}")
     renamed = {}

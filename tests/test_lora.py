@@ -16,6 +16,7 @@ from model.lora import (
     fingerprint,
     load_lora,
     merge_lora,
+    remove_lora,
     save_lora,
     unmerge_lora,
     use_lora,
@@ -143,6 +144,18 @@ def test_several_adapters_are_loaded_and_switched(tmp_path):
     assert torch.equal(logits(use_lora(model, "second")), alone[1])  # switching takes a merged one out first
     with pytest.raises(ValueError, match="no adapter 'third'"):
         use_lora(model, "third")
+    with pytest.raises(ValueError, match="the adapter's name 'second' is taken"):
+        load_lora(model, tmp_path / "a.pth", name="second")
+    with pytest.raises(ValueError, match="name 'items' is taken"):  # by torch's container of modules
+        load_lora(model, tmp_path / "a.pth", name="items")
+    assert torch.equal(logits(remove_lora(model, "second")), plain)
+    assert torch.equal(logits(use_lora(model, "a")), alone[0])
+    content = torch.load(tmp_path / "b.pth", weights_only=True)
+    content["model"].popitem()
+    torch.save(content, tmp_path / "less.pth")
+    with pytest.raises(ValueError, match="does not fit this model"):
+        load_lora(model, tmp_path / "less.pth")
+    assert list(model.lora_configs) == ["a"] and torch.equal(logits(use_lora(model, "a")), alone[0])
 
 
 def test_what_does_not_fit_is_refused_in_words(tmp_path):
@@ -204,6 +217,9 @@ def test_peft_reads_ours_and_we_read_peft(tmp_path):
         ({"use_dora": True}, "has no counterpart here: use_dora=True"),
         ({"bias": "all"}, "has no counterpart here: bias='all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens=\[5, 6\]"),  # adapts what follows them alone
+        ({"invented_tomorrow": {"x": 1}}, "invented_tomorrow"),
+        ({"r": None}, "must say r and lora_alpha"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),  # it changes the frozen matrices as well
     ],
 )
@@ -226,6 +242,9 @@ def test_peft_folders_and_models_that_cannot_meet(tmp_path):
         save_peft(tmp_path / "moe", add_lora(small_model(use_moe=True)))
     with pytest.raises(ValueError, match="no peft folder"):
         load_lora(small_model(), tmp_path)
+    (tmp_path / "three" / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no JSON object"):
+        load_lora(small_model(), tmp_path / "three")
 
 
 # ------------------------------------------------------------------------------------------------------- the stage
@@ -248,8 +267,18 @@ def test_the_base_stays_and_only_the_adapter_is_written(tmp_path):
     assert torch.equal(logits(ours.eval()), logits(folder.eval()))
 
 
+def test_an_adapter_of_a_bare_state_dict_knows_the_preset_that_told_its_heads(tmp_path):
+    shape = {"dim": 64, "n_layers": 2, "hidden_dim": 96}
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(LMConfig(n_heads=8, n_kv_heads=2, **shape))
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    flags = [text for name, value in shape.items() for text in (f"--{name}", value)]
+    result = run_lora(tmp_path, "--from_weight", tmp_path / "own.pth", "--preset", "minimind2-small", *flags)
+    by_hand = load_lora(model.eval(), result["weights"])
+    torch.testing.assert_close(logits(load_model(result["weights"])[0]), logits(by_hand), rtol=1e-4, atol=1e-5)
+
+
 def test_a_stopped_run_keeps_the_adapter_its_optimizer_and_no_more(tmp_path):
-    assert run_flags("lora", tmp_path)
     stage, state = load(STAGES["lora"]), tmp_path / "o" / "lora" / "x_32_resume.pth"
     kept = {}
     original = stage.train
@@ -273,6 +302,7 @@ def test_a_stopped_run_keeps_the_adapter_its_optimizer_and_no_more(tmp_path):
         (["--rank", "0"], "rank of an adapter must be"),
         (["--rank", "999999999"], "can have a rank above 32"),
         (["--lora_dropout", "1"], "dropout of an adapter must"),
+        (["--peft_dir", "/dev/null/p"], "cannot write the folder"),
         (["--targets", "c_attn"], "no layer is called 'c_attn'"),
         (["--targets", "lm_head", "--peft_dir", "p"], "cannot hold an adapter of the head"),
         (["--from_weight", "nowhere/full_sft_512.pth"], "no weights at nowhere/full_sft_512.pth"),
@@ -288,7 +318,11 @@ def test_wrong_data_and_missing_weights(tmp_path, monkeypatch):
     data = tmp_path / "identity.jsonl"
     row = {"conversations": [{"role": "user", "content": "谁？"}, {"role": "assistant", "content": "我是{{name}}。"}]}
     data.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"identity.jsonl:1: the placeholder \{\{name\}\} is not filled in"):
+    with pytest.raises(
+        UserError,
+        match=r"identity.jsonl:1: the placeholder \{\{name\}\} is not filled in; "
+        r"`python data_process.py fill \S+identity.jsonl --set name=... --out FILE`",
+    ):
         run_lora(tmp_path, "--data_path", data)
     chats = write_chats(tmp_path / "c.jsonl")
     monkeypatch.chdir(tmp_path)

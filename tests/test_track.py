@@ -3,12 +3,14 @@
 import json
 import signal
 import struct
+import sys
 import time
 
 import pytest
 from stage import TINY, last_json, load, run, write_texts
 
-from trainer import loop
+from trainer import loop, track
+from trainer.cli import UserError, parse, stage_parser
 
 FLAGS = [*TINY, "--max_steps", "6", "--save_interval", "2", "--eval_interval", "3", "--val_split", "0.1"]
 
@@ -113,6 +115,44 @@ def test_a_killed_run_tells_no_step_twice(tmp_path):
         time.sleep(1.1)  # event files are ordered by the second in their names
     events = told_to_tensorboard(tmp_path / "tensorboard" / "x")
     assert {step: numbers["loss"] for step, numbers in events.items()} == {1: 1, 2: 2, 3: 30, 4: 40, 5: 50, 6: 60}
+
+
+@pytest.mark.parametrize("fails_in", ["log", "close"])
+def test_a_service_that_fails_stops_no_run_and_all_is_saved_before_it_is_waited_for(
+    fails_in, tmp_path, monkeypatch, capsys
+):
+    calls, weights = [], tmp_path / "out" / "pretrain_32.pth"
+
+    class Failing:
+        def log(self, step, numbers):
+            calls.append(step)
+            if fails_in == "log":
+                raise ConnectionError("gone")
+
+        def close(self):
+            calls.append(weights.exists())
+            raise ConnectionError("gone")
+
+    monkeypatch.setattr(loop, "trackers", lambda *_: [Failing()])
+    flags = [*FLAGS, "--data_path", str(write_texts(tmp_path / "t.jsonl")), "--out_dir", str(tmp_path / "out")]
+    assert load("1-pretrain.py").main(flags)["steps"] == 6
+    assert calls == ([1] if fails_in == "log" else [1, 2, 3, 3, 4, 5, 6, 6, True])
+    assert capsys.readouterr().err.count("warning: Failing is told no more: ConnectionError('gone')") == 1
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_missing_package_is_said_before_any_work(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"--use_{package} needs the package {package}: pip install {package}"):
+        parse(stage_parser("pretrain", ""), [f"--use_{package}"])
+
+
+def test_a_login_to_a_server_of_ones_own_is_found(offline, tmp_path, monkeypatch):
+    (tmp_path / ".netrc").write_text("machine wandb.my.org login user password 0123\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert not track._has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.my.org:8080/")
+    assert track._has_key()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import math
 import os
 import re
@@ -235,6 +236,9 @@ def faults_of(args) -> list[str]:
         faults.append(f"--dropout must lie in [0, 1), not {args.dropout}")
     if not 0 <= args.val_split < 1:
         faults.append(f"--val_split must lie in [0, 1), not {args.val_split}")
+    for package in ("wandb", "tensorboard"):
+        if getattr(args, f"use_{package}") and importlib.util.find_spec(package) is None:
+            faults.append(f"--use_{package} needs the package {package}: pip install {package}")
     if args.resume and args.overwrite:
         faults.append("--resume continues a run and --overwrite starts it afresh; give one of them")
     if args.save_weight is not None and ("/" in args.save_weight or not args.save_weight):

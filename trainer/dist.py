@@ -59,18 +59,23 @@ class World:
             own = first + self.rank * batch_size
             yield list(range(own, min(own + batch_size, n))) or [-1]
 
-    def first_then_all(self, function):
-        """function() on rank 0, then on the others, who find what it left; a UserError ends them all alike."""
-        error = None
+    def on_first(self, function):
+        """function() on rank 0, None on the others; its UserError ends them all alike."""
+        value = error = None
         if self.first:
             try:
-                function()
+                value = function()
             except UserError as raised:
                 error = str(raised)
         error = self.gather(error)[0]
         if error is not None:
             raise UserError(error)
-        return function()
+        return value
+
+    def first_then_all(self, function):
+        """function() on rank 0, then on the others, who find what it left."""
+        value = self.on_first(function)
+        return value if self.first else function()
 
 
 def pick_device(name: str) -> torch.device:

@@ -28,7 +28,7 @@ class Log:
     ):
         self.files, self.world, self.total, self.interval = files, world, total_steps, log_interval
         self.flops_per_token, self.peak_flops = flops_per_token, device_flops(world) if world.first else 0.0
-        self.trackers = trackers if world.first else ()
+        self.trackers = list(trackers)
         self.history, self.clock, self.since = [], time.perf_counter(), [0, 0.0]
         if world.first:
             if start_step:
@@ -89,17 +89,25 @@ class Log:
             self.file.flush()
 
     def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()
+        self._tell(lambda tracker: tracker.close())
         if self.world.first:
             self.bar.close()
             self.file.close()
 
     def _write(self, record: dict) -> None:
         self.history.append(record)
-        for tracker in self.trackers:
-            tracker.log(record["step"], {k: v for k, v in record.items() if k != "step" and v is not None})
         self.file.write(json.dumps(record) + "\n")
+        numbers = {name: value for name, value in record.items() if name != "step" and value is not None}
+        self._tell(lambda tracker: tracker.log(record["step"], numbers))
+
+    def _tell(self, act) -> None:
+        """act(tracker) for each; one that fails is left out from now on, and the run goes on."""
+        for tracker in list(self.trackers):
+            try:
+                act(tracker)
+            except Exception as error:  # whatever a service's client raises
+                self.trackers.remove(tracker)
+                print(f"warning: {type(tracker).__name__} is told no more: {error!r}", file=sys.stderr)
 
     def draw_curve(self, curves=LOSS_CURVES, unit="loss") -> None:
         """Writes the curves, (name of a number, what it is) each, as a picture beside the weights."""

@@ -97,13 +97,14 @@ def end_run(start, engine, log, stop, record: dict, step: int, counters: dict, f
         "seconds": counters["seconds"], "tokens_per_second": counters["tokens"] / max(counters["seconds"], 1e-9),
         "peak_memory_bytes": max(world.gather(logs.peak_memory(world.device))), "weights": str(start.files.weights),
     }  # fmt: skip
-    log.close()
+    log.flush()
     if finished:
         start.files.finish(engine, start.tokenizer, record | {"result": result})
     else:
         result["stopped"] = True
         start.files.save(engine, start.tokenizer, record, step, counters)
     log.draw_curve(*curve)
+    log.close()  # last: a service may wait for its network, and all is saved by now
     stop.restore()
     if world.first and not finished:
         print(f"stopped at step {step}; to go on: {resume_command()}")
@@ -117,7 +118,7 @@ def open_log(start, world, plan, step: int, recipe: dict, run_id: str) -> logs.L
     """The run's log, with the services the flags name attached."""
     total = start.model.config.parameter_count()
     flops = logs.flops_per_token(start.model.config, start.args.seq_len, min(1.0, learned_parameters(start) / total))
-    services = trackers(start.args, start.files, recipe, run_id, step) if world.first else ()
+    services = world.on_first(lambda: trackers(start.args, start.files, recipe, run_id, step)) or ()
     return logs.Log(start.files, world, plan.steps, flops, start.args.log_interval, step, services)
 
 

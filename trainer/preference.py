@@ -63,7 +63,7 @@ class Reference:
         start, origin = self.start, self.start.record["came_from"]
         if start.state is None:
             return start.model
-        model = load_weights(origin)[0]
+        model = load_weights(origin, start.record.get("preset"))[0]
         if fingerprint(model) != start.fixed["reference"]:
             raise UserError(f"{origin} is no longer what this run began with, its reference; --overwrite starts afresh")
         return model

@@ -110,7 +110,7 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
     files.check_free(args)
     record = record | {"stage": args.stage, "seq_len": args.seq_len}
     if state is None:  # else it says what the run began with
-        record["came_from"] = came_from
+        record |= {"came_from": came_from, "preset": args.preset}  # a state dict of MiniMind's may need both
     record.pop("result", None)
     fixed = {"base": model.lora_base} if adapt is not None else {}
     return Start(args, model, tokenizer, data_files, came_from, files, state, record, token_bytes(tokenizer), fixed)

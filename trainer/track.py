@@ -3,6 +3,7 @@
 import os
 import uuid
 from netrc import NetrcParseError, netrc
+from urllib.parse import urlsplit
 
 from trainer.cli import UserError
 
@@ -26,10 +27,8 @@ class Wandb:
     """Without a key or without a network the run is written to disk only (`wandb sync FOLDER` sends it later)."""
 
     def __init__(self, args, files, recipe: dict, run_id: str):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--use_wandb needs the package wandb: pip install wandb") from None
+        import wandb
+
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds for what is not sent yet when the run ends
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
@@ -62,10 +61,8 @@ class TensorBoard:
     """Event files in out/tensorboard/<name>; `tensorboard --logdir out/tensorboard` shows them."""
 
     def __init__(self, files, step: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--use_tensorboard needs the package tensorboard: pip install tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         # what a run that was killed told of later steps is told again
         self.writer = SummaryWriter(files.folder / "tensorboard" / files.name, purge_step=step + 1)
 
@@ -80,7 +77,8 @@ class TensorBoard:
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
-        return netrc().authenticators("api.wandb.ai") is not None
+        return netrc().authenticators(host) is not None
     except (OSError, NetrcParseError):
         return False
