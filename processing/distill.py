@@ -51,7 +51,7 @@ class Teacher:
         """One request with its retries -> {"content", "reasoning_content", "tokens"} or {"failed": reason, "tokens"}.
 
         stop: set where the run ends; no retry is made then. Raises UserError where no request can succeed: a wrong
-        key, address or model.
+        key, address or model (403 can be one prompt's fault, with a server that judges them).
         """
         pause, stop = self.first_wait, stop or threading.Event()
         for attempt in range(self.retries + 1):
@@ -59,7 +59,7 @@ class Teacher:
                 return self._ask_once(messages)
             except urllib.error.HTTPError as error:
                 said = _body(error)
-                if error.code in (401, 403, 404):
+                if error.code in (401, 404):
                     raise UserError(f"{self.base_url} answers {error.code}: {said.strip()[:300]}") from None
                 if error.code not in WORTH_ANOTHER_TRY:
                     return {"failed": f"status {error.code}", "detail": said[:300], "tokens": 0}
@@ -182,7 +182,8 @@ def _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests
                     bar.update()
                     failures = failures + 1 if answer.get("failed") and not answer["tokens"] else 0
                     if failures >= REFUSED_IN_A_ROW:
-                        raise RunFailed(f"{failures} prompts failed one after another ({answer['failed']}); "
+                        said = f"{answer['failed']} {answer.get('detail', '')}".strip()
+                        raise RunFailed(f"{failures} prompts failed one after another ({said}); "
                                         "the same command goes on")  # fmt: skip
         except BaseException:
             stop.set()
@@ -201,7 +202,7 @@ def read_prompts(path) -> list[list[dict]]:
         if not path.exists():
             raise UserError(f"no such file: {path}")
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() cuts at more than line ends
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
         prompts = [[{"role": "user", "content": line.strip()}] for line in lines if line.strip()]

@@ -104,6 +104,19 @@ def test_rows_come_in_the_order_of_the_prompts_after_retries(prompts, tmp_path):
     assert not (tmp_path / "out.jsonl.answers").exists()
 
 
+def test_the_command(prompts, tmp_path, monkeypatch, capsys):
+    import data_process
+
+    stub, out = Stub(), tmp_path / "out.jsonl"
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    prompts.write_text("一\u2028二\r\n三\n", encoding="utf-8")
+    data_process.main(["distill", str(prompts), "--out", str(out), "--base_url", stub.teacher().base_url,
+                       "--model", "m", "--max_tokens", "9"])  # fmt: skip
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 2
+    assert answers(out) == ["答：一\u2028二", "答：三"]
+    assert [(key, r["model"], r["max_tokens"]) for _, key, r in stub.requests] == [("Bearer k", "m", 9)] * 2
+
+
 def test_limits_stop_a_run_and_the_next_goes_on_without_asking_twice(prompts, tmp_path):
     stub, out = Stub(), tmp_path / "out.jsonl"
     teacher = stub.teacher(max_tokens=10)
@@ -121,11 +134,11 @@ def test_limits_stop_a_run_and_the_next_goes_on_without_asking_twice(prompts, tm
 
 
 def test_answers_that_are_no_good_are_counted_and_asked_again_later(prompts, tmp_path):
-    stub = Stub({"问题0": ["long"], "问题1": ["empty"], "问题2": [400], "问题3": ["parts"],
+    stub = Stub({"问题0": ["long"], "问题1": ["empty"], "问题2": [403], "问题3": ["parts"],
                  "问题4": ["no object"], "问题6": ["half a character"]})  # fmt: skip
     out = tmp_path / "out.jsonl"
     result = distill(prompts, out, stub.teacher(retries=0), in_flight=1)
-    wrong = {"cut at max_tokens": 1, "empty answer": 1, "status 400": 1, "no chat completion in the reply": 3}
+    wrong = {"cut at max_tokens": 1, "empty answer": 1, "status 403": 1, "no chat completion in the reply": 3}
     assert result["failed"] == wrong and result["rows"] == 6 and not result["complete"]
     result = distill(prompts, out, stub.teacher(), in_flight=1)
     assert result["failed"] == {} and len(answers(out)) == 12 and stub.asked["问题5"] == 1
@@ -159,7 +172,7 @@ def test_what_no_retry_can_mend_is_one_line(prompts, tmp_path):
     many = tmp_path / "many.txt"
     many.write_text("".join(f"{i}\n" for i in range(40)), encoding="utf-8")
     stub = Stub({None: [500]})
-    with pytest.raises(RunFailed, match="20 prompts failed one after another"):
+    with pytest.raises(RunFailed, match=r"20 prompts failed one after another \(status 500\)"):
         distill(many, tmp_path / "many.jsonl", stub.teacher(retries=0), in_flight=1)
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n", encoding="utf-8")
