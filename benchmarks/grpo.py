@@ -76,8 +76,8 @@ def run(args) -> dict:
     weight, begin = args.weight, cpu_minutes()
     if weight is None:
         weight = stage("train_distill_reason.py", "--from_weight", "none", "--preset", "tiny", "--tokenizer",
-                       small_vocabulary(files["traces"], folder / "tokenizer"), "--seq_len", 256, "--data_path",
-                       files["traces"], "--max_steps", args.sft_steps, *common)["weights"]  # fmt: skip
+                       small_vocabulary(files["traces"], folder / "tokenizer"), "--seq_len", 256, "--batch_size", 8,
+                       "--data_path", files["traces"], "--max_steps", args.sft_steps, *common)["weights"]  # fmt: skip
     start_minutes, begin = cpu_minutes() - begin, cpu_minutes()
     found = stage("train_grpo.py", "--from_weight", weight, "--data_path", files["questions"],
                   "--val_path", files["heldout"], "--max_steps", args.steps, *GRPO, *common, *args.flags)  # fmt: skip
