@@ -1,18 +1,17 @@
 """Worked answers before and after train_distill_reason.py: are they well-formed, and are they right?
 
 Greedy, up to 1,024 new tokens. Well-formed: one <think> block, then one <answer> block, then the end, nothing else;
-an answer that ran into the limit is malformed. Gate on the sample: at least 95% of its held-out questions.
+an answer that ran into the limit is malformed. Gate on the sample: at least 95% of its held-out questions. Right is an
+answer whose answer block holds the known value and nothing else; of the model before, which knows no blocks, one in
+which the value stands at all.
 """
 
-import re
 from collections import Counter
 from pathlib import Path
 
 from benchmarks.stages import SAMPLE, ask, chat_weights, read_lines, stage
-from inference.scoring import is_right
-
-FORM = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
-TAG = re.compile(r"</?(?:think|answer)>")
+from inference.scoring import is_right as stands_in
+from trainer.rewards import TAG, TAGS_IN_ORDER, final_answer, is_right
 
 
 def add_flags(parser) -> None:
@@ -29,12 +28,10 @@ def fault(completion) -> str | None:
     if completion.finish_reason == "length":
         return "truncated"
     tags = TAG.findall(completion.text)
-    if tags != ["<think>", "</think>", "<answer>", "</answer>"]:
-        missing = [tag for tag in ("<think>", "</think>", "<answer>", "</answer>") if tag not in tags]
+    if tags != TAGS_IN_ORDER:
+        missing = [tag for tag in TAGS_IN_ORDER if tag not in tags]
         return f"no {missing[0]}" if missing else "tags repeated or out of order"
-    if not FORM.fullmatch(completion.text):
-        return "text outside the blocks"
-    return None if FORM.fullmatch(completion.text)[2].strip() else "empty answer"
+    return None if final_answer(completion.text) else "text outside the blocks, or none in the last"
 
 
 def run(args) -> dict:
@@ -43,10 +40,10 @@ def run(args) -> dict:
                   "--data_path", *args.data_path, *args.flags)  # fmt: skip
     rows = read_lines(Path(args.questions).read_text(encoding="utf-8"))
     result = {"questions": args.questions, "seconds": found["seconds"]}
-    for name, path in (("before", weights), ("after", found["weights"])):
+    for name, path, counts in (("before", weights, stands_in), ("after", found["weights"], is_right)):
         answers = ask(path, [row["question"] for row in rows], max_tokens=1024)
         faults = [fault(answer) for answer in answers]
-        right = [is_right(a.text, row["answer"], row.get("rivals") or ()) for a, row in zip(answers, rows, strict=True)]
+        right = [counts(a.text, row["answer"]) for a, row in zip(answers, rows, strict=True)]
         result |= {
             f"well_formed_{name}": faults.count(None) / len(rows), f"exact_match_{name}": sum(right) / len(rows),
             f"faults_{name}": dict(Counter(f for f in faults if f)),

@@ -3,14 +3,16 @@
 Theirs: transformers' model of the same mathematics (export/counterpart.py) in transformers' Trainer (pretrain), trl's
 SFTTrainer and DPOTrainer, peft's LoRA, each with its own collator, which pads a batch to its longest row, and documents
 cut at the same length. Ours: the stage as its command builds it, rows packed. Their trainer drives: after each of its
-steps one of ours is taken, so the two are measured in turns in one process. Counted are real tokens (no padding) a CPU
-second; one thread. Then each side takes two steps in a process of its own for its peak memory, the libraries it loads
-included.
+steps one of ours is taken, and a matrix product, so that all are measured in turns in one process. Counted are real
+tokens (no padding) a CPU second; one thread. The few batches that are timed say little about padding: how much of it
+there is follows from the lengths of all documents, in a random order. Then each side takes two steps in a process of
+its own for its peak memory, the libraries it loads included.
 """
 
 import argparse
 import importlib.util
 import json
+import random
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +36,7 @@ from trainer.loop import take_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py", "lora": "4-lora_sft.py", "dpo": "5-dpo_train.py"}
+MEASURED = 2000  # documents whose lengths say how much theirs pad
 COMMON = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
           "logging_strategy": "no", "optim": "adamw_torch_fused", "learning_rate": 1e-4}  # fmt: skip
 
@@ -71,18 +74,18 @@ class Ours:
 
 
 class Seen(TrainerCallback):
-    """(real tokens, slots) of each batch their collator made."""
+    """Slots, padding included, of each batch their collator made."""
 
     def __init__(self):
         self.seen = []
 
 
 class Alternating(Seen):
-    """Times each step of transformers' trainers and takes one of ours after it."""
+    """Times each step of transformers' trainers, and after it one of ours and a matrix product."""
 
     def __init__(self, ours: Ours):
         super().__init__()
-        self.step_of_ours, self.theirs, self.ours, self.begin = ours.take, [], [], 0.0
+        self.step_of_ours, self.theirs, self.ours, self.products, self.begin = ours.take, [], [], [], 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.begin = time.process_time()
@@ -90,6 +93,7 @@ class Alternating(Seen):
     def on_step_end(self, args, state, control, **kwargs):
         self.theirs.append(time.process_time() - self.begin)
         self.ours.append(self.step_of_ours())
+        self.products.append(matmul_flops())
 
 
 def their_trainer(stage: str, model, tokenizer, file: str, args, folder, callback: Seen):
@@ -132,10 +136,29 @@ def their_trainer(stage: str, model, tokenizer, file: str, args, folder, callbac
 def counted(collator, callback):
     def collate(rows):
         batch = collator(rows)
-        callback.seen.append((int(batch["attention_mask"].sum()), batch["attention_mask"].numel()))
+        callback.seen.append(batch["attention_mask"].numel())
         return batch
 
     return collate
+
+
+def their_real_token_share(stage: str, tokenizer, args) -> float:
+    """Of their batches over the file's first MEASURED documents, cut as theirs are, in a random order."""
+    lengths = []  # of each document's sequences: a pair has two
+    with open(data_of(stage, args), encoding="utf-8") as lines:
+        for record in map(json.loads, islice(lines, MEASURED)):
+            if stage == "pretrain":
+                rows = [encode_document(tokenizer, record["text"])]
+            else:
+                chats = [record["chosen"], record["rejected"]] if stage == "dpo" else [record["conversations"]]
+                rows = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats]
+            lengths.append([min(len(row), args.seq_len) for row in rows])
+    random.Random(0).shuffle(lengths)
+    real = slots = 0
+    for first in range(0, len(lengths) - args.batch_size + 1, args.batch_size):
+        batch = [n for document in lengths[first : first + args.batch_size] for n in document]
+        real, slots = real + sum(batch), slots + max(batch) * len(batch)
+    return real / slots
 
 
 def our_stage(preset: str, stage: str, args, folder: Path) -> Ours:
@@ -158,19 +181,20 @@ def compare(preset: str, stage: str, args, folder: Path) -> dict:
     config = LMConfig.from_preset(preset)
     ours = our_stage(preset, stage, args, folder)
     callback = Alternating(ours)
-    file, theirs = data_of(stage, args), counterpart(config)
-    trainer = their_trainer(stage, theirs, load_tokenizer(), file, args, folder / "theirs", callback)
+    file, theirs, tokenizer = data_of(stage, args), counterpart(config), load_tokenizer()
+    trainer = their_trainer(stage, theirs, tokenizer, file, args, folder / "theirs", callback)
     callback.seen.clear()  # without the batches of the reference's pass
     trainer.train()
-    real = [(tokens / seconds) for (tokens, _), seconds in list(zip(callback.seen, callback.theirs))[1:]]
+    share = their_real_token_share(stage, tokenizer, args)
+    real = [share * slots / seconds for slots, seconds in list(zip(callback.seen, callback.theirs))[1:]]
     own = [tokens / seconds for seconds, tokens in callback.ours[1:]]
     learned = sum(p.numel() for p in ours.engine.module.parameters() if p.requires_grad) / config.parameter_count()
-    flops = flops_per_token(config, args.seq_len, min(1.0, learned)) * median(own)
+    flops = flops_per_token(config, args.seq_len, min(1.0, learned))
     return {
         "ours": spread(own), "theirs": spread(real), "ratio": spread([a / b for a, b in zip(own, real, strict=True)]),
         "our_real_token_share": ours.rows.real_token_share(),
-        "their_real_token_share": sum(t for t, _ in callback.seen) / sum(n for _, n in callback.seen),
-        "share_of_matrix_product": flops / median(matmul_flops() for _ in range(3)),
+        "their_real_token_share": share,
+        "share_of_matrix_product": median(flops * a / b for a, b in zip(own, callback.products[1:], strict=True)),
     }  # fmt: skip
 
 

@@ -1,14 +1,15 @@
 """Several runs in one process of several, started by a launcher: `torchrun ... tests/ranks.py jobs.json`.
 
-jobs.json is a list of {"script", "flags", "port"}; with "kill_rank_1_at_batch" or "fail_rank_1_at_batch" a process is
-lost on the way. Each process notes in jobs.json.<number>.rank<r> the rows it read, how often gradients were exchanged
-in each micro-batch, and the code with which the run ended.
+jobs.json is a list of {"script", "flags", "port"}; with "kill" or "fail", [rank, batch], that process is lost when it
+reads that batch, and notes the time in jobs.json.lost. Each process notes in jobs.json.<number>.rank<r> the rows it
+read, how often gradients were exchanged in each micro-batch, and the code with which the run ended.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,10 +30,12 @@ def watched(job: dict) -> dict:
 
     def noted_batch(self, indices):
         notes["rows"].append([len(self), *indices])
-        if rank == 1 and len(notes["rows"]) == job.get("kill_rank_1_at_batch"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if rank == 1 and len(notes["rows"]) == job.get("fail_rank_1_at_batch"):
-            raise MemoryError("of rank 1")
+        for way in ("kill", "fail"):
+            if [rank, len(notes["rows"])] == job.get(way):
+                Path(f"{sys.argv[1]}.lost").write_text(str(time.time()))
+                if way == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise MemoryError("of one process")
         return batch(self, indices)
 
     def noted_micro_batch(self, last):

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from stage import ROOT, STAGES, last_json, load, run, run_flags
-from test_dist import assert_same_losses, flags_of, free_port
+from test_dist import TORCHRUN, assert_same_losses, flags_of, free_port
 
 from model.weights import load_model
 from trainer.cli import DEEPSPEED_CONFIG, UserError, parse, stage_parser
@@ -220,13 +220,14 @@ def test_killed_under_zero_1_and_resumed(delay, plain):
     interrupted(plain, out, deepspeed_launcher(), flags, delay)
     done = launched(2, "1-pretrain.py", *flags, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumed   at step" in done.stdout
     assert_same_run(plain, out)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "before", "after"), [(1, 2, 1), (2, 1, 2), (0, 2, 1)])
-def test_resumed_with_another_number_of_processes(stage, before, after, plain):
-    """By DeepSpeed's universal checkpoint, made by --resume itself (ZeRO-0 needs none)."""
+@pytest.mark.parametrize(("stage", "before", "after"), [(2, 2, 2), (3, 2, 2), (1, 2, 1), (2, 1, 2), (0, 2, 1)])
+def test_resumed_with_the_same_or_another_number_of_processes(stage, before, after, plain):
+    """With another number by DeepSpeed's universal checkpoint, made by --resume itself (ZeRO-0 needs none)."""
     out, config = f"other{stage}{before}{after}", zero(plain, stage)
     interrupted(plain, out, deepspeed_launcher(before),
                 [*shared_flags(plain, out, before), "--deepspeed", str(config)], 0.05)  # fmt: skip
@@ -250,9 +251,53 @@ def test_a_state_of_one_engine_is_refused_by_the_other(plain):
 def test_two_plain_processes_killed_and_resumed(delay, plain):
     out = f"gloo{delay}"
     flags = [*shared_flags(plain, out), "--save_interval", "1", "--optimizer", "adamw"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    interrupted(plain, out, torchrun, flags, delay)
-    done = subprocess.run([*torchrun, "1-pretrain.py", *flags, "--resume"], cwd=ROOT, capture_output=True, text=True,
+    interrupted(plain, out, TORCHRUN, flags, delay)
+    resume_in_two(flags)
+    assert_same_run(plain, out)
+
+
+def resume_in_two(flags) -> None:
+    done = subprocess.run([*TORCHRUN, "1-pretrain.py", *flags, "--resume"], cwd=ROOT, capture_output=True, text=True,
                           env=environment(), timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert_same_run(plain, out)
+    assert "resumed   at step" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_was_killed(plain):
+    flags = [*shared_flags(plain, "grown", 1), "--save_interval", "1", "--optimizer", "adamw"]
+    interrupted(plain, "grown", [sys.executable], flags, 0.05)
+    resume_in_two([*flags, "--accumulation_steps", "2"])
+    assert_same_run(plain, "grown")
+
+
+@pytest.mark.slow
+def test_two_processes_with_dropout_go_on_to_the_last_bit(plain):
+    """Each draws what it would have drawn: its random numbers are part of the state."""
+    weights = []
+    for out in ("whole", "halves"):
+        flags = [*shared_flags(plain, out), "--save_interval", "1", "--optimizer", "adamw", "--dropout", "0.1"]
+        if out == "halves":
+            interrupted(plain, out, TORCHRUN, flags, 0.1)
+            resume_in_two(flags)
+        else:
+            subprocess.run([*TORCHRUN, "1-pretrain.py", *flags], cwd=ROOT, check=True, capture_output=True,
+                           env=environment(), timeout=300)  # fmt: skip
+        weights.append(load_model(plain / out / "pretrain_32.pth")[0].state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.slow
+def test_an_adapter_killed_under_zero_2_goes_on_in_one_process(tmp_path):
+    """The universal checkpoint of a model most of which is frozen."""
+    flags = [*run_flags("lora", tmp_path, steps=8), "--dropout", "0", "--lora_dropout", "0", "--save_interval", "1",
+             "--optimizer", "adamw"]  # fmt: skip
+    alone = last_json(run(STAGES["lora"], *flags, "--out_dir", tmp_path / "one").stdout)
+    flags += ["--out_dir", str(tmp_path / "two"), "--deepspeed"]
+    state = tmp_path / "two" / "lora" / "x_32_resume.pth"
+    killed([*deepspeed_launcher(), STAGES["lora"], *flags, "--accumulation_steps", "1"], state, 0.05)
+    done = launched(1, STAGES["lora"], *flags, "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumed   at step" in done.stdout
+    for key in ("loss", "val_loss"):
+        assert last_json_of(done)[key] == pytest.approx(alone[key], rel=1e-5)
