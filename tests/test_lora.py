@@ -6,6 +6,7 @@ import pytest
 import torch
 from stage import STAGES, chat_weights, load, run_flags, write_chats
 
+from export.transformers_folder import write_transformers_folder
 from model.LMConfig import LMConfig
 from model.lora import (
     PROJECTIONS,
@@ -208,6 +209,23 @@ def test_peft_reads_ours_and_we_read_peft(tmp_path):
     loaded = load_lora(small_model(), tmp_path / "theirs").eval()
     assert (logits(loaded) - logits(small_model())).abs().max() > 0.01
     torch.testing.assert_close(logits(loaded), logits(elsewhere), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+def test_the_stages_peft_folder_fits_the_exported_base(qk_norm, tmp_path):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = chat_weights(tmp_path, qk_norm=qk_norm)
+    result = run_lora(tmp_path, "--learning_rate", "0.1", "--peft_dir", tmp_path / "peft")
+    (tmp_path / "exported").mkdir()
+    write_transformers_folder(tmp_path / "exported", *load_model(base), "x")
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "exported"), tmp_path / "peft"
+    )
+    ours = logits(load_model(result["weights"])[0])
+    assert (ours - logits(load_model(base)[0])).abs().max() > 0.1
+    torch.testing.assert_close(logits(theirs), ours, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,23 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from stage import SHORT, STAGES, TINY, chat_weights, load, run, write_chats, write_texts
+from stage import (
+    SHORT,
+    STAGES,
+    TINY,
+    chat_weights,
+    last_json,
+    load,
+    reasoning_weights,
+    run,
+    run_flags,
+    write_chats,
+    write_texts,
+)
 
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
@@ -176,11 +189,13 @@ def test_an_unfinished_run_is_not_destroyed_by_forgetting_resume(texts, tmp_path
     assert (tmp_path / "o" / "pretrain_32_resume.pth").read_bytes() == b"precious"
 
 
-def test_a_resumed_run_must_be_the_same_run(texts, tmp_path):
-    main = load("1-pretrain.py").main
-    main([str(f) for f in pretrain_flags(texts, tmp_path)])
-    other = write_texts(tmp_path / "other.jsonl", n=30)
-    message = refused("pretrain", *pretrain_flags(other, tmp_path), "--resume", "--seed", 7)
+@pytest.mark.parametrize("stage", ["pretrain", "full_sft", "lora", "dpo", "full_dist", "reason"])
+def test_a_resumed_run_must_be_the_same_run(stage, tmp_path):
+    flags = [*run_flags(stage, tmp_path, steps=2), "--out_dir", str(tmp_path / "o")]
+    load(STAGES[stage]).main(flags)
+    data = Path(flags[flags.index("--data_path") + 1])
+    data.write_text("".join(data.read_text("utf-8").splitlines(True)[:30]), "utf-8")
+    message = refused(stage, *flags, "--resume", "--seed", 7)
     assert "seed was 42, is now 7" in message and "data was" in message
 
 
@@ -274,6 +289,20 @@ def test_bare_commands_take_the_sample_and_say_so(tmp_path):
     result = run("3-full_sft.py", *TINY, "--out_dir", tmp_path / "o", "--max_steps", 1)
     assert result.returncode == 0, result.stderr
     assert "embedded sample dataset/sample/sft.jsonl" in result.stdout and "o/pretrain_32.pth" in result.stdout
+
+
+SAMPLES = {"lora": "lora_domain", "dpo": "dpo", "full_dist": "sft", "reason": "reason", "grpo": "reason"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", SAMPLES)
+def test_the_other_stages_work_bare_too(stage, tmp_path):
+    """From the newest weights of the stage before, on their part of the embedded sample."""
+    (reasoning_weights if stage == "grpo" else chat_weights)(tmp_path / "o")
+    result = run(STAGES[stage], "--out_dir", tmp_path / "o", "--max_steps", 1)
+    assert result.returncode == 0, result.stderr
+    assert f"training on the embedded sample dataset/sample/{SAMPLES[stage]}.jsonl" in result.stdout
+    assert last_json(result.stdout)["steps"] == 1
 
 
 def test_v1s_two_steps_single_then_multi_turn(tmp_path):
