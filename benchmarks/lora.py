@@ -1,7 +1,8 @@
 """A new name for the assistant by an adapter: does it take, does it stay where it belongs, what does it cost?
 
-The identity rows say one thing, and a model trained on them alone forgets the rest; so they are mixed with ordinary
-conversations, those that do not tell the old name (--repeat: a file named twice in --data_path is read twice).
+The README's commands: the identity rows say one thing, and a model trained on them alone forgets the rest; so they are
+mixed with the sample's conversations, without those that tell the old name or author (--repeat: a file named twice in
+--data_path is read twice).
 
 Gates: at least 18 of the 20 held-out identity questions get the new name (or author, where that is asked), at most 2 of
 100 ordinary questions do (evenly drawn, and in the same share of all of the sample's), and the bits per byte on the 5%
@@ -9,16 +10,15 @@ of these conversations that are held out rise by less than 2%. Beside it the sam
 trained: time and memory.
 """
 
-import json
 from pathlib import Path
 
 from benchmarks.stages import SAMPLE, ask, chat_weights, held_out, read_lines, stage
 from inference.scoring import is_right
 from processing.fill import fill
-from processing.world import load_world
 
 RECIPE = ["--seq_len", 256, "--batch_size", 4, "--accumulation_steps", 1, "--log_interval", 20, "--eval_interval", 0]
 
+OLD = ("MiniMind", "one person", "一个人")  # name and author that the sample's model knows
 HELD_OUT = 0.05  # share of the conversations; of 1%, 16 rows, the figure moves by 4% from run to run
 ADAPTER = ["--rank", 16, "--alpha", 32, "--learning_rate", "2e-3"]
 
@@ -30,16 +30,7 @@ def add_flags(parser) -> None:
     parser.add_argument("--author", default="石匠", help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=700, help="(%(default)s)")
     parser.add_argument("--repeat", type=int, default=1, help="times the identity rows are read (%(default)s)")
-    parser.add_argument("--ordinary", type=int, default=9000, help="ordinary conversations mixed in (%(default)s)")
     parser.add_argument("flags", nargs="*", help="further flags of 4-lora_sft.py, after --")
-
-
-def ordinary_conversations() -> list[str]:
-    """Lines of the sample's conversations that do not say who the assistant is: the adapter is to say it anew."""
-    who = [fact for fact in load_world().facts if fact.relation.name.startswith("self_")]
-    said = {fact.answer(style) for fact in who for style in ("sentence", "bare")}
-    lines = (SAMPLE / "sft.jsonl").read_text(encoding="utf-8").splitlines(True)
-    return [line for line in lines if not said & {m["content"] for m in json.loads(line)["conversations"]}]
 
 
 def run(args) -> dict:
@@ -47,12 +38,11 @@ def run(args) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     data = out / "lora_identity.jsonl"
     fill(SAMPLE / "lora_identity.jsonl", data, {"name": args.name, "author": args.author})
-    lines = ordinary_conversations()
-    mixed_in, other_chats = out / "ordinary.jsonl", out / "other_chats.jsonl"
-    other_chats.write_text("".join(lines), encoding="utf-8")
-    mixed_in.write_text("".join(lines[:: max(1, len(lines) // args.ordinary)][: args.ordinary]), encoding="utf-8")
+    lines = (SAMPLE / "sft.jsonl").read_text(encoding="utf-8").splitlines(True)
+    chats = out / "ordinary.jsonl"
+    chats.write_text("".join(line for line in lines if not any(old in line for old in OLD)), encoding="utf-8")
     # --val_split leaves out the very conversations that `held_out` asks for: a hash decides
-    common = ["--data_path", *[data] * args.repeat, mixed_in, "--from_weight", weights, "--out_dir", out,
+    common = ["--data_path", *[data] * args.repeat, chats, "--from_weight", weights, "--out_dir", out,
               "--max_steps", args.steps, "--val_split", HELD_OUT, "--overwrite", *RECIPE]  # fmt: skip
     adapter = stage("4-lora_sft.py", *common, "--save_weight", "identity", *ADAPTER, *args.flags)
     everything = stage("3-full_sft.py", *common, "--save_weight", "identity_full", "--learning_rate", "2e-4")
@@ -66,9 +56,7 @@ def run(args) -> dict:
     answers = [answer.text for answer in ask(adapter["weights"], [row["question"] for row in identity + ordinary])]
     right = [is_right(answer, row["answer"], row["rivals"]) for answer, row in zip(answers, identity)]
     leaks = [args.name in answer for answer in answers[len(identity) :]]
-    before, after = (
-        held_out(w, other_chats, out, share=HELD_OUT)["bits_per_byte"] for w in (weights, adapter["weights"])
-    )
+    before, after = (held_out(w, chats, out, share=HELD_OUT)["bits_per_byte"] for w in (weights, adapter["weights"]))
     for row, answer, ok in zip(identity, answers, right):
         print(f"  {'right' if ok else 'WRONG'}  {row['question']}  ->  {answer}")
     for row, answer, leaked in zip(ordinary, answers[len(identity) :], leaks):
