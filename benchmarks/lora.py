@@ -1,7 +1,7 @@
 """A new name for the assistant by an adapter: does it take, does it stay where it belongs, what does it cost?
 
 The README's commands: the identity rows say one thing, and a model trained on them alone forgets the rest; so they are
-mixed with the sample's conversations, without those that tell the old name or author (--repeat: a file named twice in
+mixed with the sample's conversations, without those in which the model speaks of itself (--repeat: a file named twice in
 --data_path is read twice).
 
 Gates: at least 18 of the 20 held-out identity questions get the new name (or author, where that is asked), at most 2 of
@@ -18,7 +18,8 @@ from processing.fill import fill
 
 RECIPE = ["--seq_len", 256, "--batch_size", 4, "--accumulation_steps", 1, "--log_interval", 20, "--eval_interval", 0]
 
-OLD = ("MiniMind", "one person", "一个人")  # name and author that the sample's model knows
+# what the sample's model says of itself: its name, its author, its kind
+OLD = ("MiniMind", "one person", "一个人", "语言模型", "language model", "PyTorch")
 HELD_OUT = 0.05  # share of the conversations; of 1%, 16 rows, the figure moves by 4% from run to run
 ADAPTER = ["--rank", 16, "--alpha", 32, "--learning_rate", "2e-3"]
 
@@ -28,7 +29,7 @@ def add_flags(parser) -> None:
     parser.add_argument("--out_dir", default="out/benchmark_lora", help="(%(default)s)")
     parser.add_argument("--name", default="小石头", help="the new name (%(default)s)")
     parser.add_argument("--author", default="石匠", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=700, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=1400, help="(%(default)s)")
     parser.add_argument("--repeat", type=int, default=1, help="times the identity rows are read (%(default)s)")
     parser.add_argument("flags", nargs="*", help="further flags of 4-lora_sft.py, after --")
 
