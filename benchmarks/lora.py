@@ -1,8 +1,8 @@
 """A new name for the assistant by an adapter: does it take, does it stay where it belongs, what does it cost?
 
 The README's commands: the identity rows say one thing, and a model trained on them alone forgets the rest; so they are
-mixed with the sample's conversations, without those in which the model speaks of itself (--repeat: a file named twice in
---data_path is read twice).
+mixed with the sample's conversations, without those in which the model speaks of itself (--repeat: a file named twice
+in --data_path is read twice).
 
 Gates: at least 18 of the 20 held-out identity questions get the new name (or author, where that is asked), at most 2 of
 100 ordinary questions do (evenly drawn, and in the same share of all of the sample's), and the bits per byte on the 5%
