@@ -16,6 +16,7 @@ from torch import Tensor
 from inference.cache import StaticCache
 from inference.sampling import Sampler, SamplingParams, choose
 from inference.text import TextStream
+from model.compat import CACHE
 
 CHUNK = 512  # tokens of one prompt in one pass: bounds the mask's memory and the wait of those who decode meanwhile
 PREFILL_TOKENS = 1024  # tokens of one pass over several short prompts, padding included
@@ -221,8 +222,8 @@ class Batch:
         """tokens, positions (B, T) -> fp32 logits (B, V) of the last column."""
         mask = self.cache.look(rows, positions, span, self.dtype)
         output = self.model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions.clamp(min=0), past_key_values=self.cache,
-            use_cache=True, logits_to_keep=1,
+            input_ids=tokens, attention_mask=mask, position_ids=positions.clamp(min=0), use_cache=True,
+            logits_to_keep=1, **{CACHE: self.cache},
         )  # fmt: skip
         return output.logits[:, -1].float()
 
@@ -246,8 +247,8 @@ class CompiledStep:
 
     def _logits(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         output = self.model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True,
-            logits_to_keep=1,
+            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
+            **{CACHE: self.cache},
         )  # fmt: skip
         return output.logits[:, -1].float()
 

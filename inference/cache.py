@@ -72,11 +72,14 @@ class StaticCache:
         mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
         return mask.masked_fill_(hidden, float("-inf")).unsqueeze(1)
 
-    def update(self, k: Tensor, v: Tensor, layer: int, *unused) -> tuple[Tensor, Tensor]:
-        """k, v (B, G, T, h) of the new tokens -> keys and values (B, G, S, h) of all tokens so far."""
+    def update(self, k: Tensor, v: Tensor, layer: int, *unused, **unused_too) -> tuple[Tensor, Tensor]:
+        """k, v (B, G, T, h) of the new tokens -> keys and values (B, G, S, h) of all tokens so far.
+
+        transformers' own classes pass more, by place or by name, for caches of other kinds.
+        """
         while len(self.keys) <= layer:
-            for store in (self.keys, self.values):
-                store.append(k.new_zeros(self.rows, self.capacity, k.shape[1], k.shape[3]))
+            for store, x in ((self.keys, k), (self.values, v)):  # each of its own type: autocast may leave two
+                store.append(x.new_zeros(self.rows, self.capacity, x.shape[1], x.shape[3]))
         return self._put(self.keys[layer], k), self._put(self.values[layer], v)
 
     def _put(self, store: Tensor, x: Tensor) -> Tensor:

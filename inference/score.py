@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inference.cache import StaticCache
+from model.compat import CACHE
 
 MIN_PREFIX = 16  # tokens in common that are worth a pass of their own
 PASS_TOKENS = 1024  # tokens of one pass; more are no faster, they leave the processor's cache
@@ -137,8 +138,8 @@ def _forward(model, cache, tokens: Tensor, positions: Tensor, span: int, keep: i
     dtype = next(model.parameters()).dtype
     mask = cache.look(slice(0, tokens.shape[0]), positions, span, dtype)
     return model(
-        input_ids=tokens, attention_mask=mask, position_ids=positions.clamp(min=0), past_key_values=cache,
-        use_cache=True, logits_to_keep=keep,
+        input_ids=tokens, attention_mask=mask, position_ids=positions.clamp(min=0), use_cache=True,
+        logits_to_keep=keep, **{CACHE: cache},
     ).logits.float()  # fmt: skip
 
 

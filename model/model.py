@@ -17,6 +17,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
+from model.compat import CACHE, check_keywords
 from model.LMConfig import LMConfig
 from model.moe import Experts, FeedForward, MoEFeedForward
 
@@ -107,7 +108,9 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, h), (B, G, T, h)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # Angles are float32 and so are the products with them; under autocast the values are not, and neither the
+        # attention kernels nor the cache take two types.
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (B, G, S, h)
         out = attend(q, k, v, mask)  # (B, H, T, h)
@@ -241,26 +244,29 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
-                segment_ids=None, inputs_embeds=None, **kwargs) -> MoeModelOutputWithPast:  # fmt: skip
+                segment_ids=None, inputs_embeds=None, cache=None, **kwargs) -> MoeModelOutputWithPast:  # fmt: skip
+        """The decoder without its head; arguments as in MiniMindForCausalLM.forward."""
+        check_keywords(kwargs)
+        cache = past_key_values if cache is None else cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and past_key_values is None and segment_ids is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None and segment_ids is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None and segment_ids is not None:
             position_ids = packed_positions(segment_ids)
         elif position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0) + past
-        mask = self._mask(x, attention_mask, position_ids, past_key_values, segment_ids)
+        mask = self._mask(x, attention_mask, position_ids, cache, segment_ids)
         documents = self._documents(attention_mask, segment_ids) if self.config.use_moe and self.training else None
 
         cos, sin = self.rotary_emb(position_ids, x.dtype)
         aux_loss = None
         for layer in self.layers:
-            x, layer_loss = layer(x, cos, sin, mask=mask, cache=past_key_values, documents=documents)
+            x, layer_loss = layer(x, cos, sin, mask=mask, cache=cache, documents=documents)
             if layer_loss is not None:
                 aux_loss = layer_loss if aux_loss is None else aux_loss + layer_loss
-        out = MoeModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        out = MoeModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
         out["aux_loss"] = aux_loss
         return out
 
@@ -272,8 +278,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
         return create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache,
-            position_ids=position_ids,
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids,
+            **{CACHE: cache},
         )  # fmt: skip
 
     def _documents(self, attention_mask, segment_ids):
@@ -300,31 +306,32 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, labels=None,
-                use_cache=None, logits_to_keep=0, segment_ids=None, **kwargs) -> MoeCausalLMOutputWithPast:  # fmt: skip
+                use_cache=None, logits_to_keep=0, segment_ids=None, cache=None, inputs_embeds=None,
+                num_items_in_batch=None, **kwargs) -> MoeCausalLMOutputWithPast:  # fmt: skip
         """
         input_ids       (B, T)
         attention_mask  (B, S) with 0 at padding, or (B, 1, T, S) ready for attention
         position_ids    (B, T); by default they count on from the cache, and restart with each document of segment_ids
         labels          (B, T), at their own token's position, -100 where nothing is learned: `loss` is then the mean
                         cross-entropy in nats (or the sum / num_items_in_batch), in training with aux_loss added
+        cache           keys and values of earlier tokens; past_key_values is its name in transformers before 5.24
         logits_to_keep  logits of the last so many positions only (0: all), or of the positions in a tensor
         segment_ids     (B, T) packed rows: 0 padding, 1.. the document a token belongs to
-        Returns loss, logits (B, T, V), past_key_values, and aux_loss: the experts' balance loss summed over layers, a
+        Returns loss, logits (B, T, V), the cache, and aux_loss: the experts' balance loss summed over layers, a
         mean over real tokens, None without experts or outside training.
         """
         hidden = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, use_cache=use_cache, segment_ids=segment_ids, **kwargs,
+            cache=past_key_values if cache is None else cache, use_cache=use_cache, segment_ids=segment_ids,
+            inputs_embeds=inputs_embeds, **kwargs,
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden.last_hidden_state[:, keep])
         loss, aux_loss = None, hidden["aux_loss"]
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            items = num_items_in_batch  # of all micro-batches: this one adds its share of the mean
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=items)
             if aux_loss is not None:
-                items = kwargs.get("num_items_in_batch")  # of all micro-batches: this one adds its share of the mean
                 share = 1 if items is None else (labels[:, 1:] != -100).sum() / items
                 loss = loss + share * aux_loss
-        return MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=hidden.past_key_values
-        )
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **{CACHE: getattr(hidden, CACHE)})

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from model.compat import CACHE
 from model.LMConfig import PRESETS, LMConfig
 from model.model import (
     DocumentLengths,
@@ -119,7 +120,7 @@ def test_logits_to_keep():
     full = model(x).logits
     assert difference(model(x, logits_to_keep=1).logits, full[:, -1:]) < 1e-6
     assert difference(model(x, logits_to_keep=torch.tensor([2, 5])).logits, full[:, [2, 5]]) < 1e-6
-    assert model(x).loss is None and model(x, use_cache=False).past_key_values is None
+    assert model(x).loss is None and getattr(model(x, use_cache=False), CACHE) is None
 
 
 # ------------------------------------------------------------------------------------------- rows longer than trained
@@ -337,3 +338,25 @@ def test_compiled_equals_eager(fields, backend):
     assert compiled_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in wanted.items():
         assert difference(found[name], gradient) < 1e-4, name
+
+
+# ------------------------------------------------------------------------------------------------ names of keywords
+@torch.no_grad()
+def test_the_cache_has_both_of_its_names_and_the_same_answer():
+    model, x = small(), ids(2, 12)
+    wanted = model(x).logits
+    for name in ("cache", "past_key_values"):
+        keep = {name: DynamicCache(config=model.config)}
+        pieces = [model(piece, use_cache=True, **keep).logits for piece in x.split([7, 1, 4], dim=1)]
+        assert difference(torch.cat(pieces, dim=1), wanted) < 1e-5, name
+
+
+@torch.no_grad()
+def test_a_keyword_that_would_change_the_answer_is_refused():
+    model, x = small(), ids(1, 5)
+    for part in (model, model.model):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'past_keys'"):
+            part(x, past_keys=DynamicCache(config=model.config))
+        with pytest.raises(TypeError, match="output_attentions=True"):
+            part(x, output_attentions=True)
+        part(x, return_dict=True, output_attentions=False, cache_position=torch.arange(5))
