@@ -17,6 +17,7 @@ from inference.cache import StaticCache
 from inference.sampling import Sampler, SamplingParams, choose
 from inference.text import TextStream
 from model.compat import CACHE
+from model.device import upload
 
 CHUNK = 512  # tokens of one prompt in one pass: bounds the mask's memory and the wait of those who decode meanwhile
 PREFILL_TOKENS = 1024  # tokens of one pass over several short prompts, padding included
@@ -216,7 +217,7 @@ class Batch:
         return self._continue([sample for sample, _ in order], logits[[i for _, i in order]])
 
     def _tensor(self, numbers: list[list[int]]) -> Tensor:
-        return torch.tensor(numbers, device=self.device)
+        return upload(numbers, self.device)
 
     def _forward(self, rows: slice, tokens: Tensor, positions: Tensor, span: int) -> Tensor:
         """tokens, positions (B, T) -> fp32 logits (B, V) of the last column."""

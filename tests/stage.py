@@ -66,6 +66,18 @@ def run(script: str, *args, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command(script, *args), capture_output=True, text=True, env=env, cwd=ROOT, **kwargs)
 
 
+def catch_gradients(engine) -> dict:
+    """Filled with a step's gradients by name, as they are before they are clipped; the weights stay as they are."""
+    caught = {}
+
+    def norm():
+        caught.update({n: p.grad.clone() for n, p in engine.module.named_parameters() if p.grad is not None})
+        return torch.zeros(())
+
+    engine.gradient_norm, engine.step = norm, lambda factor, norm: norm
+    return caught
+
+
 def last_json(stdout: str) -> dict:
     return json.loads(stdout.strip().splitlines()[-1])
 

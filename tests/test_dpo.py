@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stage import (
     STAGES,
+    catch_gradients,
     chat_weights,
     load,
     run_flags,
@@ -120,9 +121,8 @@ def gradients(tmp_path, batch_size, accumulation, *more):
     args.batch_size, args.accumulation_steps = batch_size, accumulation
     with torch.no_grad():  # a policy that is no longer the reference
         start.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
-    engine, caught = Engine(start.model, args, WORLD), {}
-    named = dict(start.model.named_parameters())
-    engine.step = lambda factor: caught.update({n: p.grad.clone() for n, p in named.items()}) or 0.0
+    engine = Engine(start.model, args, WORLD)
+    caught = catch_gradients(engine)
     micro = [rows[0].batch(range(i * batch_size, (i + 1) * batch_size)) for i in range(accumulation)]
     numbers, _ = take_step(engine, micro, STAGE.preference_loss(args, reference), 1.0, 0)
     return caught, numbers, (args, start, rows, reference)

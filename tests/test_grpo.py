@@ -11,6 +11,7 @@ import torch
 from stage import (
     ROOT,
     STAGES,
+    catch_gradients,
     command,
     grpo_flags,
     load,
@@ -214,7 +215,7 @@ def test_what_is_learned_from_has_the_probabilities_it_was_sampled_with(temperat
     said = Speaker(start.model, start.tokenizer).generate([q.prompt for q in asked], params)
     answers = [rl.Answer(i, q.prompt, c.token_ids, 0, False, False, False) for i, (q, c) in enumerate(zip(asked, said))]
     engine = Engine(start.model, args, WORLD)
-    (batch,) = rl.deal(answers, 8, 1)
+    (batch,) = rl.deal(answers, 8, 1, WORLD.device)
     rl.add_log_probs(engine, [batch], None, args)
     for row, answer in enumerate(sorted(answers, key=len)):
         model = torch.full((len(answer.tokens), 6400), -torch.inf)  # the engine's log-probabilities at temperature 1
@@ -246,12 +247,12 @@ def gradients(args, use_moe, batch_size, accumulation):
     reference = copy.deepcopy(model).eval()
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.mul_(4)
-    engine, caught = Engine(model, args, WORLD), {}
-    batches = rl.deal(some_answers(), batch_size, accumulation)
+    engine = Engine(model, args, WORLD)
+    batches = rl.deal(some_answers(), batch_size, accumulation, WORLD.device)
     rl.add_log_probs(engine, batches, reference, args)
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.mul_(3)
-    engine.step = lambda factor: caught.update({n: p.grad.clone() for n, p in model.named_parameters()}) or 0.0
+    caught = catch_gradients(engine)
     numbers, _ = take_step(engine, batches, rl.policy_loss(args), 1.0, 0)
     return caught, numbers, (model, reference, batches)
 
@@ -300,7 +301,7 @@ def test_a_step_makes_what_was_better_than_its_group_likelier(folder, tmp_path):
     engine = Engine(start.model.train(), args, WORLD)
     answers = rl.sample(engine, STAGE.sampler(start.tokenizer, 16), questions, list(range(32)), args)
     assert rl.compare(answers, 8, WORLD)["learning_groups"] > 0
-    batches = rl.deal(answers, 16, 2)
+    batches = rl.deal(answers, 16, 2, WORLD.device)
     rl.add_log_probs(engine, batches, None, args)
     for _ in range(args.inner_steps):
         take_step(engine, batches, rl.policy_loss(args), 1.0, 0)

@@ -51,6 +51,11 @@ class PackedRows:
         """Rows of an epoch."""
         return len(self.row_offsets) - 1
 
+    @property
+    def most_documents(self) -> int:
+        """Of one row."""
+        return int(np.diff(self.row_offsets).max()) * (2 if self.kind == "pair" else 1)
+
     def real_token_share(self) -> float:
         """Tokens that are not padding / slots of the rows."""
         return float(self.lengths.sum()) / (len(self) * self.seq_len)

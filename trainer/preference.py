@@ -14,7 +14,7 @@ import torch
 
 from model.weights import fingerprint
 from trainer.cli import UserError
-from trainer.losses import segment_log_probs
+from trainer.losses import inputs, segment_log_probs
 from trainer.start import load_weights
 
 RESAMPLES = 2000  # of the bootstrap
@@ -22,8 +22,8 @@ RESAMPLES = 2000  # of the bootstrap
 
 def pair_log_probs(model, batch: dict):
     """-> (output of the forward pass; log-probabilities (nats) and token counts of each segment's answer, (B, S))."""
-    out = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
-    return out, *segment_log_probs(out.logits, batch["labels"], batch["segment_ids"], batch["documents"].shape[1])
+    out = model(**inputs(batch), labels=batch["labels"], reduction="none")
+    return out, *segment_log_probs(out.loss, batch["labels"], batch["segment_ids"], batch["documents"].shape[1])
 
 
 @torch.no_grad()

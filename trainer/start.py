@@ -13,7 +13,7 @@ from trainer.cache import Cache, tokenised
 from trainer.checkpoint import AdapterFiles, Files, find_states, read_state
 from trainer.cli import SHAPE_FLAGS, UserError, note, user_errors
 from trainer.data import packed_splits, token_bytes
-from trainer.dist import pick_device, pick_dtype
+from trainer.dist import device_and_dtype
 from trainer.read import check_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
     random ones. make() -> (model, tokenizer, where from, record): what to start from in place of random weights of the
     default shape. adapt(model): adds adapters; then they alone are trained and written.
     """
-    pick_dtype(args.dtype, pick_device(args.device))
+    device_and_dtype(args)
     data_files = resolve_data(args, minimind_files, sample)
     args.save_weight = args.save_weight or data_files[0].name.split(".")[0]
     state = resumed_state(args) if args.resume else None
