@@ -214,9 +214,10 @@ class Batch:
         for sample, i in order:
             self.cache.copy_row(rows[i], len(self.decoding), len(sample.prompt))
             self.decoding.append(sample)
-        return self._continue([sample for sample, _ in order], logits[[i for _, i in order]])
+        logits = logits.index_select(0, self._tensor([i for _, i in order]))
+        return self._continue([sample for sample, _ in order], logits)
 
-    def _tensor(self, numbers: list[list[int]]) -> Tensor:
+    def _tensor(self, numbers: list) -> Tensor:
         return upload(numbers, self.device)
 
     def _forward(self, rows: slice, tokens: Tensor, positions: Tensor, span: int) -> Tensor:

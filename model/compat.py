@@ -10,6 +10,17 @@ from transformers.masking_utils import create_causal_mask
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
+
+def recompute_layers(model) -> None:
+    """Gradient checkpointing: each decoder layer's activations are computed again in the backward pass, not kept.
+
+    transformers 5.24 calls it activation checkpointing.
+    """
+    new = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 # Keywords of transformers' models that change nothing here, with the values they may have (None: any).
 # transformers.generate, its Trainer, peft and trl pass them to every model.
 HARMLESS = {

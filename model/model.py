@@ -330,6 +330,10 @@ class MiniMindModel(MiniMindPreTrainedModel):
         return None
 
 
+def recomputes(hidden: Tensor) -> bool:
+    return hidden.is_cuda
+
+
 def next_token_losses(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
     """Cross-entropy (nats) of each next token: hidden (B, T, D), labels (B, T) -> (B, T - 1), 0 at labels of -100.
 
@@ -339,14 +343,14 @@ def next_token_losses(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor
     """
     B, T = labels.shape
     states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # position t predicts token t + 1
-    chunk = LOSS_CHUNK_GPU if hidden.is_cuda else LOSS_CHUNK_CPU
+    chunk, again = LOSS_CHUNK_GPU if hidden.is_cuda else LOSS_CHUNK_CPU, recomputes(hidden)
 
     def of_chunk(states: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), targets, ignore_index=-100, reduction="none")
 
     losses = []
     for part in zip(states.split(chunk), targets.split(chunk), strict=True):
-        if hidden.is_cuda:
+        if again:
             losses.append(checkpoint(of_chunk, *part, use_reentrant=False, preserve_rng_state=False))
         else:
             losses.append(of_chunk(*part))

@@ -1,6 +1,7 @@
 """Says how a run goes: a line on the screen, every step in a file, a curve at the end."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,8 +14,16 @@ try:
 except ImportError:  # Windows
     resource = None
 
-GPU_TFLOPS = {  # dense bfloat16 products with float32 sums, from the makers' data sheets
-    "H100": 989, "A100": 312, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX 3080": 60, "L40S": 362, "A10": 125,
+# Dense products a second in units of 10^12, half precision with sums in float32: from the makers' data sheets; for
+# GeForce 30, 40 and 50, whose sheets give other sums, multiprocessors x 512 x boost clock, which their white papers'
+# figures equal.
+GPU_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148, "A100": 312,
+    "A800": 312, "A40": 150, "A30": 165, "A10": 125, "L40S": 362, "L40": 181, "L20": 119, "L4": 121, "V100": 125,
+    "T4": 65, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 209, "RTX 5080": 112, "RTX 5070 Ti": 88,
+    "RTX 5070": 62, "RTX 4090": 165, "RTX 4080": 97, "RTX 4070 Ti": 80, "RTX 4070": 58, "RTX 4060 Ti": 44, "RTX 4060": 30,
+    "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 3080 Ti": 68, "RTX 3080": 60, "RTX 3070": 41, "RTX 3060 Ti": 32,
+    "RTX 3060": 25, "RTX 2080 Ti": 57,
 }  # fmt: skip
 
 LOSS_CURVES = (("loss", "training"), ("val_loss", "held out"))
@@ -64,12 +73,12 @@ class Log:
             speed = self.since[0] / max(now - self.clock, 1e-9)
             left = (self.total - step) * (now - self.clock) / max(1, step % self.interval or self.interval)
             self.clock, self.since[0] = now, 0
-            mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else 0.0
+            mfu = f"{speed * self.flops_per_token / self.peak_flops:.0%}" if self.peak_flops else "unknown"
             shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name != "lr")
             memory = peak_memory(self.world.device) / 2**30
             self.say(
                 f"step {step}/{self.total}  {shown}  lr {numbers['lr']:.2e}  {speed:,.0f} tok/s  "
-                f"mfu {mfu:.0%}  mem {memory:.2f} GB  left {duration(left)}"
+                f"mfu {mfu}  mem {memory:.2f} GB  left {duration(left)}"
             )
 
     def validation(self, step: int, **numbers) -> None:
@@ -150,12 +159,12 @@ def flops_per_token(config, seq_len: int, learned_share=1.0) -> float:
 
 
 def device_flops(world) -> float:
-    """Peak floating-point operations a second: by name for known GPUs, else the best of three matrix products."""
+    """Peak floating-point operations a second: of a GPU by its name, 0 for one that the table does not know; else the
+    best of three matrix products."""
     if world.device.type == "cuda":
         name = torch.cuda.get_device_name(world.device)
-        for known, tflops in GPU_TFLOPS.items():
-            if known in name:
-                return tflops * 1e12 * world.size
+        known = [model for model in GPU_TFLOPS if re.search(rf"\b{model}\b(?!.*Laptop)", name)]
+        return GPU_TFLOPS[max(known, key=len)] * 1e12 * world.size if known else 0.0
     size = 1024
     a = torch.full((size, size), 0.5, device=world.device)  # no random numbers: the run counts on its own
     best = float("inf")

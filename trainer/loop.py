@@ -324,7 +324,7 @@ def announce(start, plan: Plan, rows: list[tuple[str, str]], world, state) -> No
     if config.use_moe:
         shape = (config.n_routed_experts, 2 * config.moe_hidden_dim, config.dim)
         print(f"  experts   {experts_kind(world.device, world.dtype, shape)}")
-    print(f"  memory    {memory_line(config, args, world, learned, start.other_parameters)}")
+    print(f"  memory    {memory_line(config, args, world, plan.batch_size, learned, start.other_parameters)}")
     print(f"  output    {start.files.weights}")
     if state is not None:
         print(f"  resumed   at step {state['step']}")

@@ -13,7 +13,8 @@ from trainer.cache import Cache, tokenised
 from trainer.checkpoint import AdapterFiles, Files, find_states, read_state
 from trainer.cli import SHAPE_FLAGS, UserError, note, user_errors
 from trainer.data import packed_splits, token_bytes
-from trainer.dist import device_and_dtype
+from trainer.dist import World, device_and_dtype
+from trainer.memory import rows_that_fit
 from trainer.read import check_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,8 +113,25 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
     if state is None:  # else it says what the run began with
         record |= {"came_from": came_from, "preset": args.preset}  # a state dict of MiniMind's may need both
     record.pop("result", None)
+    choose_rows(args, model, state)
+    record["batch_size"] = args.batch_size
     fixed = {"base": model.lora_base} if adapt is not None else {}
     return Start(args, model, tokenizer, data_files, came_from, files, state, record, token_bytes(tokenizer), fixed)
+
+
+def choose_rows(args, model, state: dict | None) -> None:
+    """Settles --batch_size and --accumulation_steps where no flag did: a resumed run's as they were; on a GPU as many
+    rows together as its memory takes."""
+    device, dtype = device_and_dtype(args)
+    if args.batch_given:
+        return
+    if state is not None:
+        args.batch_size = state["record"].get("batch_size", args.batch_size)
+    elif device.type == "cuda":
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        world = World(0, 1, device, dtype)
+        args.batch_size, args.accumulation_steps = rows_that_fit(model.config, args, world, trainable)
+        note(f"{args.batch_size} rows in a micro-batch, as many as {device} takes; --batch_size says otherwise")
 
 
 def resolve_data(args, minimind_files, sample: str) -> list[Path]:
