@@ -4,13 +4,16 @@ import gzip
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
+from model.chat_template import ROLES
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_document, load_tokenizer, render
@@ -81,6 +84,9 @@ def test_chat_cache_holds_renders_ids_and_mask(chat_file, tmp_path):
         ids, mask = render(TOKENIZER, CHATS[i])
         place = slice(cache.offsets[i], cache.offsets[i + 1])
         assert cache.tokens[place].tolist() == ids and cache.learn[place].tolist() == mask
+        assert cache.learned[i] == sum(mask)
+        roles = cache.roles[cache.turn_offsets[i] : cache.turn_offsets[i + 1]]
+        assert [ROLES[role] for role in roles] == [message["role"] for message in CHATS[i]]
 
 
 def test_workers_give_the_same_cache_as_one_process(tmp_path, monkeypatch):
@@ -220,6 +226,68 @@ def test_chat_rows_learn_what_render_masks(chat_file, tmp_path):
         expected.append((ids, [i if m else IGNORED for i, m in zip(ids, mask)]))
     assert found == sorted(expected)
     assert rows.learned_kept_share() == 1.0
+
+
+def test_a_row_of_a_split_conversation_reads_as_a_conversation_does(tmp_path):
+    """The system turn, then questions that followed each other, each with its own answer; every answer once."""
+    chats = []
+    for n in range(30):
+        chat = [{"role": "system", "content": "简短回答。"}] * (n % 2)
+        for i in range(n % 5 + 2):
+            chat += [{"role": "user", "content": f"{n}-{i}" + "吗" * (n % 7)}]
+            chat += [{"role": "assistant", "content": f"{n}-{i}" + "啊" * (n % 11)}]
+        chats.append(chat)
+    file = write_jsonl(tmp_path / "c.jsonl", [{"conversations": c} for c in chats])
+    cache = tokenised(file, "chat", TOKENIZER, tmp_path / "c")
+    rows = PackedRows([cache], np.arange(len(cache)), "chat", 64, seed=1)
+    answers = []
+    for ids, labels in all_documents(rows):
+        turns = re.findall(r"<\|im_start\|>(\w+)\n(\d+)?-?(\d+)?.*?<\|im_end\|>\n", TOKENIZER.decode(ids))
+        n, first = next((int(n), int(i)) for _, n, i in turns if n)
+        expected = [("system", "", "")] * (n % 2)
+        for i in range(first, first + len(turns) // 2):
+            expected += [("user", str(n), str(i)), ("assistant", str(n), str(i))]
+        assert turns == expected
+        answers += re.findall(r"\d+-\d+", TOKENIZER.decode([i for i, label in zip(ids, labels) if label != IGNORED]))
+    assert sorted(answers) == sorted(f"{n}-{i}" for n in range(30) for i in range(n % 5 + 2))
+    assert len(rows.items) > len(chats)
+
+
+@pytest.mark.parametrize("kind", ["text", "chat", "pair"])
+@pytest.mark.parametrize("seq_len", [32, 64, 400])
+def test_shares_are_those_of_the_rows_counted_token_by_token(kind, seq_len, text_file, chat_file, tmp_path):
+    file = {"text": text_file, "chat": chat_file, "pair": tmp_path / "pair.jsonl"}[kind]
+    if kind == "pair":
+        pairs = [{"chosen": c, "rejected": [*c[:-1], c[-1] | {"content": "错" * 30}]} for c in CHATS]
+        write_jsonl(file, pairs)
+    cache = tokenised(file, kind, TOKENIZER, tmp_path / "c")
+    rows = PackedRows([cache], np.arange(len(cache)), kind, seq_len, seed=1)
+    batch = rows.batch(range(len(rows)))
+    learned, slots = int((batch["labels"] != IGNORED).sum()), batch["labels"].numel()
+    in_documents = int(cache.learn.sum()) if kind != "text" else len(cache.tokens) - len(cache)
+    assert rows.shares() == pytest.approx({
+        "real_token_share": int(batch["real_tokens"]) / slots, "learned_token_share": learned / slots,
+        "learned_kept_share": learned / in_documents,
+    })  # fmt: skip
+    assert (learned < in_documents) == (kind != "text" and seq_len == 32 or kind == "pair" and seq_len == 64)
+
+
+def test_counting_what_is_learned_takes_no_memory_by_the_token(tmp_path):
+    """Two million tokens: a thousand conversations of a question and an answer of 1,000 tokens each."""
+    arrays = {
+        "tokens": np.zeros(2_000_000), "learn": np.tile(np.repeat([0, 1], 1000), 1000), "learned": np.full(1000, 1000),
+        "turns": np.tile([0, 1000], 1000), "roles": np.tile([1, 2], 1000), "turn_counts": np.full(1000, 2),
+        "lengths": np.full(1000, 2000), "hashes": np.zeros(1000),
+    }  # fmt: skip
+    for name, values in arrays.items():
+        values.astype(cache_module.ARRAYS[name] or np.uint16).tofile(tmp_path / f"{name}.bin")
+    (tmp_path / "meta.json").write_text('{"dtype": "uint16", "bad_lines": 0}')
+    cache = cache_module.Cache(tmp_path)
+    tracemalloc.start()
+    rows = PackedRows([cache], np.arange(1000), "chat", 512, seed=1)
+    assert rows.shares() == {"real_token_share": 1.0, "learned_token_share": 1.0, "learned_kept_share": 0.512}
+    assert tracemalloc.get_traced_memory()[1] < len(cache.tokens)
+    tracemalloc.stop()
 
 
 def test_the_order_is_a_permutation_that_changes_with_the_epoch_and_only_with_it(text_file, tmp_path):

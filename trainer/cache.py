@@ -6,8 +6,9 @@ processes tokenise batches of raw rows; this process only reads and writes, and 
 memory does not grow with the file.
 
   tokens.bin   all documents end to end, uint16 or uint32         lengths.bin   int64, tokens of each document
-  learn.bin    uint8, 1 where a token is learned (chat, pair)     hashes.bin    uint64 of each document's text
-  turns.bin    int32, where each message of a chat begins         turn_counts.bin  int32
+  learn.bin    uint8, 1 where a token is learned (chat, pair)     learned.bin   int64, how many of each document's are
+  turns.bin    int32, where each message begins (chat, pair)      turn_counts.bin  int32
+  roles.bin    uint8, who speaks in it, by model.chat_template.ROLES  hashes.bin  uint64 of each document's text
 A pair is two neighbouring documents, chosen then rejected, both with the hash of the prompt.
 """
 
@@ -19,43 +20,51 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from model.tokenizer import (
-    encode_texts,
-    render_spans,
-    tokenizer_from_dict,
-    tokenizer_hash,
-    tokenizer_to_dict,
-)
+from model.chat_template import ROLES
+from model.tokenizer import encode_texts, render_spans, tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict
 from trainer.cli import UserError
 from trainer.read import BadRow, check_file, parse, raw_rows
 from trainer.think import keep_thinking
 from trainer.workers import default_workers, ordered_map
 
-VERSION = 1  # of this layout; with another number old caches are not found
+VERSION = 2  # of this layout; with another number old caches are not found
 BATCH_BYTES = 2**19  # raw bytes handed to a worker at a time: large enough to hide the hand-over
 BAD_LINES_SHOWN = 5
-ARRAYS = {"tokens": None, "learn": np.uint8, "turns": np.int32, "lengths": np.int64, "hashes": np.uint64,
-          "turn_counts": np.int32}  # fmt: skip
+ARRAYS = {"tokens": None, "learn": np.uint8, "turns": np.int32, "roles": np.uint8, "lengths": np.int64,
+          "learned": np.int64, "hashes": np.uint64, "turn_counts": np.int32}  # fmt: skip
+
+
+class Document(NamedTuple):
+    """What is kept of one document; mask, turns and roles of conversations only."""
+
+    ids: list[int]
+    learned: int  # tokens of it
+    digest: int
+    mask: Sequence[int] = ()
+    turns: Sequence[int] = ()
+    roles: Sequence[int] = ()
 
 
 class Cache:
-    """One tokenised file. `tokens`, `learn`, `turns` are memory-mapped; `offsets`, `hashes` are in memory."""
+    """One tokenised file. `tokens`, `learn`, `turns` and `roles` are memory-mapped, numbers by document in memory."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.tokens = self._map("tokens")
         self.learn = self._map("learn")
-        self.turns = self._map("turns")
+        self.turns, self.roles = self._map("turns"), self._map("roles")
         self.offsets = _starts(self._map("lengths"))
         self.turn_offsets = _starts(self._map("turn_counts"))
-        self.hashes = np.array(self._map("hashes"))
-        if len(self.tokens) != self.offsets[-1] or len(self.turns) != self.turn_offsets[-1]:
+        self.hashes, self.learned = np.array(self._map("hashes")), np.array(self._map("learned"))
+        if len(self.tokens) != self.offsets[-1] or not len(self.turns) == len(self.roles) == self.turn_offsets[-1]:
             raise ValueError("a file of it is cut short")
 
     def __len__(self) -> int:
@@ -194,32 +203,36 @@ def encode_batch(batch, kind: str, tokenizer) -> tuple[dict, list]:
     if kind == "text":
         texts = [text for text, _ in rows]
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        documents = [([start, *ids, end], (), (), _hash(t)) for ids, t in zip(encode_texts(tokenizer, texts), texts)]
+        encoded = zip(encode_texts(tokenizer, texts), texts)
+        documents = [Document([start, *ids, end], len(ids) + 1, _hash(text)) for ids, text in encoded]
     else:
         documents = [document for _, encoded in rows for document in encoded]
     arrays = {
-        "tokens": _joined([ids for ids, *_ in documents]),
-        "learn": _joined([mask for _, mask, *_ in documents]),
-        "turns": _joined([turns for _, _, turns, _ in documents]),
-        "lengths": [len(ids) for ids, *_ in documents],
-        "turn_counts": [len(turns) for _, _, turns, _ in documents],
-        "hashes": [digest for *_, digest in documents],
+        "tokens": _joined([d.ids for d in documents]),
+        "learn": _joined([d.mask for d in documents]),
+        "turns": _joined([d.turns for d in documents]),
+        "roles": _joined([d.roles for d in documents]),
+        "lengths": [len(d.ids) for d in documents],
+        "learned": [d.learned for d in documents],
+        "hashes": [d.digest for d in documents],
+        "turn_counts": [len(d.turns) for d in documents],
     }
     return arrays, bad
 
 
-def _render_row(row, kind: str, tokenizer) -> list[tuple]:
+def _render_row(row, kind: str, tokenizer) -> list[Document]:
     """One chat -> one document; one pair -> two, of which only the last answer is learned."""
     if kind == "chat":
-        ids, mask, turns = render_spans(tokenizer, row)
-        return [(ids, mask, turns, _hash(json.dumps(row, ensure_ascii=False, sort_keys=True)))]
+        return [_document(row, tokenizer, _hash(json.dumps(row, ensure_ascii=False, sort_keys=True)))]
     digest = _hash(json.dumps(row["chosen"][:-1], ensure_ascii=False, sort_keys=True))
-    documents = []
-    for messages in (row["chosen"], row["rejected"]):
-        ids, mask, turns = render_spans(tokenizer, messages)
+    return [_document(row[side], tokenizer, digest, last_only=True) for side in ("chosen", "rejected")]
+
+
+def _document(messages, tokenizer, digest: int, last_only=False) -> Document:
+    ids, mask, turns = render_spans(tokenizer, messages)
+    if last_only:
         mask = [0] * turns[-1] + mask[turns[-1] :]
-        documents.append((ids, mask, turns, digest))
-    return documents
+    return Document(ids, sum(mask), digest, mask, turns, [ROLES.index(message["role"]) for message in messages])
 
 
 def _hash(text: str) -> int:
