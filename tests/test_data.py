@@ -312,6 +312,47 @@ def test_validation_is_disjoint_also_for_copies_and_by_text_alone(tmp_path):
     assert 0.05 < len(val) / len(texts) < 0.4
 
 
+def with_calls(i: int, spelling: int) -> list[dict]:
+    """One conversation with tools and thinking, in one of four ways to write it down."""
+    call, tools = {"name": "f", "arguments": {"n": i, "unit": "米"}}, [{"name": "f"}]
+    question = {"role": "user", "content": f"{i}是多少？"}
+    answer = {"role": "assistant", "content": "", "reasoning_content": "想", "tool_calls": [call]}
+    if spelling == 1:
+        answer |= {"tool_calls": json.dumps([call]), "id": i}
+        tools = json.dumps(tools)
+    if spelling == 2:
+        arguments = json.dumps(call["arguments"], separators=(",", ":"), ensure_ascii=False)
+        answer |= {"tool_calls": [{"id": "c7", "type": "function", "function": call | {"arguments": arguments}}]}
+        question["score"] = 0.5
+    if spelling == 3:
+        answer = {"role": "assistant", "content": "<think>\n想\n</think>\n\n", "tool_calls": [call]}
+    return [{"role": "system", "content": "", "tools": tools}, question, answer]
+
+
+@pytest.mark.parametrize("kind", ["chat", "chat:0.5"])
+def test_validation_is_disjoint_also_for_copies_that_are_spelled_otherwise(kind, tmp_path):
+    chats = [with_calls(i, spelling) for spelling in range(4) for i in range(60)]
+    chats += [[m | {"id": n, "score": n} for m in exchange(i)] for n in range(4) for i in range(60)]
+    file = write_jsonl(tmp_path / "a.jsonl", [{"conversations": c} for c in chats])
+    cache = tokenised(file, kind, TOKENIZER, tmp_path / "c")
+    train, val = split_documents([cache], 0.2)
+    said = np.array([what * 1000 + i for what in range(2) for _ in range(4) for i in range(60)])
+    assert not set(said[train]) & set(said[val])
+    assert len(set(said[val])) > 10 and len(set(cache.hashes.tolist())) == 120
+
+
+def test_all_pairs_of_a_prompt_are_on_one_side(tmp_path):
+    pairs = []
+    for n, i in ((n, i) for n in range(3) for i in range(60)):
+        prompt = [{"role": "user", "content": f"{i}是多少？", "id": n}]
+        answers = ({"role": "assistant", "content": text} for text in (f"好{n}", f"坏{n}"))
+        pairs.append(dict(zip(("chosen", "rejected"), ([*prompt, answer] for answer in answers))))
+    cache = tokenised(write_jsonl(tmp_path / "p.jsonl", pairs), "pair", TOKENIZER, tmp_path / "c")
+    train, val = split_documents([cache], 0.2)
+    prompts = np.repeat(np.tile(np.arange(60), 3), 2)  # of each document
+    assert not set(prompts[train]) & set(prompts[val]) and len(val) > 30
+
+
 def test_an_empty_row_teaches_nothing(text_file, tmp_path):
     cache = tokenised(text_file, "text", TOKENIZER, tmp_path / "c")
     rows, val = packed_splits([cache], "text", 64, 0, val_split=0.0)
