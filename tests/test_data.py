@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from inference.engine import Engine
 from model.chat_template import ROLES
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
@@ -21,7 +23,7 @@ from trainer import cache as cache_module
 from trainer.cache import tokenised
 from trainer.cli import UserError
 from trainer.data import IGNORED, PackedRows, packed_splits, split_documents, token_bytes
-from trainer.losses import lm_loss
+from trainer.losses import learned_bytes, lm_loss
 from trainer.read import iter_rows, iter_texts
 
 TOKENIZER = load_tokenizer()
@@ -383,6 +385,23 @@ def test_packed_equals_unpacked(kind, text_file, chat_file, tmp_path):
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-4)
     for p, gradient in zip(model.parameters(), gradients):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_validation_figure_is_that_of_whole_documents(text_file, tmp_path):
+    """Bits per byte of the held-out rows = the engine's of the same documents, each read by itself."""
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(LMConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1)).eval()
+    cache = tokenised(text_file, "text", TOKENIZER, tmp_path / "c")
+    _, rows = packed_splits([cache], "text", 128, 0, 0.1)
+    engine = Engine(model, TOKENIZER)
+    expected, n_bytes = engine.bits_per_byte([TEXTS[i] for i in rows.documents], length=127)
+    batch = rows.batch(range(len(rows)))
+    with torch.no_grad():
+        nats, _ = lm_loss(model(batch["input_ids"], segment_ids=batch["segment_ids"]).logits, batch["labels"])
+    assert int(learned_bytes(batch["labels"], token_bytes(TOKENIZER))) == n_bytes
+    assert nats.item() / math.log(2) / n_bytes == pytest.approx(expected, rel=1e-5)
+    lengths = np.diff(cache.offsets)[rows.documents]
+    assert len(rows.items) == sum(1 if n <= 128 else math.ceil((n - 1) / 127) for n in lengths)
 
 
 def test_bytes_of_tokens_add_up_to_the_text():

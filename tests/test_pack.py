@@ -37,12 +37,31 @@ def test_pack_hand_worked():
     assert sorted(sorted(slots[a:b].tolist()) for a, b in zip(offsets, offsets[1:])) == [[2, 3, 5], [4, 6]]
 
 
-def test_texts_that_do_not_fit_together_are_cut_finer():
-    items, slots, offsets = pack_texts(np.full(1000, 300), 512)  # one of 300 a row would leave 41% empty
-    share = item_lengths(items).sum() / (512 * (len(offsets) - 1))
-    assert share > 0.97
-    new = (items[:, 3] - items[:, 4]).sum()
-    assert new == 1000 * 299
+def pieces(items):
+    return np.bincount(items[:, 0])
+
+
+def test_texts_that_do_not_fit_together_are_filled_up_with_few_that_are_cut():
+    lengths = np.full(1000, 300)
+    items, slots, offsets = pack_texts(lengths, 512)  # one of 300 a row would leave 41% empty
+    assert item_lengths(items).sum() / (512 * (len(offsets) - 1)) > 0.95
+    assert (items[:, 3] - items[:, 4]).sum() == 1000 * 299
+    assert (pieces(items) > 1).sum() == 500
+    items, _, offsets = pack_texts(np.tile([300, 190, 22], 400), 512)
+    assert pieces(items).max() == 1 and len(offsets) - 1 == 400
+    items, _, offsets = pack_texts(np.tile([300, 180], 400), 512)  # 94% full: cutting half of them would give 96%
+    assert pieces(items).max() == 1 and len(offsets) - 1 == 400
+
+
+@pytest.mark.parametrize("lengths", [[100], [60] * 5, [500, 100], [400, 300, 200]])
+def test_a_last_row_that_is_not_full_is_no_reason_to_cut(lengths):
+    assert pieces(pack_texts(np.array(lengths), 512)[0]).max() == 1
+
+
+def test_validation_cuts_only_what_is_longer_than_a_row():
+    lengths = np.array([300] * 9 + [512, 513, 1024])
+    items, _, offsets = pack_texts(lengths, 512, fill=False)
+    assert pieces(items).tolist() == [1] * 10 + [2, 3]
 
 
 S, U, A, T = range(4)  # roles

@@ -21,17 +21,18 @@ class PackedRows:
     kind "text" | "chat" | "pair"; documents: indices into the caches' documents laid end to end. Rows per epoch are
     constant; each epoch puts other documents of the same length into the same places and walks the rows in another
     order. A pair's two documents stand next to each other in one row: odd segments are chosen, even ones rejected.
+    training=False: in their order, and no text that fits a row is cut, so that a figure is one of whole documents.
     """
 
-    def __init__(self, caches: list[Cache], documents: np.ndarray, kind: str, seq_len: int, seed: int, shuffle=True):
-        self.caches, self.seq_len, self.seed, self.shuffle, self.kind = caches, seq_len, seed, shuffle, kind
+    def __init__(self, caches: list[Cache], documents: np.ndarray, kind: str, seq_len: int, seed: int, training=True):
+        self.caches, self.seq_len, self.seed, self.training, self.kind = caches, seq_len, seed, training, kind
         self.documents = documents
         firsts = np.cumsum([0] + [len(cache) for cache in caches])
         self.source = np.searchsorted(firsts, documents, side="right") - 1  # which cache each document lies in
         self.local = documents - firsts[self.source]
         lengths = self._of_documents(lambda cache: np.diff(cache.offsets))
         if kind == "text":
-            self.items, self.slots, self.row_offsets = pack_texts(lengths, seq_len)
+            self.items, self.slots, self.row_offsets = pack_texts(lengths, seq_len, fill=training)
             self.lengths = item_lengths(self.items)
         else:
             if kind == "pair":
@@ -153,8 +154,8 @@ class PackedRows:
         orders = self._epochs
         if epoch not in orders:
             rng = np.random.default_rng([self.seed, epoch])
-            rows = rng.permutation(len(self)) if self.shuffle else np.arange(len(self))
-            tie_break = rng.random(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
+            rows = rng.permutation(len(self)) if self.training else np.arange(len(self))
+            tie_break = rng.random(len(self.lengths)) if self.training else np.arange(len(self.lengths))
             item_of_slot = np.empty(len(self.lengths), np.int64)
             item_of_slot[np.argsort(self.slots, kind="stable")] = np.lexsort((tie_break, self.lengths))
             # A step may straddle two epochs, not three. A new dict: a thread that fetches rows may read the old one.
@@ -195,7 +196,7 @@ def packed_splits(caches, kind: str, seq_len: int, seed: int, val_split: float, 
         raise UserError(f"--val_split {val_split} leaves no document to train on; lower it or bring more data")
     if val_caches:
         val = np.arange(sum(map(len, val_caches)))
-    val_rows = PackedRows(val_caches or caches, val, kind, seq_len, seed, shuffle=False) if len(val) else None
+    val_rows = PackedRows(val_caches or caches, val, kind, seq_len, seed, training=False) if len(val) else None
     return PackedRows(caches, train, kind, seq_len, seed), val_rows
 
 

@@ -13,21 +13,23 @@ import numpy as np
 from model.chat_template import ROLES
 
 SYSTEM, USER, ASSISTANT = map(ROLES.index, ("system", "user", "assistant"))
-ENOUGH = 0.97  # share of a row's slots that packing should fill before documents are cut finer
+ENOUGH = 0.95  # share of the slots that packing should fill; below it, texts that fit a row may be cut
+FILLER = 8  # into pieces of this part of a row
 
 
-def text_items(lengths: np.ndarray, longest: int) -> np.ndarray:
-    """Documents of these lengths -> items (n, 5) of at most `longest` tokens.
+def text_items(lengths: np.ndarray, longest) -> np.ndarray:
+    """Documents of these lengths -> items (n, 5) of at most `longest` tokens, a number for all or for each document.
 
     A longer document goes on in a further item that repeats its last token as context, so every token but the first
     is learned exactly once.
     """
     lengths = np.asarray(lengths, np.int64)
-    pieces = np.maximum(1, -(-(lengths - 1) // (longest - 1)))  # each brings longest - 1 new tokens to learn
+    new = np.broadcast_to(longest, lengths.shape) - 1  # tokens to learn that a piece brings
+    pieces = np.maximum(1, -(-(lengths - 1) // new))
     document = np.repeat(np.arange(len(lengths)), pieces)
     first = np.cumsum(pieces) - pieces
-    start = (np.arange(len(document)) - first[document]) * (longest - 1)
-    end = np.minimum(start + longest, lengths[document])
+    start = (np.arange(len(document)) - first[document]) * new[document]
+    end = np.minimum(start + new[document] + 1, lengths[document])
     return np.stack([document, np.zeros_like(start), start, end, start + 1], axis=1)
 
 
@@ -147,24 +149,30 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(slots), np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
 
 
-def pack_texts(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pack_texts(lengths: np.ndarray, row_length: int, fill=True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Items of text documents and their packing, (items, slots, row_offsets).
 
-    Documents are cut only where they are longer than the row; if that leaves rows too empty (documents of 300 tokens in
-    rows of 512), all are cut at a half, a quarter, ... of the row.
+    Documents are cut only where they are longer than the row. If that leaves rows too empty (documents of 300 tokens in
+    rows of 512) and `fill`, some are cut into small pieces that fill the gaps: every eighth, fourth, second or each,
+    the fewest that suffice, where that saves a twentieth of the rows.
     """
-    best = None
-    for longest in (row_length, row_length // 2, row_length // 4, row_length // 8):
-        if longest < 2:
+    fewest = -(-int(np.sum(lengths)) // row_length)  # rows there must be
+    whole = best = _packed(text_items(lengths, row_length), row_length)
+    for eighths in (1, 2, 4, 8) if fill and row_length >= 2 * FILLER else ():
+        if fewest >= ENOUGH * _rows(best):
             break
-        items = text_items(lengths, longest)
-        packed = pack(item_lengths(items), row_length)
-        share = item_lengths(items).sum() / (row_length * (len(packed[1]) - 1))
-        if best is None or share > best[0]:
-            best = (share, items, *packed)
-        if share >= ENOUGH:
-            break
-    return best[1:]
+        filler = np.arange(len(lengths)) % 8 < eighths
+        items = text_items(lengths, np.where(filler, row_length // FILLER, row_length))
+        best = min(best, _packed(items, row_length), key=_rows)
+    return best if _rows(best) < ENOUGH * _rows(whole) else whole
+
+
+def _packed(items: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return items, *pack(item_lengths(items), row_length)
+
+
+def _rows(packed) -> int:
+    return len(packed[2]) - 1
 
 
 def item_lengths(items: np.ndarray) -> np.ndarray:
