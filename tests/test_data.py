@@ -115,6 +115,76 @@ def test_gzip_and_zstandard_and_csv_and_parquet_and_txt_read_alike(tmp_path):
     assert list(iter_texts([tmp_path / "a.txt"])) == ["一本书\n\n第二段"]
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "算", "parameters": {"n": {"type": "integer"}}}}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}}
+CALLED = [{"role": "user", "content": "f(1)？"}, {"role": "assistant", "tool_calls": [CALL]},
+          {"role": "tool", "tool_call_id": "c1", "content": "3"},
+          {"role": "assistant", "content": "是3。"}]  # fmt: skip
+SYSTEM = {"role": "system", "content": "简短回答。"}
+
+
+@pytest.mark.parametrize("system", [[], [SYSTEM]])
+@pytest.mark.parametrize("spell", [lambda tools: tools, json.dumps])
+def test_tools_beside_the_messages_are_seen_as_inference_builds_them(system, spell, tmp_path):
+    """OpenAI's fine-tuning rows, and ShareGPT's with "system": the ids are those of a prompt with tools."""
+    tools, called = spell(TOOLS), [*system, *CALLED]
+    rows = [{"messages": called, "tools": tools, "parallel_tool_calls": False}]
+    rows += [{"conversations": CALLED, "tools": tools, "system": SYSTEM["content"] if system else ""}]
+    chats = tokenised(write_jsonl(tmp_path / "a.jsonl", rows), "chat", TOKENIZER, tmp_path / "c")
+    ids, mask = render(TOKENIZER, called, tools=TOOLS)
+    assert chats.tokens.tolist() == ids * 2 and chats.learn.tolist() == mask * 2
+    prompt = render(TOKENIZER, called[:-1], tools=TOOLS, add_generation_prompt=True)[0]
+    assert ids[: len(prompt)] == prompt
+    answers = CALLED[-1], {"role": "assistant", "content": "是4。"}
+    row = {"chosen": [*called[:-1], answers[0]], "rejected": [*called[:-1], answers[1]], "tools": tools}
+    pairs = tokenised(write_jsonl(tmp_path / "p.jsonl", [row]), "pair", TOKENIZER, tmp_path / "c")
+    chosen, rejected = pairs.tokens[: len(ids)].tolist(), pairs.tokens[len(ids) :].tolist()
+    assert chosen == ids and rejected[: len(prompt)] == prompt
+
+
+def beside(**keys):
+    return {"messages": [SYSTEM, *exchange(1)]} | keys
+
+
+def altered(**keys):
+    question, answer = exchange(1)
+    return {"messages": [question, answer | keys]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (beside(functions=[{"name": "f"}]), '"functions" is OpenAI\'s older form'),
+        (beside(system="别的"), '"system" stands beside the messages, and their system message has content of its own'),
+        (beside(system=5), '"system" must be a string'),
+        (beside(tools="no JSON"), "tools is not JSON"),
+        (beside(tools={"name": "f"}), "tools must be a list of objects"),
+        ({"messages": [SYSTEM | {"tools": TOOLS}, *exchange(1)], "tools": TOOLS * 2}, '"tools" stands beside'),
+        (altered(function_call={"name": "f", "arguments": "{}"}), 'message 1 has a "function_call"'),
+        (altered(weight=0), 'message 1 has "weight" 0'),
+        (altered(content=None), 'message 1 needs a string under "content"'),
+        ({"messages": [exchange(1)[0], {"role": "function", "content": "3"}, exchange(1)[1]]}, "role 'function'"),
+    ],
+)
+def test_what_beside_the_messages_is_not_read_is_refused_by_name(row, message, tmp_path):
+    with pytest.raises(UserError, match=f"x.jsonl:1: .*{message}"):
+        tokenised(write_jsonl(tmp_path / "x.jsonl", [row]), "chat", TOKENIZER, tmp_path / "c")
+
+
+def test_what_has_no_json_is_a_bad_line():
+    """Bytes and dates of a Parquet file."""
+    rows = [(7, {"messages": exchange(1), "tools": [{"name": b"f"}]}), (8, {"messages": exchange(1)})]
+    arrays, bad = cache_module.encode_batch(rows, "chat", TOKENIZER)
+    assert [line for line, _ in bad] == [7] and "JSON" in bad[0][1] and len(arrays["lengths"]) == 1
+
+
+def test_nothing_beside_the_messages_is_nothing(tmp_path):
+    rows = [beside(tools=tools, system="", functions=None) for tools in (None, "", [], "[]")]
+    rows += [beside(), beside(system=SYSTEM["content"]), altered(weight=1, function_call=None)]
+    cache = tokenised(write_jsonl(tmp_path / "x.jsonl", rows), "chat", TOKENIZER, tmp_path / "c")
+    assert cache.tokens[: cache.offsets[6]].tolist() == render(TOKENIZER, [SYSTEM, *exchange(1)])[0] * 6
+
+
 def test_minimind_v1_columns(tmp_path):
     file = tmp_path / "v1.csv"
     file.write_text("history,q,a\r\n\"[['你好', '你好！']]\",再见,再见。\r\n[],一,二\r\n", encoding="utf-8")

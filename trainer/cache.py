@@ -196,7 +196,7 @@ def encode_batch(batch, kind: str, tokenizer) -> tuple[dict, list]:
         try:
             row = parse(raw, kind)
             rows.append(row if kind == "text" else _documents(row, kind, think_share, tokenizer))
-        except (BadRow, ValueError) as error:  # ValueError: what render refuses
+        except (BadRow, ValueError, TypeError) as error:  # what render refuses; what has no JSON, a date of Parquet's
             bad.append((line, str(error)))
     if kind == "text":
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
