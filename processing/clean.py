@@ -344,7 +344,8 @@ def _write_rows(building: Path, files, weights, origins, of, similarity, counts:
                     detail = f"{similarity[i]:.2f} like {files[first]}:{at}"
                     outputs["dropped"].write(dropped_line(reason, detail, str(files[source]), number, json.loads(line)))
                 continue
-            held, copies = _fate(int(keys[i]), weights[source], settings)
+            key = _prompt_key(line) if settings.to == "dpo" else int(keys[i])
+            held, copies = _fate(key, weights[source], settings)
             outputs["heldout" if held else ""].write(line * copies)
             name = f"{settings.to}{'_heldout' if held else ''}.jsonl"
             written[name] += copies
@@ -354,8 +355,13 @@ def _write_rows(building: Path, files, weights, origins, of, similarity, counts:
     return dict(written), dict(characters)
 
 
+def _prompt_key(line: bytes) -> int:
+    """Of the prompt of a pair: all pairs of a prompt are held out, or none."""
+    return exact_key(row_text({"conversations": json.loads(line)["chosen"][:-1]}))
+
+
 def _fate(key: int, weight: float, settings: Settings) -> tuple[bool, int]:
-    """(whether the row is held out, how often it is written), by its text and the seed alone.
+    """(whether the row is held out, how often it is written), by its text (a pair's prompt) and the seed alone.
 
     Rows of weight 0 are never held out: they are of a path that the output should know nothing of.
     """

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from processing.work import new_file
 from trainer.cli import RunFailed, UserError
-from trainer.read import BadRow, parse_record, raw_rows
+from trainer.read import BadRow, parse_record, raw_rows, with_beside
 
 WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries; doubled each time
@@ -228,6 +228,9 @@ def _prompt(record: dict) -> list[dict]:
         return [{"role": "user", "content": text}]
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise BadRow('"conversations" must be a list of messages')
+    messages = with_beside(messages, record) if messages else messages
+    if told := next((key for m in messages for key in ("tools", "tool_calls", "function_call") if m.get(key)), None):
+        raise BadRow(f'"{told}" in the conversation: a teacher is asked for words only; leave the row out')
     messages = [{"role": m["role"], "content": m.get("content") or ""} for m in messages]
     while messages and messages[-1]["role"] != "user":
         messages.pop()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data_process import main
+from model.tokenizer import load_tokenizer, render
 from processing.clean import Settings, clean, clean_row
 from processing.filters import PROFILES, Profile, check_row, language_of, lost_share, repetition, symbol_share
 from processing.normalise import normalise_text
@@ -84,6 +85,49 @@ def test_chat_shapes_with_more_in_them():
     assert to_row(v3, "chat")["conversations"][1] == ANSWER | {"reasoning_content": "想"}
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": {
+    "name": "f", "arguments": '{"n": 1}'}}]}  # fmt: skip
+OPENAI = {"messages": [QUESTION, CALL, {"role": "tool", "tool_call_id": "c1", "content": "3"}, ANSWER], "tools": TOOLS,
+          "parallel_tool_calls": False}  # fmt: skip
+WRONG = ANSWER | {"content": "错"}
+
+
+@pytest.mark.parametrize("beside, system", [
+    ({"tools": TOOLS}, {"content": "", "tools": json.dumps(TOOLS)}), ({"system": "短"}, {"content": "短"}),
+    ({"tools": json.dumps(TOOLS), "system": "短"}, {"content": "短", "tools": json.dumps(TOOLS)}),
+])  # fmt: skip
+@pytest.mark.parametrize("record", [
+    {"messages": [QUESTION, ANSWER]},
+    {"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]},
+    {"instruction": "问", "output": "答"}, {"q": "问", "a": "答"}, {"question": "问", "answer": "答"},
+    {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, WRONG]}, {"prompt": "问", "chosen": "答", "rejected": "错"},
+    {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [WRONG]},
+])  # fmt: skip
+def test_tools_and_system_beside_the_messages_become_a_system_message(record, beside, system):
+    row = to_row(record | beside, "pair" if "chosen" in record else "chat")
+    for messages in row.values():
+        assert messages[:2] == [{"role": "system", **system}, QUESTION]
+    assert not any(key in clean_row(record, Settings(to="dpo" if "chosen" in record else "sft")) for key in beside)
+
+
+def test_tools_join_a_system_message_that_is_there():
+    first = {"role": "system", "content": "短"}
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        row = to_row({"messages": [first, QUESTION, ANSWER], "tools": tools, "system": "短"}, "chat")
+        assert row["conversations"] == [first | {"tools": json.dumps(TOOLS)}, QUESTION, ANSWER]
+
+
+def test_openais_fine_tuning_rows_are_read(tmp_path):
+    row = clean_row(OPENAI, Settings(to="sft"))
+    assert [m["role"] for m in row["conversations"]] == ["system", "user", "assistant", "tool", "assistant"]
+    text = record_text(OPENAI)
+    assert record_text(row) == text and '"name": "f"' in text and "parameters" in text
+    tokenizer = load_tokenizer()
+    expected = render(tokenizer, OPENAI["messages"], tools=TOOLS)[0]
+    assert render(tokenizer, row["conversations"])[0] == expected == render(tokenizer, parse(OPENAI, "chat"))[0]
+
+
 @pytest.mark.parametrize("record", [
     {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER | {"content": "错"}]},
     {"chosen": [QUESTION, ANSWER], "reject": [QUESTION, ANSWER | {"content": "错"}]},
@@ -109,7 +153,13 @@ def test_published_preference_shapes_become_one(record):
     ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "role"),
     ({"messages": [{"role": {}, "content": "x"}]}, "role"),
     ({"messages": [QUESTION, ANSWER | {"reasoning_content": 5}]}, "reasoning_content"),
-    ({"system": 5, "messages": [QUESTION, ANSWER]}, "content"),
+    ({"system": 5, "messages": [QUESTION, ANSWER]}, '"system" must be a string'),
+    ({"system": "长", "messages": [{"role": "system", "content": "短"}, QUESTION, ANSWER]}, '"system" stands beside'),
+    ({"tools": "[1]", "messages": [{"role": "system", "content": "", "tools": "[2]"}, QUESTION, ANSWER]},
+     '"tools" stands beside'),
+    ({"functions": [{"name": "f"}], "messages": [QUESTION, ANSWER]}, '"functions" is OpenAI'),
+    ({"messages": [QUESTION, ANSWER | {"function_call": {"name": "f", "arguments": "{}"}}]}, '"function_call"'),
+    ({"messages": [QUESTION, ANSWER | {"weight": 0}, QUESTION, ANSWER]}, 'message 1 has "weight" 0'),
     ({"messages": [QUESTION, ANSWER | {"tool_calls": [b"x"]}]}, "JSON"),
 ])  # fmt: skip
 def test_what_is_no_conversation_is_dropped_with_its_reason(record, word):

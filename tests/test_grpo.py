@@ -133,6 +133,10 @@ def test_questions_come_as_pairs_or_from_worked_examples(tmp_path):
     chat = [{"role": "user", "content": "1+1=？"}, {"role": "assistant", "content": worked}]
     assert as_question({"conversations": chat}) == (chat[:1], "2")
     assert as_question({"question": "1+1=？", "answer": 2}) == (chat[:1], "2")
+    tools = [{"name": "f"}]
+    first = {"role": "system", "content": "短", "tools": tools}
+    assert as_question({"question": "1+1=？", "answer": 2, "system": "短", "tools": tools}) == ([first, *chat[:1]], "2")
+    assert as_question({"conversations": chat, "system": "短", "tools": tools}) == ([first, *chat[:1]], "2")
     sample = read_questions([ROOT / "dataset/sample/reason.jsonl"], TOKENIZER, 128)
     assert len(sample) > 2000 and all(q.answer.isdigit() for q in sample)
     train, held_out = split_questions(sample, 0.2)

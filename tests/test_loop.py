@@ -281,5 +281,6 @@ def test_the_tokenizer_and_config_travel_with_the_weights(tmp_path):
     assert tokenizer.get_vocab() == load_tokenizer().get_vocab()
     assert (tmp_path / "o" / "pretrain_32.png").stat().st_size > 1000
     wanted = {"stage", "steps", "tokens", "loss", "val_loss", "val_bits_per_byte", "real_token_share",
-              "learned_token_share", "seconds", "tokens_per_second", "peak_memory_bytes", "weights"}  # fmt: skip
+              "learned_token_share", "learned_kept_share", "seconds", "tokens_per_second", "peak_memory_bytes",
+              "weights"}  # fmt: skip
     assert wanted <= set(result)

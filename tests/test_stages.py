@@ -352,6 +352,20 @@ def test_last_line_is_json_with_the_promised_keys(texts, tmp_path, capsys):
     assert result["stage"] == "pretrain" and result["steps"] == 1 and os.path.exists(result["weights"])
 
 
+@pytest.mark.parametrize(("answer", "kept"), [("好" * 200, 0.6), ("好" * 10, 1.0)])
+def test_what_rows_cannot_hold_is_said_at_the_start_and_in_the_result(answer, kept, tmp_path, capsys):
+    chat = [{"role": "user", "content": "说"}, {"role": "assistant", "content": answer}]
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps({"conversations": [*chat, *chat]}) + "\n" for _ in range(9)), "utf-8")
+    flags = [*TINY, "--max_steps", 1, "--val_split", 0, "--from_weight", "none", "--data_path", file]
+    result = load("3-full_sft.py").main([str(f) for f in [*flags, "--out_dir", tmp_path / "o"]])
+    out, err = capsys.readouterr()
+    assert result["learned_kept_share"] == pytest.approx(kept, abs=0.02)
+    assert f"{result['learned_kept_share']:.1%} of the learned tokens kept" in out
+    warned = f"warning: answers longer than a row lose their end, {1 - result['learned_kept_share']:.1%} of what"
+    assert (warned in err) == (kept < 0.95) and ("raise --seq_len 64" in err) == (kept < 0.95)
+
+
 @pytest.mark.parametrize(("rank", "said"), [("0", "NOTE: once\n"), ("1", "")])
 def test_a_note_is_printed_by_one_process(monkeypatch, capsys, rank, said):
     monkeypatch.setenv("RANK", rank)

@@ -58,7 +58,7 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
         engine.load_state(state["engine"] | {"model": state["model"]}, start.files.shards)
         step, counters = state["step"], state["counters"]
         start.state = state = None  # the copies in it would stay in memory for the whole run
-    record = start.record | {"recipe": recipe}
+    record, shares = start.record | {"recipe": recipe}, train_rows.shares()
     log = open_log(start, world, plan, step, recipe, counters["run_id"])
     stop, saves = StopSignals(), SaveTimes(args)
     begin, loss = time.perf_counter() - counters["seconds"], None
@@ -93,7 +93,7 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
     counters["seconds"] = time.perf_counter() - begin
     result = {
         "stage": args.stage, "steps": step, "tokens": counters["tokens"], "loss": loss, **validation,
-        "real_token_share": train_rows.real_token_share(), "learned_token_share": train_rows.learned_token_share(),
+        **shares,
     }  # fmt: skip
     return end_run(start, engine, log, stop, record, step, counters, finished, result)
 

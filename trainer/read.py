@@ -206,25 +206,36 @@ def as_text(record: dict) -> str:
 
 
 def as_chat(record: dict) -> list[dict]:
-    """{"conversations": [...]} (or "messages"), or the columns history, q, a of MiniMind v1 -> messages."""
+    """{"conversations": [...]} (or "messages"), or the columns history, q, a of MiniMind v1 -> messages.
+
+    Tools and a system text may stand beside them, see with_beside.
+    """
     if "conversations" in record or "messages" in record:
-        return check_messages(record.get("conversations", record.get("messages")))
-    if "q" in record and "a" in record:
+        messages = record.get("conversations", record.get("messages"))
+    elif "q" in record and "a" in record:
         messages = []
         for question, answer in parse_history(record.get("history")):
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         messages += [{"role": "user", "content": record["q"]}, {"role": "assistant", "content": record["a"]}]
-        return check_messages(messages)
-    raise BadRow(f'no key "conversations" and no columns "q", "a" (found: {_keys(record)})')
+    else:
+        raise BadRow(f'no key "conversations" and no columns "q", "a" (found: {_keys(record)})')
+    return with_beside(check_messages(messages), record)
 
 
 def as_pair(record: dict) -> dict:
-    """{"chosen": [...], "rejected": [...]}: two conversations that differ in their last message only."""
+    """{"chosen": [...], "rejected": [...]}: two conversations that differ in their last message only.
+
+    Tools and a system text may stand beside them, see with_beside.
+    """
     if "chosen" not in record or "rejected" not in record:
         raise BadRow(f'no keys "chosen" and "rejected" (found: {_keys(record)})')
     chosen, rejected = check_messages(record["chosen"]), check_messages(record["rejected"])
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise BadRow("chosen and rejected must each end with an answer of the assistant")
+    if len(chosen) == 1 or len(rejected) == 1:
+        raise BadRow("chosen and rejected must be whole conversations: the answers stand without their prompt "
+                     "(`data_process.py clean --to dpo` joins a prompt that stands beside them)")  # fmt: skip
+    chosen, rejected = with_beside(chosen, record), with_beside(rejected, record)
     ours, theirs = ([_told(message) for message in messages] for messages in (chosen, rejected))
     if ours[:-1] != theirs[:-1]:
         raise BadRow("the prompts of chosen and rejected differ; they may differ in the last message only")
@@ -238,6 +249,34 @@ def _told(message: dict) -> dict:
     return {key: message[key] for key in TOLD if message.get(key) is not None}
 
 
+def with_beside(messages: list[dict], record: dict) -> list[dict]:
+    """The messages with what their row holds beside them: "tools" (OpenAI's fine-tuning rows, as the argument of its
+    API) and "system" (ShareGPT's) become part of the system message that comes first.
+
+    Raises BadRow where that message says otherwise, and for OpenAI's older "functions".
+    """
+    if not _nothing(record.get("functions")):
+        raise BadRow('"functions" is OpenAI\'s older form of "tools", and is not read; write them as "tools"')
+    beside = {key: record[key] for key in ("system", "tools") if not _nothing(record.get(key))}
+    if not beside:
+        return messages
+    if "system" in beside and not isinstance(beside["system"], str):
+        raise BadRow('"system" must be a string')
+    has_one = messages[0]["role"] == "system"
+    first = dict(messages[0]) if has_one else {"role": "system", "content": ""}
+    for name, value in beside.items():
+        key = "content" if name == "system" else name
+        if not _nothing(first.get(key)) and first[key] != value:
+            raise BadRow(f'"{name}" stands beside the messages, and their system message has {key} of its own')
+        first[key] = value
+    return [first, *messages[has_one:]]
+
+
+def _nothing(value) -> bool:
+    """Whether a key is as good as absent: what writers of tables put into cells without a value."""
+    return value is None or isinstance(value, str | list) and value in ("", "[]", [])
+
+
 def check_messages(messages) -> list[dict]:
     """Returns the messages if they can be rendered and hold at least one assistant turn, or raises BadRow."""
     if not isinstance(messages, list) or not messages:
@@ -247,27 +286,45 @@ def check_messages(messages) -> list[dict]:
             raise BadRow(f"message {i} is not an object")
         if message.get("role") not in ROLES:
             raise BadRow(f"message {i} has role {message.get('role')!r}; roles are {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
+        check_keys(i, message)
+        calls_only = message.get("content") is None and message.get("tool_calls")  # as OpenAI writes them
+        if not isinstance(message.get("content"), str) and not calls_only:
             raise BadRow(f'message {i} needs a string under "content"')
         if not isinstance(message.get("reasoning_content"), str | None):
             raise BadRow(f'message {i} needs a string under "reasoning_content"')
     if all(message["role"] != "assistant" for message in messages):
         raise BadRow("no assistant message: there is nothing to learn")
-    return messages
+    return [message | {"content": message.get("content") or ""} for message in messages]
+
+
+def check_keys(i: int, message: dict) -> None:
+    """Raises BadRow for keys of a message that would change what is learned, and that are not read."""
+    if message.get("function_call"):
+        raise BadRow(f'message {i} has a "function_call", OpenAI\'s older form; write it as "tool_calls"')
+    if message.get("role") == "assistant" and message.get("weight") not in (None, 1):
+        raise BadRow(f'message {i} has "weight" {message["weight"]}, but every answer is learned; leave the row out')
 
 
 def record_text(record: dict) -> str:
-    """All human text of a record of any schema, messages joined by newlines."""
+    """All human text of a record of any schema, messages joined by newlines; tools and calls as JSON."""
     if "text" in record:
         return as_text(record)
     if "chosen" in record:
         pair = as_pair(record)
-        return "\n".join(m["content"] for m in [*pair["chosen"], pair["rejected"][-1]])
-    parts = []
-    for message in as_chat(record):
-        parts += [message.get("reasoning_content") or "", message["content"]]
-        parts += [message[key] for key in ("tools", "tool_calls") if isinstance(message.get(key), str)]
-    return "\n".join(part for part in parts if part)
+        messages = [*pair["chosen"], pair["rejected"][-1]]
+    else:
+        messages = as_chat(record)
+    keys = ("reasoning_content", "content", "tools", "tool_calls")
+    parts = [message[key] for message in messages for key in keys if message.get(key)]
+    return "\n".join(part if isinstance(part, str) else as_json(part) for part in parts)
+
+
+def as_json(value) -> str:
+    """JSON text of tools or calls; raises BadRow for what has none, bytes or a date of a Parquet file."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(f"tools or calls cannot be written as JSON: {error}") from None
 
 
 def parse_history(cell) -> list:

@@ -1,5 +1,6 @@
 """What a run starts from: its data files, its weights, its tokenizer. All mistakes are found here, before any work."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from trainer.memory import rows_that_fit
 from trainer.read import check_file
 
 ROOT = Path(__file__).resolve().parent.parent
+ENOUGH_KEPT = 0.95  # of the tokens that could be learned: below it a run begins with a warning
 SAMPLE = ROOT / "dataset" / "sample"
 RECIPE_FLAGS = ("stage", "seq_len", "epochs", "max_steps", "learning_rate", "optimizer", "schedule", "warmup",
                 "weight_decay", "grad_clip", "seed", "dtype", "val_split")  # fmt: skip
@@ -56,7 +58,11 @@ class Start:
         """
         args, caches = self.args, self.caches(kind, world)
         val_caches = self.caches(kind, world, val_files) if val_files else None
-        return packed_splits(caches, kind.partition(":")[0], args.seq_len, args.seed, args.val_split, val_caches)
+        rows = packed_splits(caches, kind.partition(":")[0], args.seq_len, args.seed, args.val_split, val_caches)
+        if world.first and (kept := rows[0].learned_kept_share()) < ENOUGH_KEPT:
+            print(f"warning: answers longer than a row lose their end, {1 - kept:.1%} of what could be learned; "
+                  f"raise --seq_len {args.seq_len}", file=sys.stderr)  # fmt: skip
+        return rows
 
     def use_frozen(self, role: str, model, path) -> None:
         """Notes that the run depends on a second model that is not trained: it must be the same when resumed."""
