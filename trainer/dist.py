@@ -9,6 +9,7 @@ import torch
 import torch.distributed as torch_dist
 from torch.nn.parallel import DistributedDataParallel
 
+from model.compat import checkpoint_activations
 from trainer.cli import RunFailed, UserError, out_of_memory
 from trainer.memory import what_to_lower
 from trainer.optim import make_optimizers
@@ -150,7 +151,7 @@ class Engine:
         self.world, self.args = world, args
         self.module = model.to(world.device).train()
         if args.gradient_checkpointing:
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(self.module)
         self.optimizers = make_optimizers(self.module, args.optimizer, args.learning_rate, args.weight_decay)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         self.model = torch.compile(self.module) if args.compile else self.module
