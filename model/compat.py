@@ -1,7 +1,7 @@
 """The one place that knows how versions of transformers differ, and which of their keywords our models may pass over.
 
 transformers 5.24 renamed the key/value cache: `cache` where older versions say `past_key_values`, in forward methods,
-in their outputs and in the mask's arguments.
+in their outputs and in the mask's arguments. The same version renamed the switch of activation checkpointing.
 """
 
 import inspect
@@ -9,17 +9,6 @@ import inspect
 from transformers.masking_utils import create_causal_mask
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-
-
-def recompute_layers(model) -> None:
-    """Gradient checkpointing: each decoder layer's activations are computed again in the backward pass, not kept.
-
-    transformers 5.24 calls it activation checkpointing.
-    """
-    new = hasattr(model, "activation_checkpointing_enable")
-    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
 
 # Keywords of transformers' models that change nothing here, with the values they may have (None: any).
 # transformers.generate, its Trainer, peft and trl pass them to every model.
@@ -31,6 +20,15 @@ HARMLESS = {
     "output_hidden_states": (None, False),
     "output_router_logits": (None, False),
 }
+
+
+def checkpoint_activations(model) -> None:
+    """From now on each layer keeps only its input and computes the rest again in the backward pass.
+
+    transformers 5.24 says activation_checkpointing_enable where older versions say gradient_checkpointing_enable.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def check_keywords(keywords: dict) -> None:

@@ -246,13 +246,13 @@ def test_a_dense_model_compiles_to_one_graph(checkpointing):
     """Losses included, whatever documents the rows hold; a second one, for another length, serves all lengths."""
     from torch._dynamo.utils import counters
 
-    from model.compat import recompute_layers
+    from model.compat import checkpoint_activations
 
     torch._dynamo.reset()
     counters.clear()
     model = small().train()
     if checkpointing:
-        recompute_layers(model)
+        checkpoint_activations(model)
     compiled = torch.compile(model, backend="aot_eager")
     found = defaultdict(list)
     for step, T in enumerate((64, 64, 128, 192, 128)):

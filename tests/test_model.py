@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from model.compat import CACHE
+from model.compat import CACHE, checkpoint_activations
 from model.LMConfig import PRESETS, LMConfig
 from model.model import (
     DocumentLengths,
@@ -232,7 +232,7 @@ def test_gradient_checkpointing_gives_equal_gradients(fields):
     loss, wanted = gradients(model, **inputs)
     calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     checkpointed, found = gradients(model, **inputs)
     assert len(calls) == 2 and checkpointed == loss  # computed forward and again in the backward pass
     for name, gradient in wanted.items():

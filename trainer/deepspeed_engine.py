@@ -16,7 +16,7 @@ import uuid
 
 import torch
 
-from model.compat import recompute_layers
+from model.compat import checkpoint_activations
 from trainer.cli import RunFailed, UserError
 from trainer.deepspeed_config import fill, get, import_deepspeed, read_config
 from trainer.dist import World, restore_rng, rng_states
@@ -38,7 +38,7 @@ class DeepSpeedEngine:
         self.whole = copy.deepcopy(model) if self.stage == 3 or low else None
         model = model.to(world.device).train()
         if args.gradient_checkpointing:
-            recompute_layers(model)
+            checkpoint_activations(model)
         self.model, *_ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model, args.weight_decay), config=config
         )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as torch_dist
 from torch.nn.parallel import DistributedDataParallel
 
-from model.compat import recompute_layers
+from model.compat import checkpoint_activations
 from model.device import pick_device, pick_dtype
 from trainer.cli import RunFailed, UserError, out_of_memory, user_errors
 from trainer.memory import what_to_lower
@@ -136,7 +136,7 @@ class Engine:
         self.world, self.args = world, args
         self.module = model.to(world.device).train()
         if args.gradient_checkpointing:
-            recompute_layers(self.module)
+            checkpoint_activations(self.module)
         self.optimizers = make_optimizers(self.module, args.optimizer, args.learning_rate, args.weight_decay)
         self.passed_over = self.in_a_row = 0  # steps whose gradient was not finite: in all, and in a row by now
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
