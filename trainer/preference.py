@@ -17,6 +17,7 @@ from trainer.cli import UserError
 from trainer.losses import segment_log_probs
 from trainer.start import load_weights
 
+FROZEN = "reference_weights"  # under which a recipe has their fingerprint; "reference" is what DPO's flag says
 RESAMPLES = 2000  # of the bootstrap
 
 
@@ -55,8 +56,10 @@ class Reference:
 
     def __init__(self, start):
         self.start, self.args, self.live = start, start.args, None
-        resumed = start.state and start.state["record"]["recipe"]["reference"]
-        start.fixed["reference"] = resumed or fingerprint(start.model)
+        recipe = start.state["record"]["recipe"] if start.state else {FROZEN: fingerprint(start.model)}
+        if FROZEN not in recipe:  # of an earlier version, in which it stood over what --reference said
+            recipe[FROZEN] = recipe.pop("reference")
+        start.fixed[FROZEN] = recipe[FROZEN]
 
     def model(self):
         """The weights that the run began with; UserError where they have changed since."""
@@ -64,7 +67,7 @@ class Reference:
         if start.state is None:
             return start.model
         model = load_weights(origin, start.record.get("preset"))[0]
-        if fingerprint(model) != start.fixed["reference"]:
+        if fingerprint(model) != start.fixed[FROZEN]:
             raise UserError(f"{origin} is no longer what this run began with, its reference; --overwrite starts afresh")
         return model
 
@@ -81,7 +84,7 @@ class Reference:
 
     def _cached(self, rows, world) -> np.ndarray:
         caches = [cache.folder.name for cache in rows.caches]
-        key = json.dumps([self.start.fixed["reference"], caches, rows.seq_len, str(world.dtype)]).encode()
+        key = json.dumps([self.start.fixed[FROZEN], caches, rows.seq_len, str(world.dtype)]).encode()
         digest = hashlib.blake2b(key + rows.documents.tobytes(), digest_size=8).hexdigest()
         path = Path(self.args.out_dir) / "cache" / f"reference-{digest}.npy"
         if world.gather(path.exists())[0]:
