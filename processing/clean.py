@@ -33,7 +33,7 @@ except ImportError:  # Windows
 from processing.dedup import THRESHOLD, exact_key, find_copies, signature
 from processing.filters import PROFILES, Profile, check_row
 from processing.normalise import normalise_row
-from processing.read_raw import Dropped, RawRow, columns_of, find_files, raw_rows
+from processing.read_raw import UNREADABLE, Dropped, RawRow, columns_of, find_files, raw_rows
 from processing.shapes import check_rendering, knows, parse_record, to_row
 from processing.work import OURS, Cleaned, Work, foreign, locked, plan_of, remove
 from trainer.cli import UserError
@@ -135,6 +135,8 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
         rows_before = sum(work.progress["counts"].values())
         try:
             _read(work, files, settings, workers)
+            for name, rows in _damaged(files, work.progress["counts"]).items():
+                print(f"warning: {name} cannot be read to its end, only {rows:,} rows of it", file=sys.stderr)
             read_seconds = time.time() - begin
             if work.progress["kept"]:
                 of, similarity = _find(work, settings)
@@ -289,6 +291,12 @@ def _size(row: RawRow) -> int:
     return len(row.raw) if isinstance(row.raw, str) else len(str(row.raw))
 
 
+def _damaged(files, counts: dict) -> dict[str, int]:
+    """{name: rows that were read} of the files whose rest could not be."""
+    found = [i for i in range(len(files)) if f"{i} {UNREADABLE}" in counts]
+    return {str(files[i]): sum(n for key, n in counts.items() if key.startswith(f"{i} ")) - 1 for i in found}
+
+
 def _find(work: Work, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     if settings.dedup == "none":
         count = work.progress["kept"]
@@ -314,7 +322,7 @@ def _write(work: Work, plan: dict, files, others, weights, of, similarity, setti
         "stage": "clean", "to": settings.to, "rows": kept + reasons.total(), "kept": kept, "dropped": reasons.total(),
         "reasons": dict(reasons.most_common()), "written": written, "characters": characters,
         "converted_from_gb18030": work.progress["converted"], "seed": settings.seed,
-        "files_not_read": [str(path) for path in others],
+        "files_not_read": [str(path) for path in others], "files_damaged": _damaged(files, work.progress["counts"]),
         "by_file": {name: dict(found) for name, found in by_file.items()},
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary | {"plan": plan}, ensure_ascii=False, indent=1), "utf-8")
