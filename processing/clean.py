@@ -30,6 +30,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+from model.files import named
 from processing.dedup import THRESHOLD, exact_key, find_copies, signature
 from processing.filters import PROFILES, Profile, check_row
 from processing.normalise import normalise_row
@@ -123,14 +124,14 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
     files, others, weights = _inputs(paths, settings)
     _check_places(paths, files, out)
     if others:
-        named = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
-        print(f"{len(others):,} files of other kinds not read: {named}")
+        first = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
+        print(f"{len(others):,} files of other kinds not read: {first}")
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     plan = json.loads(json.dumps({"settings": asdict(settings), "paths": [str(p) for p in paths], "files": stats}))
     _put_back(out)
     if (done := _finished(out, plan, overwrite)) is not None:
         return done
-    with locked(_building(out)):
+    with locked(_building(out)), named(_building(out)):
         work = Work(_building(out), plan, settings.dedup == "near", overwrite)
         rows_before = sum(work.progress["counts"].values())
         try:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as torch_dist
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.cli import RunFailed, UserError, out_of_memory
+from trainer.cli import RunFailed, UserError, disk_fault, out_of_memory
 from trainer.memory import what_to_lower
 from trainer.optim import make_optimizers
 from trainer.watch import PATIENCE, Watch
@@ -143,6 +143,10 @@ def join(args):
         if (words := out_of_memory(error)) is None:
             raise
         raise RunFailed(f"{words}. What was saved is whole, --resume goes on from it. {what_to_lower(args)}") from None
+    except OSError as error:
+        if (words := disk_fault(error)) is None:
+            raise
+        raise RunFailed(f"{words}. What was saved is whole, --resume goes on from it") from None
     leave()
 
 

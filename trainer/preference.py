@@ -5,14 +5,16 @@ A pair is two neighbouring segments of a packed row, chosen then rejected; see t
 
 import copy
 import hashlib
+import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from model.files import replaced
 from model.weights import fingerprint
+from trainer.cache import usable
 from trainer.cli import UserError
 from trainer.losses import segment_log_probs
 from trainer.start import load_weights
@@ -89,14 +91,12 @@ class Reference:
         path = Path(self.args.out_dir) / "cache" / f"reference-{digest}.npy"
         if world.gather(path.exists())[0]:
             try:
-                return np.load(path)
+                with usable(path):
+                    return np.load(path)
             except (OSError, ValueError, EOFError) as error:
                 raise UserError(f"{path} is damaged ({error}); delete it, and it is made again") from None
         values, _ = answers_of(self.model(), rows, world, self.args.batch_size)
-        if world.first:
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
-            np.save(temporary, values)
-            os.replace(temporary, path)
+        world.on_first(lambda: keep(path, values))
         return values
 
     @torch.no_grad()
@@ -116,6 +116,14 @@ class Reference:
             return preference_report(*(x[rows.documents] for x in (before, after, counts)))
 
         return figures
+
+
+def keep(path: Path, values: np.ndarray) -> None:
+    """Writes them as numpy's file."""
+    content = io.BytesIO()  # numpy itself tells no reason where a file takes no more
+    np.save(content, values)
+    with usable(path), replaced(path) as file:
+        file.write(content.getbuffer())
 
 
 # ------------------------------------------------------------------------------------------------------- what it did
