@@ -15,7 +15,7 @@ al. 2015); other divergences by --kl, see trainer.losses.kd_loss. Black-box dist
   python train_distill.py --teacher big.pth --rows text --data_path corpus.jsonl --kl reverse
 """
 
-from trainer import dist  # before torch, see trainer/__init__.py
+from trainer import dist  # before torch, see there
 
 # isort: split
 import torch

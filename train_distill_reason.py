@@ -14,7 +14,7 @@ thinking as well, when it is told to. Printed: ce, the loss without weights.
   python train_distill_reason.py --data_path traces.jsonl --think_ratio 0.8
 """
 
-from trainer import dist  # before torch, see trainer/__init__.py
+from trainer import dist  # before torch, see there
 
 # isort: split
 import torch

@@ -20,9 +20,12 @@ match of greedy answers to held-out questions.
 
 import copy
 
+from trainer import dist  # before torch, see there
+
+# isort: split
 from inference.engine import Engine
 from inference.sampling import SamplingParams
-from trainer import dist, rl
+from trainer import rl
 from trainer.cli import UserError, parse, run_main, stage_parser
 from trainer.deepspeed_config import get, read_config
 from trainer.preference import Reference

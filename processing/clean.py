@@ -30,10 +30,11 @@ try:
 except ImportError:  # Windows
     resource = None
 
+from model.files import named
 from processing.dedup import THRESHOLD, exact_key, find_copies, signature
 from processing.filters import PROFILES, Profile, check_row
 from processing.normalise import normalise_row
-from processing.read_raw import Dropped, RawRow, columns_of, find_files, raw_rows
+from processing.read_raw import UNREADABLE, Dropped, RawRow, columns_of, find_files, raw_rows
 from processing.shapes import check_rendering, knows, parse_record, to_row
 from processing.work import OURS, Cleaned, Work, foreign, locked, plan_of, remove
 from trainer.cli import UserError
@@ -123,18 +124,20 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
     files, others, weights = _inputs(paths, settings)
     _check_places(paths, files, out)
     if others:
-        named = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
-        print(f"{len(others):,} files of other kinds not read: {named}")
+        first = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
+        print(f"{len(others):,} files of other kinds not read: {first}")
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     plan = json.loads(json.dumps({"settings": asdict(settings), "paths": [str(p) for p in paths], "files": stats}))
     _put_back(out)
     if (done := _finished(out, plan, overwrite)) is not None:
         return done
-    with locked(_building(out)):
+    with locked(_building(out)), named(_building(out)):
         work = Work(_building(out), plan, settings.dedup == "near", overwrite)
         rows_before = sum(work.progress["counts"].values())
         try:
             _read(work, files, settings, workers)
+            for name, rows in _damaged(files, work.progress["counts"]).items():
+                print(f"warning: {name} cannot be read to its end, only {rows:,} rows of it", file=sys.stderr)
             read_seconds = time.time() - begin
             if work.progress["kept"]:
                 of, similarity = _find(work, settings)
@@ -289,6 +292,12 @@ def _size(row: RawRow) -> int:
     return len(row.raw) if isinstance(row.raw, str) else len(str(row.raw))
 
 
+def _damaged(files, counts: dict) -> dict[str, int]:
+    """{name: rows that were read} of the files whose rest could not be."""
+    found = [i for i in range(len(files)) if f"{i} {UNREADABLE}" in counts]
+    return {str(files[i]): sum(n for key, n in counts.items() if key.startswith(f"{i} ")) - 1 for i in found}
+
+
 def _find(work: Work, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     if settings.dedup == "none":
         count = work.progress["kept"]
@@ -314,7 +323,7 @@ def _write(work: Work, plan: dict, files, others, weights, of, similarity, setti
         "stage": "clean", "to": settings.to, "rows": kept + reasons.total(), "kept": kept, "dropped": reasons.total(),
         "reasons": dict(reasons.most_common()), "written": written, "characters": characters,
         "converted_from_gb18030": work.progress["converted"], "seed": settings.seed,
-        "files_not_read": [str(path) for path in others],
+        "files_not_read": [str(path) for path in others], "files_damaged": _damaged(files, work.progress["counts"]),
         "by_file": {name: dict(found) for name, found in by_file.items()},
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary | {"plan": plan}, ensure_ascii=False, indent=1), "utf-8")

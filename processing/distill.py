@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from processing.work import new_file
+from model.files import named, replaced
 from trainer.cli import RunFailed, UserError
 from trainer.read import BadRow, parse_record, raw_rows, with_beside
 
@@ -253,7 +253,7 @@ class Journal:
         elif out.exists():
             raise UserError(f"{out} is there, and no run that could go on; name another --out, or delete it")
         else:
-            with new_file(self.path) as file:
+            with replaced(self.path, text=True) as file:
                 file.write(json.dumps(head, ensure_ascii=False) + "\n")
         self.file = open(self.path, "a", encoding="utf-8")
 
@@ -273,8 +273,9 @@ class Journal:
         self.answers[i] = answer
 
     def append(self, i: int, answer: dict):
-        self.file.write(json.dumps({"prompt": i, "answer": answer}, ensure_ascii=False) + "\n")
-        self.file.flush()
+        with named(self.path):
+            self.file.write(json.dumps({"prompt": i, "answer": answer}, ensure_ascii=False) + "\n")
+            self.file.flush()
         self._take(i, answer)
 
     def close(self):
@@ -283,7 +284,7 @@ class Journal:
 
 def _write(out: Path, prompts, answers: dict) -> int:
     rows = 0
-    with new_file(out) as file:
+    with replaced(out, text=True) as file:
         for i, messages in enumerate(prompts):
             answer = answers.get(i, {})
             if "content" in answer:

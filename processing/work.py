@@ -163,17 +163,3 @@ def replace_file(path: Path, text: str):
     temporary = path.with_name(f"{path.name}.new")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-@contextmanager
-def new_file(path: Path):
-    """A text file that appears under its name when it is whole, or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.new")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

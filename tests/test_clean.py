@@ -399,6 +399,31 @@ def test_whole_files_that_cannot_be_read(tmp_path, capsys):
     assert "4 files of other kinds not read: a.pdf, b.PDF, c.doc, ..." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "parquet"])
+def test_a_damaged_file_is_named_and_what_it_holds_before_the_damage_is_kept(ending, tmp_path, capsys):
+    import zstandard
+
+    rows, path = [{"text": f"{PROSE}第{i}遍。"} for i in range(600)], tmp_path / f"a.{ending}"
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    parts = [b"".join(lines[i : i + 200]) for i in (0, 200, 400)]
+    if ending == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=200, compression="zstd")
+        data = path.read_bytes()
+        last = data.rindex(b"\x28\xb5\x2f\xfd")  # where the last page's frame begins
+        path.write_bytes(data[:last] + b"?" * 9 + data[last + 9 :])
+    else:
+        compress = gzip.compress if ending == "jsonl.gz" else zstandard.compress
+        path.write_bytes(b"".join(map(compress, parts))[:-40])
+    settings = Settings(dedup="none", keep_dropped=True)
+    summary = clean([path, write_rows(tmp_path / "z.jsonl", [{"text": PROSE}])], tmp_path / "out", settings)
+    assert summary["files_damaged"] == {str(path): summary["kept"] - 1} and 200 <= summary["kept"] < 601
+    assert summary["reasons"] == {"unreadable file": 1}
+    said = f"warning: {path} cannot be read to its end, only {summary['kept'] - 1} rows of it\n"
+    assert said in capsys.readouterr().err
+    (line,) = read_rows(tmp_path / "out" / "dropped.jsonl")
+    assert line["detail"].startswith(f"from row {summary['kept']} on: ")
+
+
 def test_endings_in_capitals_and_markdown_are_read(tmp_path):
     (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(json.dumps({"text": PROSE}).encode()))
     (tmp_path / "B.TXT").write_text(PROSE, encoding="utf-8")
@@ -536,7 +561,7 @@ def test_a_full_disk_is_one_line_and_the_second_start_finishes(tmp_path, capfd):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     err = capfd.readouterr().err
-    assert "the disk is full" in err and err.strip().count("\n") == 0
+    assert f"failed: {tmp_path}/out.building: File too large (the disk at /" in err and err.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
     run_main(main, argv)
     assert len(read_rows(tmp_path / "out" / "pretrain.jsonl")) == 3000

@@ -1,5 +1,6 @@
 """The data path from a file to tensors: caches, splits, rows and their order."""
 
+import contextlib
 import gzip
 import json
 import math
@@ -185,6 +186,63 @@ def test_nothing_beside_the_messages_is_nothing(tmp_path):
     assert cache.tokens[: cache.offsets[6]].tolist() == render(TOKENIZER, [SYSTEM, *exchange(1)])[0] * 6
 
 
+def damaged_files(folder) -> list:
+    """Files of 600 rows each of which a part cannot be read."""
+    import pandas
+    import zstandard
+
+    texts = [f"{TEXTS[i % 120]} {i}" for i in range(600)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts]
+    frames = [zstandard.compress(b"".join(lines[i : i + 200])) for i in (0, 200, 400)]
+    members = [bytearray(gzip.compress(b"".join(part))) for part in (lines[:300], lines[300:])]
+    members[1][10] = 7  # behind its header: a block of a kind that there is not
+    table = folder / "whole.parquet"
+    pandas.DataFrame({"text": texts}).to_parquet(table, row_group_size=200)
+    pages = table.read_bytes()
+    content = {
+        "cut.jsonl.gz": members[0][:-9], "flipped.jsonl.gz": b"".join(members),
+        "cut.jsonl.zst": b"".join(frames)[:-100], "cut_once.jsonl.zst": zstandard.compress(b"".join(lines))[:-4],
+        "flipped.jsonl.zst": b"".join(frames[:2]) + b"?" * 100, "cut.parquet": pages[: len(pages) // 2],
+        "hole.parquet": pages[:15000] + b"\xff" * 99 + pages[15099:],
+    }  # fmt: skip
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    return [folder / name for name in content]
+
+
+def test_what_cannot_be_read_of_a_file_is_one_line_with_file_and_row(tmp_path):
+    for path in damaged_files(tmp_path):
+        with pytest.raises(UserError, match=rf"^{path}: cannot be read past (line|row) \d+: [^\n]+$") as caught:
+            list(iter_texts([path]))
+        last = int(re.search(r"past \w+ (\d+)", str(caught.value))[1])
+        assert last >= {"cut.parquet": 0, "flipped.jsonl.zst": 400}.get(path.name, 1), path
+
+
+def test_a_parquet_file_that_gives_fewer_rows_than_it_says_is_damaged(tmp_path):
+    """pyarrow reads such a file without an error."""
+    from pyarrow import Table, lib, parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(Table.from_pylist([{"text": f"text {i}"} for i in range(600)]), path, row_group_size=200)
+    whole = path.read_bytes()
+    for place in range(len(whole) - 900, len(whole)):  # in the counts of its row groups
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        with contextlib.suppress(lib.ArrowException, OSError), parquet.ParquetFile(path) as file:
+            if sum(map(len, file.iter_batches())) < 600:
+                break
+    with pytest.raises(UserError, match=r"a.parquet: cannot be read past row \d+: it should have 600 rows"):
+        list(iter_texts([path]))
+
+
+def test_all_frames_of_a_zstandard_file_are_read(tmp_path):
+    import zstandard
+
+    frames = [zstandard.compress(json.dumps({"text": text}).encode() + b"\n") for text in TEXTS]
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0seek"  # as tools write an index
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames[:60]) + skipped + b"".join(frames[60:]) + skipped)
+    assert list(iter_texts([tmp_path / "a.jsonl.zst"])) == TEXTS
+
+
 def test_minimind_v1_columns(tmp_path):
     file = tmp_path / "v1.csv"
     file.write_text("history,q,a\r\n\"[['你好', '你好！']]\",再见,再见。\r\n[],一,二\r\n", encoding="utf-8")
@@ -229,7 +287,7 @@ def test_a_bad_line_stops_with_file_and_line_or_is_skipped_and_counted(content, 
         ("empty.jsonl", b"", "is empty"),
         ("what.doc", b"x", "unknown kind of file"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20], "cannot be read"),
-        ("no.parquet", b"no parquet", "not a Parquet file"),
+        ("no.parquet", b"no parquet", "not a parquet file"),
         ("quote.csv", b'text\n"broken\n', "broken CSV"),
         ("gbk.txt", "中文".encode("gbk"), "not UTF-8"),
     ],

@@ -19,7 +19,8 @@ from stage import (
 )
 
 from model.tokenizer import render
-from model.weights import load_model
+from model.weights import fingerprint, load_model
+from trainer.checkpoint import check_recipe
 from trainer.cli import UserError, parse
 from trainer.dist import Engine, World
 from trainer.loop import evaluate, take_step
@@ -304,6 +305,22 @@ def test_a_run_needs_the_reference_it_began_with(tmp_path):
         file.unlink()
     with pytest.raises(UserError, match="is no longer what this run began with"):
         again.ready(rows, WORLD)
+
+
+def test_the_recipe_holds_what_reference_says_beside_the_references_fingerprint(tmp_path):
+    """Or a run with a cached reference goes on with a live one."""
+    _, start, rows, _ = begin(tmp_path, "--reference", "live")
+    recipe = start.recipe(rows, 4)
+    assert recipe["reference"] == "live" and fingerprint(start.model) in recipe.values()
+    start.state, start.args.reference = {"record": {"recipe": recipe}}, "cached"
+    Reference(start)
+    with pytest.raises(UserError, match="reference was live, is now cached; --overwrite"):
+        check_recipe(recipe, start.recipe(rows, 4), "x.pth")
+    earlier = {key: value for key, value in recipe.items() if key != "reference_weights"}
+    start.state = {"record": {"recipe": earlier | {"reference": recipe["reference_weights"]}}}
+    Reference(start)
+    with pytest.raises(UserError, match="other settings: reference was None, is now cached; --overwrite"):
+        check_recipe(start.state["record"]["recipe"], start.recipe(rows, 4), "x.pth")
 
 
 # ------------------------------------------------------------------------------------------------------------- slow

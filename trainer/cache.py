@@ -12,14 +12,15 @@ memory does not grow with the file.
 A pair is two neighbouring documents, chosen then rejected, both with the hash of the prompt.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import shutil
 import sys
-import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,14 @@ import numpy as np
 from tqdm import tqdm
 
 from model.chat_template import ROLES, assistant_text, normalise_conversation
-from model.tokenizer import encode_texts, render_spans, tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict
+from model.files import named, replaced
+from model.tokenizer import (
+    encode_texts,
+    render_spans,
+    tokenizer_from_dict,
+    tokenizer_hash,
+    tokenizer_to_dict,
+)
 from trainer.cli import UserError
 from trainer.read import BadRow, check_file, parse, raw_rows
 from trainer.think import keep_thinking
@@ -90,17 +98,31 @@ def tokenised(path, kind: str, tokenizer, folder, skip_bad_lines=False, workers=
     path = check_file(path)
     key = cache_key(path, kind, tokenizer, skip_bad_lines)
     final = Path(folder) / f"{path.name.split('.')[0]}-{key}"
-    if not final.exists():
-        _build(path, kind, tokenizer, final, skip_bad_lines, workers)
-    try:
-        cache = Cache(final)
-    except (OSError, ValueError, KeyError) as error:  # a disk's fault, or a hand's: what we build is whole or absent
-        raise UserError(f"{final} is damaged ({error}); delete the folder, and it is made again") from None
+    with usable(final):
+        if not final.exists():
+            _build(path, kind, tokenizer, final, skip_bad_lines, workers)
+        try:
+            cache = Cache(final)
+        except PermissionError:
+            raise
+        except (OSError, ValueError, KeyError) as error:  # a disk's fault, or a hand's: we build all of it or nothing
+            raise UserError(f"{final} is damaged ({error}); delete the folder, and it is made again") from None
     if cache.meta["bad_lines"]:
         _say_bad(path, cache.meta["bad_lines"], cache.meta["first_bad"])
     if len(cache) == 0:
         raise UserError(f"{path} holds no usable rows")
     return cache
+
+
+@contextlib.contextmanager
+def usable(path: Path):
+    """Around the use of `path` in the folder of caches: says what to do where that folder, or the path, is another
+    user's, read-only, or no folder."""
+    try:
+        yield
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        why = f"{error.filename}: {error.strerror}"
+        raise UserError(f"the cache {path} cannot be used ({why}); name another --out_dir") from None
 
 
 def cache_key(path, kind: str, tokenizer, skip_bad_lines: bool) -> str:
@@ -117,12 +139,13 @@ def cache_key(path, kind: str, tokenizer, skip_bad_lines: bool) -> str:
 def _build(path, kind, tokenizer, final: Path, skip_bad_lines: bool, workers):
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(final)
-    building = Path(tempfile.mkdtemp(prefix=f"{final.name}.building-", dir=final.parent))
+    building = final.with_name(f"{final.name}.building-{uuid.uuid4().hex[:8]}")
+    building.mkdir()  # not by tempfile, whose folders nobody else can read
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     meta = {"file": str(path), "kind": kind, "dtype": np.dtype(dtype).name, "bad_lines": 0, "first_bad": []}
     try:
-        files = {name: open(building / f"{name}.bin", "wb") for name in ARRAYS}
-        try:
+        with named(building), contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(open(building / f"{name}.bin", "wb")) for name in ARRAYS}
             for arrays, bad in _encoded_batches(path, kind, tokenizer, workers):
                 meta["bad_lines"] += len(bad)
                 meta["first_bad"] += bad[: BAD_LINES_SHOWN - len(meta["first_bad"])]
@@ -130,14 +153,15 @@ def _build(path, kind, tokenizer, final: Path, skip_bad_lines: bool, workers):
                     file.write(np.asarray(arrays[name], dtype if name == "tokens" else ARRAYS[name]).tobytes())
                 if bad and not skip_bad_lines and len(meta["first_bad"]) >= BAD_LINES_SHOWN:
                     break
-        finally:
-            for file in files.values():
-                file.close()
+            for file in files.values():  # a power cut after the renaming would find it empty
+                file.flush()
+                os.fsync(file.fileno())
         if meta["bad_lines"] and not skip_bad_lines:
             lines = "\n".join(f"       {path}:{line}: {reason}" for line, reason in meta["first_bad"][1:])
             line, reason = meta["first_bad"][0]
             raise UserError(f"{path}:{line}: {reason} (--skip_bad_lines leaves such lines out)\n{lines}".rstrip())
-        (building / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+        with replaced(building / "meta.json", text=True) as file:
+            file.write(json.dumps(meta, ensure_ascii=False))
         try:
             os.rename(building, final)
         except OSError:
@@ -150,9 +174,10 @@ def _build(path, kind, tokenizer, final: Path, skip_bad_lines: bool, workers):
 def _remove_abandoned(final: Path):
     """Deletes what killed builds of this cache left behind: folders nothing was written to for an hour."""
     for folder in final.parent.glob(f"{final.name}.building-*"):
-        written = max((file.stat().st_mtime for file in folder.iterdir()), default=folder.stat().st_mtime)
-        if time.time() - written > 3600:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another user's, or just renamed
+            written = max((file.stat().st_mtime for file in folder.iterdir()), default=folder.stat().st_mtime)
+            if time.time() - written > 3600:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _encoded_batches(path, kind, tokenizer, workers):

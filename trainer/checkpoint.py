@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from model.files import named
 from model.lora import save_lora
 from model.tokenizer import tokenizer_to_dict
 from model.weights import STATE_SUFFIX, read_header, save_atomically, save_weights
-from trainer.cli import RunFailed, UserError
+from trainer.cli import UserError
 
 FORMAT = "minimind-resume-1"
 
@@ -86,36 +87,25 @@ class Files:
 
     def save(self, engine, tokenizer, record: dict, step: int, counters: dict) -> None:
         """Writes the state and the weights; all processes call it, the first one writes."""
-        try:
+        with named(self.shards):
             state = engine.state(self.shards)
-            model = engine.whole_model()
-            if not engine.world.first:
-                return
-            content = {
-                "format": FORMAT, "record": record, "step": step, "counters": counters,
-                "config": model.config.fields(), "tokenizer": tokenizer_to_dict(tokenizer),
-                "model": state.pop("model"), "engine": state,
-            }  # fmt: skip
-            save_atomically(content, self.state)
-            self._remove_shards(but=state.get("shards"))
-            self.write(model, tokenizer, record)
-        except OSError as error:
-            raise RunFailed(
-                f"cannot save step {step} to {self.folder}: {error.strerror}; what was saved before is whole"
-            ) from None
-        except RuntimeError as error:  # torch's writer reports a full disk so
-            raise RunFailed(
-                f"cannot save step {step} to {self.folder}: {error}; what was saved before is whole"
-            ) from None
+        model = engine.whole_model()
+        if not engine.world.first:
+            return
+        content = {
+            "format": FORMAT, "record": record, "step": step, "counters": counters,
+            "config": model.config.fields(), "tokenizer": tokenizer_to_dict(tokenizer),
+            "model": state.pop("model"), "engine": state,
+        }  # fmt: skip
+        save_atomically(content, self.state)
+        self._remove_shards(but=state.get("shards"))
+        self.write(model, tokenizer, record)
 
     def finish(self, engine, tokenizer, record: dict) -> None:
         """Writes the weights with their result, then removes the state."""
         model = engine.whole_model()
         if engine.world.first:
-            try:
-                self.write(model, tokenizer, record)
-            except (OSError, RuntimeError) as error:
-                raise RunFailed(f"cannot save to {self.weights}: {error}; --resume goes on from {self.state}") from None
+            self.write(model, tokenizer, record)
             self.state.unlink(missing_ok=True)
             self._remove_shards()
             for file in (self.weights, self.state):  # what saves that were killed have left

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib.util
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from model.LMConfig import DEFAULT_PRESET, PRESETS
 
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over a limit, or broken
 DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 BATCH = ("batch_size", "accumulation_steps")
@@ -53,6 +55,18 @@ def out_of_memory(error: BaseException) -> str | None:
     return f"out of memory ({amount} more were wanted)"
 
 
+def disk_fault(error: BaseException) -> str | None:
+    """What to say of an error of the disk: which file it met, and where that disk is; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in DISK_FAULTS:
+        return None
+    if error.filename is None:
+        return error.strerror
+    place = Path(error.filename).absolute().parent
+    while not os.path.ismount(place):
+        place = place.parent
+    return f"{error.filename}: {error.strerror} (the disk at {place})"
+
+
 def note(text: str) -> None:
     """Prints something worth knowing, once, however many processes a launcher started."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -74,12 +88,17 @@ def run_main(main, argv=None) -> None:
             raise
         print(f"failed: {words}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:  # while data are read; during training the loop saves first
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if (words := disk_fault(error)) is None:
+            raise
+        print(f"failed: {words}; see to it and give the same command again", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:  # while data are read; during training the loop saves first
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,9 +1,17 @@
 """The machine under the loop: device, precision, processes. The loop calls backward, step and state, and does not know
-whether one process runs or several."""
+whether one process runs or several.
+
+Programs that train import this file before anything that imports torch: its threads read how to wait when it is loaded.
+"""
 
 import contextlib
 import os
 from dataclasses import dataclass
+
+# Beside a busy neighbour threads that spin while they wait made a step four times slower than threads that sleep
+# (two threads on two cores, the sample's model); on idle cores the two are alike, as a training step's pieces are long.
+# Generating is another matter (docs/log.md): programs that only generate do not import this file.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.distributed as torch_dist
@@ -11,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.compat import checkpoint_activations
 from model.device import pick_device, pick_dtype
-from trainer.cli import RunFailed, UserError, out_of_memory, user_errors
+from trainer.cli import RunFailed, UserError, disk_fault, out_of_memory, user_errors
 from trainer.memory import what_to_lower
 from trainer.optim import make_optimizers
 from trainer.watch import PATIENCE, Watch
@@ -121,6 +129,10 @@ def join(args):
         if (words := out_of_memory(error)) is None:
             raise
         raise RunFailed(f"{words}. What was saved is whole, --resume goes on from it. {what_to_lower(args)}") from None
+    except OSError as error:
+        if (words := disk_fault(error)) is None:
+            raise
+        raise RunFailed(f"{words}. What was saved is whole, --resume goes on from it") from None
     leave()
 
 

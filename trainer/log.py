@@ -1,13 +1,15 @@
 """Says how a run goes: a line on the screen, every step in a file, a curve at the end."""
 
 import json
+import os
 import re
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from model.files import named, replaced
 
 try:
     import resource
@@ -40,26 +42,28 @@ class Log:
         self.trackers = list(trackers)
         self.history, self.clock, self.since = [], time.perf_counter(), [0, 0.0]
         if world.first:
-            if start_step:
-                self.history = self._kept_history(start_step)
-            self.file = open(files.log, "w", encoding="utf-8")
-            for record in self.history:
-                self.file.write(json.dumps(record) + "\n")
+            self.file = self._open(start_step)
             show = sys.stderr.isatty()
             self.bar = tqdm(total=total_steps, initial=start_step, disable=not show, leave=False, unit=" steps")
 
-    def _kept_history(self, start_step: int) -> list[dict]:
-        """What the log file holds of the steps before; a line that a crash cut short ends it."""
-        kept = []
-        if Path(self.files.log).exists():
-            for line in Path(self.files.log).read_text(encoding="utf-8", errors="replace").splitlines():
+    def _open(self, start_step: int):
+        """The log file, cut off behind the steps that are done; they are the history. A line that a crash cut short
+        ends it. What it keeps is not written again, so that no kill can lose it."""
+        with named(self.files.log):
+            file = open(self.files.log, "ab+", buffering=0)  # each line stands in the file at once
+            file.seek(0)
+            end = 0
+            for line in file.readlines() if start_step else ():
                 try:
                     record = json.loads(line)
-                    if record["step"] <= start_step:
-                        kept.append(record)
+                    if record["step"] > start_step or not line.endswith(b"\n"):
+                        break
                 except (ValueError, TypeError, KeyError):
                     break
-        return kept
+                self.history.append(record)
+                end += len(line)
+            file.truncate(end)
+        return file
 
     def step(self, step: int, tokens: int, **numbers) -> None:
         """One finished step: `tokens` real tokens, and its numbers by name."""
@@ -94,8 +98,10 @@ class Log:
             sys.stdout.flush()
 
     def flush(self) -> None:
+        """Sees all lines on the disk: before a state is saved, that no power cut leaves a state ahead of its log."""
         if self.world.first:
-            self.file.flush()
+            with named(self.files.log):
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self._tell(lambda tracker: tracker.close())
@@ -105,7 +111,10 @@ class Log:
 
     def _write(self, record: dict) -> None:
         self.history.append(record)
-        self.file.write(json.dumps(record) + "\n")
+        with named(self.files.log):
+            line = json.dumps(record).encode() + b"\n"
+            while line:
+                line = line[self.file.write(line) :]
         numbers = {name: value for name, value in record.items() if name != "step" and value is not None}
         self._tell(lambda tracker: tracker.log(record["step"], numbers))
 
@@ -141,7 +150,8 @@ class Log:
         axes.legend()
         axes.grid(alpha=0.3)
         figure.tight_layout()
-        figure.savefig(self.files.curve, dpi=120)
+        with replaced(self.files.curve) as file:
+            figure.savefig(file, format="png", dpi=120)
         pyplot.close(figure)
 
 

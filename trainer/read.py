@@ -15,6 +15,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,8 @@ MAX_HISTORY_CHARS = 2**20
 TXT_DOCUMENT_CHARS = 100_000  # a longer .txt file is cut at the next blank line
 ROLES = ("system", "user", "assistant", "tool")
 TOLD = ("role", "content", "reasoning_content", "tools", "tool_calls")
+DAMAGED = (OSError, EOFError, ValueError, zlib.error)  # what reading a damaged or cut-off file raises
+ZSTANDARD_BYTES = 2**14  # unpacked at a time; of a file made to harm they are 64 MB at most
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".txt", ".parquet")
 
 
@@ -88,10 +91,45 @@ def open_bytes(path):
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
     if path.suffix.lower() == ".zst":
+        return io.BufferedReader(_Zstandard(path), 2**20)
+    return open(path, "rb", buffering=2**20)
+
+
+class _Zstandard(io.RawIOBase):
+    """The content of a zstandard file, all its frames. (The library's own reader ends without a word behind the first
+    frame, and where a frame is cut off.)"""
+
+    def __init__(self, path):
         import zstandard
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True), 2**20)
-    return open(path, "rb", buffering=2**20)
+        self.new_frame, self.error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
+        self.file, self.frame = open(path, "rb"), None
+        self.packed, self.unpacked = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.unpacked:
+            packed = self.packed or self.file.read(ZSTANDARD_BYTES)
+            if not packed:
+                if self.frame is not None:
+                    raise EOFError("it is cut off: its last frame has no end")
+                return 0
+            self.frame = self.frame or self.new_frame()
+            try:
+                self.unpacked = memoryview(self.frame.decompress(packed))
+            except self.error as error:
+                raise OSError(str(error)) from None
+            self.packed = self.frame.unused_data
+            self.frame = None if self.frame.eof else self.frame
+        n = min(len(buffer), len(self.unpacked))
+        buffer[:n], self.unpacked = self.unpacked[:n], self.unpacked[n:]
+        return n
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def _lines(path) -> Iterator[tuple[int, bytes]]:
@@ -106,12 +144,8 @@ def _lines(path) -> Iterator[tuple[int, bytes]]:
                     )
                 if line.strip():
                     yield number, line
-        except (OSError, EOFError, ValueError) as error:  # a damaged or cut-off archive
+        except DAMAGED as error:
             raise UserError(f"{path}: cannot be read past line {number}: {error}") from None
-        except Exception as error:
-            if type(error).__name__ == "ZstdError":
-                raise UserError(f"{path}: cannot be read past line {number}: {error}") from None
-            raise
 
 
 def _csv_rows(path) -> Iterator[tuple[int, dict]]:
@@ -128,18 +162,31 @@ def _csv_rows(path) -> Iterator[tuple[int, dict]]:
 
 
 def _parquet_rows(path) -> Iterator[tuple[int, dict]]:
+    number = 0
+    try:
+        for number, row in parquet_rows(path):
+            yield number, row
+    except DAMAGED as error:
+        raise UserError(f"{path}: cannot be read past row {number}: {error}") from None
+
+
+def parquet_rows(path) -> Iterator[tuple[int, dict]]:
+    """(number, row) of each row; one of DAMAGED where the file is no Parquet file, or no whole one."""
     import pyarrow
     from pyarrow import parquet
 
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file: {error}") from None
     number = 0
-    for batch in file.iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+            wanted = file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:  # errors of pyarrow's own, some of several lines
+        raise OSError(str(error).partition("\n")[0]) from None
+    if number != wanted:
+        raise EOFError(f"it should have {wanted} rows")
 
 
 def _txt_documents(path) -> Iterator[tuple[int, dict]]:
