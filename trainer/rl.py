@@ -18,7 +18,7 @@ from trainer.checkpoint import check_recipe
 from trainer.cli import UserError
 from trainer.data import IGNORED
 from trainer.dist import Engine, make_engine
-from trainer.loop import Plan, SaveTimes, StopSignals, announce, end_run, finish_here, open_log, take_step
+from trainer.loop import Plan, SaveTimes, StopSignals, announce, check_alike, end_run, finish_here, open_log, take_step
 from trainer.losses import group_advantages, grpo_loss, token_log_probs, with_balance
 from trainer.optim import learning_rate_factor
 from trainer.preference import paired_bootstrap
@@ -58,6 +58,7 @@ def train(start, questions, held_out, reference, rollout, world) -> dict:
     plan = Plan(questions, args, world, state)
     whole_groups(plan, args.group)
     recipe = start.recipe((questions, held_out), plan.rows_per_step)
+    check_alike(world, recipe, state)
     if state is not None:
         check_recipe(state["record"]["recipe"], recipe, start.files.state)
     elif args.resume and (result := start.files.finished_result(recipe)):
