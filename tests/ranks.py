@@ -1,8 +1,9 @@
 """Several runs in one process of several, started by a launcher: `torchrun ... tests/ranks.py jobs.json`.
 
-jobs.json is a list of {"script", "flags", "port"}; with "kill" or "fail", [rank, batch], that process is lost when it
-reads that batch, and notes the time in jobs.json.lost. Each process notes in jobs.json.<number>.rank<r> the rows it
-read, how often gradients were exchanged in each micro-batch, and the code with which the run ended.
+jobs.json is a list of {"script", "flags", "port"}; "more" are further flags of rank 1 alone. With "kill" or "fail",
+[rank, batch], that process is lost when it reads that batch (0: when it is about to meet the others), and notes the
+time in jobs.json.lost. Each process notes in jobs.json.<number>.rank<r> the rows it read, how often gradients were
+exchanged in each micro-batch, and the code with which the run ended.
 """
 
 import json
@@ -27,15 +28,23 @@ def watched(job: dict) -> dict:
     notes = {"rows": [], "exchanged": [], "code": 0}
     rank = int(os.environ["RANK"])
     batch, init, micro_batch = PackedRows.batch, dist.DistributedDataParallel.__init__, dist.Engine.micro_batch
+    meet = dist.torch_dist.init_process_group
 
-    def noted_batch(self, indices):
-        notes["rows"].append([len(self), *indices])
+    def lose_this_process():
         for way in ("kill", "fail"):
             if [rank, len(notes["rows"])] == job.get(way):
                 Path(f"{sys.argv[1]}.lost").write_text(str(time.time()))
                 if way == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise MemoryError("of one process")
+
+    def noted_meeting(*args, **kwargs):
+        lose_this_process()
+        return meet(*args, **kwargs)
+
+    def noted_batch(self, indices):
+        notes["rows"].append([len(self), *indices])
+        lose_this_process()
         return batch(self, indices)
 
     def noted_micro_batch(self, last):
@@ -51,14 +60,14 @@ def watched(job: dict) -> dict:
         self.register_comm_hook(None, count)
 
     PackedRows.batch, dist.Engine.micro_batch = noted_batch, noted_micro_batch
-    dist.DistributedDataParallel.__init__ = noted_init
+    dist.DistributedDataParallel.__init__, dist.torch_dist.init_process_group = noted_init, noted_meeting
     try:
-        run_main(load(job["script"]).main, job["flags"])
+        run_main(load(job["script"]).main, job["flags"] + (job.get("more", []) if rank == 1 else []))
     except SystemExit as end:
         notes["code"] = end.code
     finally:
         PackedRows.batch, dist.Engine.micro_batch = batch, micro_batch
-        dist.DistributedDataParallel.__init__ = init
+        dist.DistributedDataParallel.__init__, dist.torch_dist.init_process_group = init, meet
     return notes
 
 

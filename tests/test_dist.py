@@ -16,6 +16,7 @@ import pytest
 import torch
 from stage import ROOT, STAGES, TINY, load, run_flags, write_chats, write_texts
 
+from trainer import dist
 from trainer.cli import UserError
 from trainer.dist import World
 from trainer.loop import Plan
@@ -45,19 +46,21 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """What two processes did: two stages, a file of one row, a run in which rank 1 is killed at its 12th batch."""
+    """What two processes did: two stages, a file of one row, commands that differ, a run in which rank 1 is killed at
+    its 12th batch."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "one.jsonl").write_text(json.dumps({"text": "只有一行。"}, ensure_ascii=False) + "\n", "utf-8")
     halved = ("--accumulation_steps", 2)
     few = [*flags_of("pretrain", folder, "few"), "--data_path", str(folder / "one.jsonl"), "--val_split", "0"]
     jobs = [{"script": SCRIPTS[s], "flags": flags_of(s, folder, "two", *halved)} for s in SCRIPTS]
     jobs += [{"script": SCRIPTS["pretrain"], "flags": few}]
+    jobs += [{"script": SCRIPTS["pretrain"], "flags": flags_of("pretrain", folder, "apart"), "more": ["--seed", "7"]}]
     jobs += [{"script": SCRIPTS["pretrain"], "flags": flags_of("pretrain", folder, "broken", *halved),
               "kill": [1, 12]}]  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps([job | {"port": free_port()} for job in jobs]))
     done = two_processes(folder / "jobs.json")
     seconds = time.time() - float((folder / "jobs.json.lost").read_text())
-    notes = [[json.loads(path.read_text()) for path in sorted(folder.glob(f"jobs.json.{i}.rank*"))] for i in range(4)]
+    notes = [[json.loads(path.read_text()) for path in sorted(folder.glob(f"jobs.json.{i}.rank*"))] for i in range(5)]
     for stage, script in SCRIPTS.items():  # the same alone
         load(script).main(flags_of(stage, folder, "one"))
     return SimpleNamespace(folder=folder, done=done, notes=notes, seconds=seconds)
@@ -106,8 +109,26 @@ def test_fewer_rows_than_processes_are_refused(job):
         Plan([0] * 3, args, World(0, 4, torch.device("cpu"), torch.float32), None)
 
 
+def test_processes_that_were_given_different_commands_are_refused(job):
+    """As on two machines, each with a command line and a disk of its own."""
+    assert [notes["code"] for notes in job.notes[3]] == [2, 2]
+    assert "error: the processes differ in seed; give every machine the same command" in job.done.stderr
+
+
+def test_restarts_want_a_new_meeting_place_for_each_attempt(monkeypatch):
+    """torchrun's own outlives the lost processes, and still holds what they left there."""
+    launcher = {"RANK": 0, "WORLD_SIZE": 2, "TORCHELASTIC_MAX_RESTARTS": 3, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, str(value))
+    with (
+        pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        dist.join(SimpleNamespace(device="cpu")),
+    ):
+        pass
+
+
 def test_a_lost_process_ends_the_others_and_is_named(job):
-    assert job.done.returncode == 1 and [notes["code"] for notes in job.notes[3]] == [1]  # rank 1 left no note
+    assert job.done.returncode == 1 and [notes["code"] for notes in job.notes[4]] == [1]  # rank 1 left no note
     assert "failed: rank 1 is lost" in job.done.stderr and "what was saved before is whole" in job.done.stderr
     assert job.seconds < 60  # from the kill to the end of all
 
@@ -130,6 +151,23 @@ def test_an_error_in_one_process_ends_the_others_within_a_minute(tmp_path):
     assert done.returncode == 1 and time.time() - float((tmp_path / "jobs.json.lost").read_text()) < 60
     assert "failed: out of memory. What was saved" in done.stderr and "failed: rank 1 failed" in done.stderr
     assert (tmp_path / "out" / "pretrain_32_resume.pth").exists()
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_process_that_another_waits_to_meet_ends_it(tmp_path):
+    """On two machines, where no launcher ends the other: it would wait for a day."""
+    job = {"script": SCRIPTS["pretrain"], "flags": flags_of("pretrain", tmp_path, "out"), "port": free_port()}
+    (tmp_path / "jobs.json").write_text(json.dumps([job | {"kill": [1, 0]}]))
+    command = [sys.executable, str(ROOT / "tests" / "ranks.py"), str(tmp_path / "jobs.json")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    first, _ = (subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env | {"RANK": str(rank)})
+                for rank in range(2))  # fmt: skip
+    try:
+        error = first.communicate(timeout=120)[1]
+    finally:
+        first.kill()
+    assert first.returncode == 1 and "failed: rank 1 is lost" in error
+    assert time.time() - float((tmp_path / "jobs.json.lost").read_text()) < 60
 
 
 @pytest.mark.slow
@@ -177,14 +215,12 @@ def test_every_stage_learns_in_two_processes_what_it_does_in_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_are_one_process(tmp_path, job):
-    """torchrun's own flags for several machines, here one process on each of two that are both this one."""
+    """README's command for several machines, here one process on each of two that are both this one."""
     flags = flags_of("pretrain", job.folder, "nodes", "--accumulation_steps", 2)
-    port, nodes = free_port(), []
-    for rank in range(2):
-        launch = [*TORCHRUN[:3], "--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1",
-                  "--master_addr", "127.0.0.1", "--master_port", str(port)]  # fmt: skip
-        nodes.append(subprocess.Popen([*launch, "1-pretrain.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                      env=os.environ | {"OMP_NUM_THREADS": "1"}))  # fmt: skip
+    launch = [*TORCHRUN[:3], "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint",
+              f"127.0.0.1:{free_port()}", "--rdzv_id", "night"]  # fmt: skip
+    nodes = [subprocess.Popen([*launch, "1-pretrain.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]  # fmt: skip
     assert [node.wait(300) for node in nodes] == [0, 0]
     assert_same_losses(job.folder / "one" / "pretrain_32.jsonl", job.folder / "nodes" / "pretrain_32.jsonl")
 

@@ -30,9 +30,9 @@ from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
 from model.weights import load_model
 from trainer.checkpoint import Files
-from trainer.cli import RunFailed, parse, stage_parser
+from trainer.cli import RunFailed, UserError, parse, stage_parser
 from trainer.dist import Engine, World
-from trainer.loop import Plan, SaveTimes, StopSignals, resume_command, take_step
+from trainer.loop import Plan, SaveTimes, StopSignals, check_alike, resume_command, take_step
 from trainer.losses import language_model
 from trainer.start import prepare
 
@@ -265,6 +265,13 @@ def test_resume_with_another_micro_batch_keeps_the_global_batch(tmp_path):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
     wrong = run("1-pretrain.py", *flags, broken, "--resume", "--batch_size", "3")
     assert wrong.returncode == 0  # finished: prints its result
+
+
+def test_a_machine_that_does_not_see_the_saved_state_is_refused():
+    """Its process would begin at step 0 and send gradients of other weights."""
+    processes = Namespace(gather=lambda mine: [mine, mine | {"saved step": None}])
+    with pytest.raises(UserError, match="the processes differ in saved step; .* a disk that all of them share"):
+        check_alike(processes, {"seed": 42}, {"step": 4})
 
 
 def test_dry_run_says_all_and_writes_no_weights(tmp_path, capsys):

@@ -114,13 +114,15 @@ def join(args):
     backend = "nccl" if device.type == "cuda" else "gloo"
     watch = contextlib.nullcontext()
     if size > 1:
+        _check_restarts()
         watch = Watch(rank, size)
-        torch_dist.init_process_group(backend, timeout=PATIENCE)
     elif args.deepspeed:
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(args.seed)
     try:
         with watch:
+            if size > 1:  # watched: one that waits for a process which is gone would wait for PATIENCE
+                torch_dist.init_process_group(backend, timeout=PATIENCE)
             yield World(rank, size, device, dtype)
     except (UserError, SystemExit):  # all processes meet these alike; after any other error leaving could hang
         leave()
@@ -134,6 +136,20 @@ def join(args):
             raise
         raise RunFailed(f"{words}. What was saved is whole, --resume goes on from it") from None
     leave()
+
+
+def _check_restarts() -> None:
+    """Raises UserError where torchrun may restart processes that could not find each other again.
+
+    Its launchers lend the processes a store that outlives them: those of the second attempt would read there the
+    addresses, and our watch the messages, that the lost ones have left (torch 2.13).
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "torchrun --max_restarts works here with a meeting place of its own for each attempt: "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every machine and give the command again"
+        )
 
 
 def leave() -> None:

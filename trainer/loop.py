@@ -43,6 +43,7 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
     state = start.state
     plan = Plan(train_rows, args, world, state)
     recipe = start.recipe(rows, plan.rows_per_step)
+    check_alike(world, recipe, state)
     if state is not None:
         check_recipe(state["record"]["recipe"], recipe, start.files.state)
     elif args.resume and (result := start.files.finished_result(recipe)):
@@ -254,6 +255,17 @@ class Plan:
         """Global indices of this process's rows; -1, an empty row, past the end of the last epoch."""
         first = step * self.rows_per_step + (micro_batch * self.world.size + self.world.rank) * self.batch_size
         return [i if i < self.total_rows else -1 for i in range(first, first + self.batch_size)]
+
+
+def check_alike(world, recipe: dict, state: dict | None) -> None:
+    """Raises UserError where the processes would not begin one run: each machine has its own command line and disk."""
+    starts = world.gather(recipe | {"saved step": None if state is None else state["step"]})
+    differ = sorted(key for key in starts[0] if any(start[key] != starts[0][key] for start in starts))
+    if differ:
+        raise UserError(
+            f"the processes differ in {', '.join(differ)}; give every machine the same command and data, and an "
+            "--out_dir on a disk that all of them share"
+        )
 
 
 class StopSignals:

@@ -24,6 +24,7 @@ from trainer.loop import (
     StopSignals,
     add_gradients,
     announce,
+    check_alike,
     end_run,
     finish_here,
     move_weights,
@@ -69,6 +70,7 @@ def train(start, questions, held_out, reference, rollout, world) -> dict:
     plan = Plan(questions, args, world, state)
     whole_groups(plan, args.group)
     recipe = start.recipe((questions, held_out), plan.rows_per_step)
+    check_alike(world, recipe, state)
     if state is not None:
         check_recipe(state["record"]["recipe"], recipe, start.files.state)
     elif args.resume and (result := start.files.finished_result(recipe)):

@@ -29,6 +29,7 @@ class Watch:
     def __init__(self, rank: int, size: int):
         self.rank, self.others = rank, [r for r in range(size) if r != rank]
         self.store, *_ = next(rendezvous("env://", rank, size, timeout=START))
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.silence, self.words = SILENCE, ""
         self.lost, self.done = threading.Event(), threading.Event()
 
@@ -53,6 +54,8 @@ class Watch:
         now = time.monotonic()
         heard = dict.fromkeys(self.others, (0, now))  # its last count, and when it changed
         while not self.done.wait(BEAT):
+            if self.launcher and os.getppid() != self.launcher:  # the same command may be at work again beside us
+                return self._end("this machine's launcher is lost")
             try:
                 self.store.add(f"beat/{self.rank}", 1)
                 counts = {rank: self.store.add(f"beat/{rank}", 0) for rank in self.others}
