@@ -20,8 +20,6 @@ its 95% interval.
   python 5-dpo_train.py --data_path pairs.jsonl --beta 0.05   your pairs; less bound to the reference
 """
 
-import torch
-
 from trainer import dist, losses
 from trainer.cli import UserError, parse, run_main, stage_parser
 from trainer.loop import train
@@ -82,11 +80,7 @@ def preference_loss(args, reference):
             loss = losses.orpo_loss(*policy, args.beta)
         else:
             loss = losses.dpo_loss(*policy, *ref, args.beta, args.label_smoothing, args.loss)
-
-        def total(values):  # over the pairs that are there, without asking a GPU which ones
-            return torch.where(real, values, 0.0).sum()
-
-        learned = total(loss) - sft_weight * total(means[0][0])
+        learned = losses.masked_sum(loss, real) - sft_weight * losses.masked_sum(means[0][0], real)
         learned, numbers = losses.with_balance(learned, out, batch)
         more = {
             "accuracy": sums[0][0] > sums[0][1],
@@ -94,7 +88,8 @@ def preference_loss(args, reference):
             "margin": args.beta * ((policy[0] - ref[0]) - (policy[1] - ref[1])),
             "kl": (sum(sums[1]) - sum(sums[0])) / 2,
         }
-        numbers |= {name: total(values.detach().float()) for name, values in {"loss": loss, **more}.items()}
+        for name, values in {"loss": loss, **more}.items():
+            numbers[name] = losses.masked_sum(values.detach().float(), real)
         return learned, real.sum(), numbers
 
     return loss_fn

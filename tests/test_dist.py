@@ -122,7 +122,7 @@ def test_restarts_want_a_new_meeting_place_for_each_attempt(monkeypatch):
         monkeypatch.setenv(name, str(value))
     with (
         pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
-        dist.join(SimpleNamespace(device="cpu")),
+        dist.join(SimpleNamespace(device="cpu", dtype="auto")),
     ):
         pass
 

@@ -52,6 +52,11 @@ def with_balance(loss: Tensor, out, batch: dict) -> tuple[Tensor, dict]:
     return loss + balance, {"loss": loss.detach(), "balance": balance.detach()}
 
 
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the values where the mask is true; values[mask].sum() would make a GPU tell how many those are first."""
+    return torch.where(mask, values, 0.0).sum()
+
+
 def weighted_sum(nats: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
     """Sum of the targets' cross-entropies, nats (B, T - 1), in which a target of id i counts token_weight[i] times;
     labels (B, T)."""
@@ -160,8 +165,8 @@ def grpo_loss(log_probs: Tensor, old: Tensor, reference: Tensor | None, advantag
         log_d = reference - log_probs
         k3 = log_d.exp() - log_d - 1
         per_token = per_token + kl * k3
-        numbers["kl"] = torch.where(mask, k3.detach(), 0).sum()
-    return torch.where(mask, per_token, 0).sum(), mask.sum(), numbers
+        numbers["kl"] = masked_sum(k3.detach(), mask)
+    return masked_sum(per_token, mask), mask.sum(), numbers
 
 
 # ---------------------------------------------------------------------------------------------------- distillation

@@ -2,7 +2,7 @@
 
 import torch
 
-from model.model import LOSS_CHUNK_CPU, LOSS_CHUNK_GPU
+from model.model import LOSS_CHUNK_GPU
 from model.moe import experts_kind
 
 GB = 2**30
@@ -33,7 +33,7 @@ def training_bytes(config, args, world, batch_size: int, trainable: int, others=
         # Computed again in the backward pass a chunk at a time, and gone before the layers' gradients are there.
         working = max(14 * min(tokens, LOSS_CHUNK_GPU) * V, 2 * layer)
     else:
-        working = 4 * (tokens + 2 * LOSS_CHUNK_CPU) * V
+        working = 8 * tokens * V  # log-probabilities, and as much again that the allocator does not give back
     return int(states + kept + working + 2 * between + masks + FRAMEWORK.get(world.device.type, 0))
 
 
