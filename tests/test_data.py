@@ -8,8 +8,10 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -429,6 +431,24 @@ def test_the_order_is_a_permutation_that_changes_with_the_epoch_and_only_with_it
     assert torch.equal(two.batch(range(len(two), 2 * len(two)))["input_ids"], second)  # no memory of epoch 0
     other_seed = PackedRows([cache], np.arange(len(cache)), "text", 128, seed=6)
     assert not torch.equal(other_seed.batch(range(len(one)))["input_ids"], first)
+
+
+def test_two_threads_may_ask_for_batches_at_once(text_file, tmp_path):
+    """One fetches ahead, another reads elsewhere: each gets what it asked for."""
+    cache = tokenised(text_file, "text", TOKENIZER, tmp_path / "c")
+    rows = PackedRows([cache], np.arange(len(cache)), "text", 128, seed=5)
+    places = [epoch * len(rows) for epoch in range(400)]
+    expected = [PackedRows([cache], np.arange(len(cache)), "text", 128, seed=5).batch([i])["input_ids"] for i in places]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(lambda order: [rows.batch([i])["input_ids"] for i in order], order)
+                    for order in (places, places[::-1])]  # fmt: skip
+            up, down = (run.result() for run in runs)
+    finally:
+        sys.setswitchinterval(before)
+    assert all(map(torch.equal, up, expected)) and all(map(torch.equal, down[::-1], expected))
 
 
 def test_validation_is_disjoint_also_for_copies_and_by_text_alone(tmp_path):

@@ -41,15 +41,11 @@ def pieces(items):
     return np.bincount(items[:, 0])
 
 
-def test_texts_that_do_not_fit_together_are_filled_up_with_few_that_are_cut():
-    lengths = np.full(1000, 300)
-    items, slots, offsets = pack_texts(lengths, 512)  # one of 300 a row would leave 41% empty
-    assert item_lengths(items).sum() / (512 * (len(offsets) - 1)) > 0.95
+def test_texts_that_do_not_fit_together_are_cut_finer():
+    items, slots, offsets = pack_texts(np.full(1000, 300), 512)  # one of 300 a row would leave 41% empty
+    assert item_lengths(items).sum() / (512 * (len(offsets) - 1)) > 0.97
     assert (items[:, 3] - items[:, 4]).sum() == 1000 * 299
-    assert (pieces(items) > 1).sum() == 500
     items, _, offsets = pack_texts(np.tile([300, 190, 22], 400), 512)
-    assert pieces(items).max() == 1 and len(offsets) - 1 == 400
-    items, _, offsets = pack_texts(np.tile([300, 180], 400), 512)  # 94% full: cutting half of them would give 96%
     assert pieces(items).max() == 1 and len(offsets) - 1 == 400
 
 

@@ -36,7 +36,7 @@ class PackedRows:
             self.lengths = item_lengths(self.items)
         else:
             if kind == "pair":
-                answers = np.array([self._messages(i)[0][-1] for i in range(len(documents))], np.int64)
+                answers = self._of_documents(lambda cache: cache.turns[cache.turn_offsets[1:] - 1])  # the last turns
                 self.items, *self.cut_pairs = pair_items(lengths, answers, seq_len)
             else:
                 self.items = chat_items(lengths, self._messages, seq_len)

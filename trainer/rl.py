@@ -62,9 +62,9 @@ def train(start, questions, held_out, reference, rollout, world) -> dict:
 
     questions: trainer.questions.Questions; held_out: a list of Question, maybe empty. reference: the frozen model, on
     world.device; None with --kl 0. rollout(model, prompts, seeds, temperature) -> for each prompt (token ids) an object
-    with token_ids, text and finish_reason ("stop" where the answer came to its end), sampled from
-    softmax(logits / temperature) by a generator of that seed; temperature 0: the best token. Raises RunFailed (NaN,
-    full disk); exits 130 or 143 when told to stop.
+    with token_ids, text (all that was generated before the token that ended it, special tokens too) and finish_reason
+    ("stop" where the answer came to its end), sampled from softmax(logits / temperature) by a generator of that seed;
+    temperature 0: the best token. Raises RunFailed (NaN, full disk); exits 130 or 143 when told to stop.
     """
     args, state = start.args, start.state
     plan = Plan(questions, args, world, state)
