@@ -19,6 +19,7 @@ from model.lora import save_lora
 from model.tokenizer import tokenizer_to_dict
 from model.weights import STATE_SUFFIX, read_header, save_atomically, save_weights
 from trainer.cli import UserError
+from trainer.lock import lock
 
 FORMAT = "minimind-resume-1"
 
@@ -46,6 +47,12 @@ class Files:
             probe.unlink()
         except OSError as error:
             raise UserError(f"cannot write to --out_dir {self.folder}: {error.strerror}") from None
+
+    def lock(self) -> None:
+        """Keeps other runs away from these files until this process ends; UserError where one is at work on them."""
+        if int(os.environ.get("RANK", 0)) == 0:
+            taken = f"another run is at work on {self.weights}; wait for it, or use --save_weight NAME, or --out_dir"
+            self.held = lock(self.folder / f".{self.name}.lock", taken)
 
     def check_apart(self, path) -> None:
         """Raises UserError where the run would write over weights that it needs; path may be no path, but words."""

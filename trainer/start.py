@@ -112,6 +112,8 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
         model, tokenizer, came_from, record = resolve_weights(args, before, required, make)
     files = Files(args, model.config) if adapt is None else AdapterFiles(args, model)
     files.check_writable()
+    if not args.dry_run:
+        files.lock()
     if not args.resume:
         files.check_apart(came_from)
     files.check_free(args)
