@@ -26,7 +26,7 @@ SETS = {
     "lowest": ["-c", "constraints-lowest.txt"],
     "newest": [],
 }
-SHOWN = ("torch", "transformers", "tokenizers", "huggingface_hub", "numpy")
+SHOWN = ("torch", "transformers", "tokenizers", "huggingface_hub", "numpy", "pandas", "streamlit")
 COLUMNS = ("date", "set", "Python", *SHOWN, "passed", "failed", "skipped", "minutes")
 
 
@@ -69,16 +69,18 @@ def main() -> None:
     if unknown := set(names) - set(SETS):
         parser.error(f"{', '.join(sorted(unknown))}: no such set; there are {', '.join(SETS)}")
     table, failed = [row(COLUMNS), row("---" for _ in COLUMNS)], 0
-    for name in names:
-        print(f"\n== {name}", flush=True)
-        python = environment(name)
-        begin = time.monotonic()
-        counts = test(python, ROOT / f".venv-{name}" / "tests.xml")
-        minutes = f"{(time.monotonic() - begin) / 60:.1f}"
-        table.append(row([datetime.date.today(), name, platform.python_version(), *versions(python),
-                          *counts.values(), minutes]))  # fmt: skip
-        failed += counts["failed"]
-    print("", *table, sep="\n", flush=True)
+    try:
+        for name in names:
+            print(f"\n== {name}", flush=True)
+            python = environment(name)
+            begin = time.monotonic()
+            counts = test(python, ROOT / f".venv-{name}" / "tests.xml")
+            minutes = f"{(time.monotonic() - begin) / 60:.1f}"
+            table.append(row([datetime.date.today(), name, platform.python_version(), *versions(python),
+                              *counts.values(), minutes]))  # fmt: skip
+            failed += counts["failed"]
+    finally:  # what is done is shown also where the next set cannot be installed or tested
+        print("", *table, sep="\n", flush=True)
     sys.exit(1 if failed else 0)
 
 

@@ -283,12 +283,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(texts, tmp_path, monkeypat
 
 
 def test_bare_commands_take_the_sample_and_say_so(tmp_path):
+    """Pretraining, fine-tuning, a chat, each in a process of its own: `run` sees that no library warns."""
     result = run("1-pretrain.py", *TINY, "--out_dir", tmp_path / "o", "--max_steps", 1)
     assert result.returncode == 0, result.stderr
     assert "training on the embedded sample dataset/sample/pretrain.jsonl" in result.stdout
     result = run("3-full_sft.py", *TINY, "--out_dir", tmp_path / "o", "--max_steps", 1)
     assert result.returncode == 0, result.stderr
     assert "embedded sample dataset/sample/sft.jsonl" in result.stdout and "o/pretrain_32.pth" in result.stdout
+    weight = ("--weight", tmp_path / "o" / "full_sft_32.pth")
+    result = run("2-eval.py", *weight, "--max_new_tokens", 4, input="你好\n再来\n\n")
+    assert result.returncode == 0 and result.stderr.count("[prompt ") == 2, result.stderr
 
 
 SAMPLES = {"lora": "lora_domain", "dpo": "dpo", "full_dist": "sft", "reason": "reason", "grpo": "reason"}
