@@ -20,6 +20,7 @@ from stage import (
     popen,
     run,
     run_flags,
+    weights_of,
     write_chats,
     write_texts,
 )
@@ -32,7 +33,7 @@ from model.weights import load_model
 from trainer.checkpoint import Files
 from trainer.cli import RunFailed, UserError, parse, stage_parser
 from trainer.dist import Engine, World
-from trainer.loop import Plan, SaveTimes, StopSignals, check_alike, resume_command, take_step
+from trainer.loop import Plan, SaveTimes, StopSignals, check_alike, resume_command, take_step, train
 from trainer.losses import language_model
 from trainer.start import prepare
 
@@ -180,7 +181,7 @@ def test_slow_steps_are_saved_each(tmp_path, monkeypatch, stage):
     saved = []
     monkeypatch.setattr(Files, "save", lambda self, engine, tokenizer, record, step, counters: saved.append(step))
     script.main([*flags, "--out_dir", str(tmp_path / "out")])
-    assert saved == [1, 2, 3]
+    assert saved == [1, 2, 3, 4]
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -291,3 +292,49 @@ def test_the_tokenizer_and_config_travel_with_the_weights(tmp_path):
               "learned_token_share", "learned_kept_share", "seconds", "tokens_per_second", "peak_memory_bytes",
               "weights"}  # fmt: skip
     assert wanted <= set(result)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "grpo"])
+def test_what_fails_after_the_last_step_loses_nothing(tmp_path, monkeypatch, stage):
+    """The last step is saved before the last validation; resumed, the run ends as the one that was not disturbed."""
+    script = load({"pretrain": "1-pretrain.py", "grpo": "train_grpo.py"}[stage])
+    flags = [*run_flags(stage, tmp_path, steps=4), "--eval_interval", "0", "--save_interval", "100", "--out_dir"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    wanted = script.main([*flags, str(whole)])
+    module = sys.modules["trainer.loop" if stage == "pretrain" else "trainer.rl"]
+    calls, evaluate = [], module.evaluate
+
+    def fails_at_the_end(*args):
+        calls.append(1)
+        if len(calls) == (1 if stage == "pretrain" else 2):  # GRPO validates before its first step too
+            raise OSError("the machine caught fire")
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", fails_at_the_end)
+        with pytest.raises(OSError, match="fire"):
+            script.main([*flags, str(broken)])
+    found = script.main([*flags, str(broken), "--resume"])
+    for key in ("steps", "tokens", "loss", "val_loss"):
+        assert found[key] == wanted[key]
+    name = weights_of(stage)
+    one, two = (torch.load(d / name, weights_only=True)["model"] for d in (whole, broken))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert (whole / name).with_suffix(".jsonl").read_text() == (broken / name).with_suffix(".jsonl").read_text()
+
+
+def test_weights_that_a_step_ruined_are_not_saved(tmp_path):
+    """A finite gradient, but a rate that overflows float32: the last save stays, and the run says so."""
+    flags = [*run_flags("pretrain", tmp_path, steps=3), "--save_interval", "1", "--optimizer", "adamw", "--warmup", "0",
+             "--out_dir", tmp_path / "out"]  # fmt: skip
+    done = run("1-pretrain.py", *flags, "--learning_rate", "3e38")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "not finite" in done.stderr and not (tmp_path / "out" / "pretrain_32.pth").exists()
+
+
+def test_a_run_that_learned_nothing_has_no_loss(tmp_path):
+    """All of its rows are empty: no NaN in the result."""
+    start, rows = make_start(tmp_path, "--max_steps", "1")
+    rows[0].batch = lambda indices, batch=rows[0].batch: batch([-1] * len(indices))
+    result = train(start, rows, language_model, WORLD)
+    assert result["loss"] is None and "NaN" not in json.dumps(result)

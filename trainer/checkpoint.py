@@ -18,7 +18,7 @@ from model.files import named
 from model.lora import save_lora
 from model.tokenizer import tokenizer_to_dict
 from model.weights import STATE_SUFFIX, read_header, save_atomically, save_weights
-from trainer.cli import UserError
+from trainer.cli import RunFailed, UserError
 from trainer.lock import lock
 
 FORMAT = "minimind-resume-1"
@@ -94,6 +94,7 @@ class Files:
 
     def save(self, engine, tokenizer, record: dict, step: int, counters: dict) -> None:
         """Writes the state and the weights; all processes call it, the first one writes."""
+        check_finite(engine.module, step)
         with named(self.shards):
             state = engine.state(self.shards)
         model = engine.whole_model()
@@ -141,6 +142,17 @@ class AdapterFiles(Files):
 
     def write(self, model, tokenizer, record: dict) -> None:
         save_lora(self.weights, model, record, name="default")
+
+
+def check_finite(model, step: int) -> None:
+    """Raises RunFailed where a step has ruined the weights: a finite gradient at too high a rate can. They are seen
+    before they take the place of those that are whole."""
+    for name, tensor in model.named_parameters():
+        if tensor.requires_grad and not tensor.isfinite().all():
+            raise RunFailed(
+                f"step {step} left numbers in {name} that are not finite; what was saved before is whole. Lower "
+                "--learning_rate or lengthen --warmup, and start from weights of before: --from_weight, --save_weight"
+            )
 
 
 def read_state(path, mmap=False) -> dict:

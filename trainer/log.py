@@ -56,7 +56,8 @@ class Log:
             for line in file.readlines() if start_step else ():
                 try:
                     record = json.loads(line)
-                    if record["step"] > start_step or not line.endswith(b"\n"):
+                    last = record["step"] == self.total and "tokens" not in record  # the validation is made again
+                    if record["step"] > start_step or last or not line.endswith(b"\n"):
                         break
                 except (ValueError, TypeError, KeyError):
                     break

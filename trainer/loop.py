@@ -62,7 +62,7 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
     record, shares = start.record | {"recipe": recipe}, train_rows.shares()
     log = open_log(start, world, plan, step, recipe, counters["run_id"])
     stop, saves = StopSignals(), SaveTimes(args)
-    begin, loss = time.perf_counter() - counters["seconds"], None
+    begin, loss = time.perf_counter() - counters["seconds"], counters.get("loss")
     feed = Feed(train_rows, plan, world.device)
     batches = feed.micro_batches(step)
     weight, tokens, stopping = world.sum(*amounts(batches), stop.signal)
@@ -79,8 +79,8 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
         weight, tokens, stopping, overdue = news
         if args.eval_interval and step % args.eval_interval == 0 and step < plan.steps:
             log.validation(step, **evaluate(engine, val_rows, loss_fn, args.batch_size, start.bytes_of_token))
-        if step < plan.steps and saves.due(step, overdue):
-            counters["seconds"] = time.perf_counter() - begin
+        if saves.due(step, overdue) or step == plan.steps:  # the last one before what else may fail
+            counters |= {"seconds": time.perf_counter() - begin, "loss": loss}
             log.flush()
             start.files.save(engine, start.tokenizer, record, step, counters)
     feed.close()

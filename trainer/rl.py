@@ -89,7 +89,7 @@ def train(start, questions, held_out, reference, rollout, world) -> dict:
     record = start.record | {"recipe": recipe}
     log = open_log(start, world, plan, step, recipe, counters["run_id"])
     stop, saves = StopSignals(), SaveTimes(args)
-    begin, loss = time.perf_counter() - counters["seconds"], None
+    begin, loss = time.perf_counter() - counters["seconds"], counters.get("loss")
     if counters["before"] is None:
         counters["before"], validation = evaluate(engine, rollout, held_out)
         log.validation(0, **validation)
@@ -105,8 +105,8 @@ def train(start, questions, held_out, reference, rollout, world) -> dict:
         stopping, overdue = world.sum(stop.signal, saves.overdue())
         if args.eval_interval and step % args.eval_interval == 0 and step < plan.steps:
             log.validation(step, **evaluate(engine, rollout, held_out)[1])
-        if step < plan.steps and saves.due(step, overdue):
-            counters["seconds"] = time.perf_counter() - begin
+        if saves.due(step, overdue) or step == plan.steps:  # the last one before what else may fail
+            counters |= {"seconds": time.perf_counter() - begin, "loss": loss}
             log.flush()
             start.files.save(engine, start.tokenizer, record, step, counters)
 
