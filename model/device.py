@@ -14,7 +14,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name!r} is no device; try auto, cpu, cuda or mps") from None
+        raise ValueError(f"--device {name} is no device; try auto, cpu, cuda or mps") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():

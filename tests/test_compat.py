@@ -17,10 +17,11 @@ PRIVATE = {
     "inference/prepare.py": {"_linear_pointwise", "_reorder_linear_weight"},
     "trainer/deepspeed_config.py": {"__compatible_ops__"},
     "trainer/deepspeed_engine.py": {"_config"},
+    "trainer/optim.py": {"_foreach_add_", "_foreach_lerp_", "_foreach_mul_"},
 }
 # What a class derived from transformers' PreTrainedModel says of itself; transformers reads these by name.
 DECLARED = {"_no_split_modules", "_supports_sdpa", "_can_compile_fullgraph", "_tied_weights_keys"}
-OF_PYTHON = {"_exit", "_replace", "__annotations__", "__cause__", "__version__"}  # documented
+OF_PYTHON = {"_exit", "_replace", "__annotations__", "__cause__", "__context__", "__version__"}  # documented
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in CODE}
 
 
@@ -62,6 +63,11 @@ def test_without_these_operators_answers_on_a_cpu_come_from_slower_products():
 
 def test_without_this_function_a_compiled_decode_step_is_no_cuda_graph():
     assert callable(torch._dynamo.mark_static_address)
+
+
+def test_without_these_functions_muon_takes_no_step():
+    """One operation on a list of tensors, as torch's own optimizers do them."""
+    assert all(callable(getattr(torch, name)) for name in PRIVATE["trainer/optim.py"])
 
 
 def test_transformers_still_reads_what_the_model_declares():
