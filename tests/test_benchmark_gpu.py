@@ -70,7 +70,7 @@ def test_parts_on_a_cpu_are_measured_once_and_called_a_cpus(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [(["--steps", 0], "--steps must be at least 1"), (["--rows", 0], "--rows must be at least 1"),
-     (["--steps", 1], "--steps must be at least 2 for kills"), (["--device", "gpu"], "'gpu' is no device")],
+     (["--steps", 1], "--steps must be at least 2 for kills"), (["--device", "gpu"], "gpu'? is no device")],
 )  # fmt: skip
 def test_wrong_flags_are_one_sentence(flags, words, tmp_path, capsys):
     with pytest.raises(UserError, match=words):
