@@ -103,6 +103,9 @@ class OnGpu(torch.Tensor):
     def __repr__(self):
         return f"OnGpu({self.here})"
 
+    def __reduce_ex__(self, protocol):
+        return self.here.__reduce_ex__(protocol)  # saved, and loaded on the CPU as map_location would have it
+
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return run(function, args, kwargs or {})
@@ -282,6 +285,7 @@ def pretend(capability: tuple[int, int]) -> None:
         "is_bf16_supported": capability >= (8, 0), "get_device_name": Properties.name, "current_device": 0,
         "device_count": 1, "max_memory_allocated": 0, "synchronize": None, "is_current_stream_capturing": False,
         "get_device_properties": Properties(capability), "manual_seed": None, "manual_seed_all": None,
+        "reset_peak_memory_stats": None,
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
