@@ -200,14 +200,15 @@ def check_kernel(name: str, args, kwargs) -> None:
         if ends.dtype != torch.int32:
             raise RuntimeError(f"cumulative lengths must be int32, not {ends.dtype}")
     if name == "_grouped_mm":
+        half = args[0].dtype == torch.bfloat16
         for matrix in args[:2]:
             wide = [stride for stride in matrix.stride()[-2:] if stride != 1]
-            if matrix.dtype != torch.bfloat16 or any(stride % 8 for stride in wide):
+            if matrix.dtype != args[0].dtype or any(stride * matrix.element_size() % 16 for stride in wide):
                 raise RuntimeError(
-                    f"grouped_mm takes bf16 with strides of 16 bytes, not {matrix.dtype} {matrix.stride()}"
+                    f"grouped_mm takes one type with strides of 16 bytes, not {matrix.dtype} {matrix.stride()}"
                 )
-        if torch.cuda.get_device_capability() < (9, 0):
-            COUNTS.wait("grouped_mm's way for older GPUs, which copies the group sizes")
+        if not half or torch.cuda.get_device_capability() < (9, 0):
+            COUNTS.wait("grouped_mm's way for older GPUs and other types, which copies the group sizes")
 
 
 def count_waits(name: str, args, kwargs) -> None:
@@ -261,9 +262,14 @@ def fused_rms_norm_backward(d_out, x, shape, rstd, weight, *more):
     return d_x.to(x.dtype), (g32 * normed).flatten(0, -2).sum(0).to(weight.dtype)
 
 
+def histogram(x, *args, **kwargs):
+    """CUDA counts integers too."""
+    return torch.histc(x.float(), *args, **kwargs).to(x.dtype)
+
+
 KERNELS = {
     "_varlen_attn": varlen_attention, "_varlen_attn_backward": varlen_attention_backward,
-    "_fused_rms_norm_backward": fused_rms_norm_backward,
+    "_fused_rms_norm_backward": fused_rms_norm_backward, "histc": histogram,
 }  # fmt: skip
 
 
