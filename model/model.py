@@ -195,14 +195,17 @@ class DocumentLengths:
     @classmethod
     def of(cls, segment_ids: Tensor, ends: Tensor | None, dtype: torch.dtype, head_dim: int):
         """segment_ids (B, T), ends: as document_ends has them, which are computed here where they are None."""
-        half = dtype in (torch.bfloat16, torch.float16)
-        if not (segment_ids.is_cuda and half and head_dim <= 256 and head_dim % 8 == 0):
-            return None
-        if torch.cuda.get_device_capability(segment_ids.device) < (8, 0) or torch.version.hip:
-            return None
-        if "window_size" not in VARLEN_ARGUMENTS:  # torch 2.11 and later
+        if not cls.served(segment_ids.device, dtype, head_dim):
             return None
         return cls(document_ends(segment_ids) if ends is None else ends, segment_ids.shape[1])
+
+    @staticmethod
+    def served(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+        """Whether a kernel is there for such numbers: NVIDIA's GPUs from Ampere on, and torch 2.11 and later."""
+        half = dtype in (torch.bfloat16, torch.float16)
+        if device.type != "cuda" or torch.version.hip or not half or head_dim > 256 or head_dim % 8:
+            return False
+        return "window_size" in VARLEN_ARGUMENTS and torch.cuda.get_device_capability(device) >= (8, 0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, T, h), k and v (B, G, T, h) of one half-precision type -> (B, H, T, h)."""

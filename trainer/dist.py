@@ -18,7 +18,7 @@ import torch.distributed as torch_dist
 from torch.nn.parallel import DistributedDataParallel
 
 from model.compat import checkpoint_activations
-from model.device import pick_device, pick_dtype
+from model.device import pick_device, pick_dtype, upload
 from trainer.cli import RunFailed, UserError, disk_fault, out_of_memory, user_errors
 from trainer.memory import what_to_lower
 from trainer.optim import make_optimizers
@@ -48,7 +48,7 @@ class World:
         if self.size == 1:
             values = torch.stack(there).tolist() if there else []
         else:
-            total = torch.stack([*there, *torch.tensor(here, dtype=kind, device=self.device)])
+            total = torch.stack([*there, *upload(here, self.device, kind)])
             torch_dist.all_reduce(total)
             values = total.tolist()
             here = values[len(there) :]

@@ -2,7 +2,7 @@
 
 import torch
 
-from model.model import LOSS_CHUNK_GPU
+from model.model import LOSS_CHUNK_GPU, DocumentLengths
 from model.moe import experts_kind
 
 GB = 2**30
@@ -22,12 +22,13 @@ def training_bytes(config, args, world, batch_size: int, trainable: int, others=
     states = 4 * (total + (1 + moments) * trainable)
     tokens, V, T = batch_size * args.seq_len, config.vocab_size, args.seq_len
     half = world.dtype != torch.float32
+    by_lengths = DocumentLengths.served(world.device, world.dtype, config.head_dim)  # and without a mask
     layer = layer_bytes(config, world) * tokens
     between = 4 * config.dim * tokens  # what passes from layer to layer
     masks = 5 * batch_size * T**2  # True or False, and the number that is added to a score
     if half:
         states += 2 * total  # autocast's copies of the weights
-        masks = 0 if uses_lengths(config, world) else (1 + 2 * config.n_layers) * batch_size * T**2
+        masks = 0 if by_lengths else (1 + 2 * config.n_layers) * batch_size * T**2
     kept = between * config.n_layers + layer if args.gradient_checkpointing else layer * config.n_layers
     if world.device.type == "cuda":
         # Computed again in the backward pass a chunk at a time, and gone before the layers' gradients are there.
@@ -44,15 +45,10 @@ def layer_bytes(config, world) -> int:
         # Both norms' inputs and outputs, two sums; queries, keys and values before and after the rotation, twice.
         return 4 * (6 * config.dim + 2 * (2 * H + 2 * G) * h + feed_forward_numbers(config, world))
     # Autocast: the residual stream is float32, each norm's output 2 bytes, and so is all that products read and write.
-    heads = 2 * H + 2 * G if uses_lengths(config, world) else 4 * H  # masked attention repeats keys and values
+    by_lengths = DocumentLengths.served(world.device, world.dtype, h)
+    heads = 2 * H + 2 * G if by_lengths else 4 * H  # masked attention repeats keys and values
     norms = 4 * (H + G) * h if config.qk_norm else 0
     return 12 * config.dim + 2 * heads * h + norms + 2 * feed_forward_numbers(config, world)
-
-
-def uses_lengths(config, world) -> bool:
-    """Whether attention goes by documents' lengths, without a mask (model.model.DocumentLengths)."""
-    cuda = world.device.type == "cuda" and world.dtype != torch.float32 and config.head_dim % 8 == 0
-    return cuda and torch.cuda.get_device_capability(world.device) >= (8, 0)
 
 
 def feed_forward_numbers(config, world) -> int:

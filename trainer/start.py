@@ -139,7 +139,7 @@ def choose_rows(args, model, state: dict | None) -> None:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         world = World(0, 1, device, dtype)
         args.batch_size, args.accumulation_steps = rows_that_fit(model.config, args, world, trainable)
-        note(f"{args.batch_size} rows in a micro-batch, as many as {device} takes; --batch_size says otherwise")
+        note(f"{args.batch_size} of a step's rows together, by the memory of {device}; --batch_size says otherwise")
 
 
 def resolve_data(args, minimind_files, sample: str) -> list[Path]:
