@@ -91,10 +91,13 @@ def run_main(main, argv=None) -> None:
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
-        if (words := disk_fault(error)) is None:
-            raise
-        print(f"failed: {words}; see to it and give the same command again", file=sys.stderr)
-        sys.exit(1)
+        if (words := disk_fault(error)) is not None:
+            print(f"failed: {words}; see to it and give the same command again", file=sys.stderr)
+            sys.exit(1)
+        if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and error.filename is not None:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            sys.exit(2)
+        raise
     except KeyboardInterrupt:  # while data are read; during training the loop saves first
         print("stopped", file=sys.stderr)
         sys.exit(130)
