@@ -12,7 +12,9 @@ from pathlib import Path
 
 from model.LMConfig import DEFAULT_PRESET, PRESETS
 
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over a limit, or broken
+DISK_FAULTS = (  # full, over a limit, broken, gone
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE,
+)  # fmt: skip
 DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 SHAPE_FLAGS = {  # fields of LMConfig that can be set on the command line, and what they are
