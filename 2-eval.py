@@ -19,8 +19,9 @@ from inference import console
 from inference.console import as_messages, note
 from inference.scoring import is_right
 from inference.text import split_thinking
+from model.files import replaced
 from processing import judge
-from trainer.cli import Parser, UserError, run_main, user_errors
+from trainer.cli import Parser, UserError, disk_fault, run_main, user_errors
 
 
 def parse(argv):
@@ -95,9 +96,11 @@ def keep(args, path, file, lines) -> Path:
     """Writes the generated texts where they can be read again."""
     target = Path(args.answers_file or f"out/answers_{path.stem}_{Path(file).stem}.jsonl")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("".join(lines), encoding="utf-8")
+        with replaced(target, text=True) as file:
+            file.writelines(lines)
     except OSError as error:
+        if disk_fault(error):
+            raise
         raise UserError(f"cannot write the answers to {target}: {error.strerror}; see --answers_file") from None
     return target
 

@@ -146,7 +146,7 @@ def add_report(commands):
     command.add_argument("file", metavar="FILE")
     command.add_argument("--tokenizer", metavar="FOLDER", help="default: the project's")
     command.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show (%(default)s)")
-    command.add_argument("--plot", metavar="FILE.png", help="draw lengths and languages")
+    command.add_argument("--plot", metavar="FILE.png", help="draw lengths and languages (.png, .pdf, .svg)")
     command.add_argument("--workers", type=int, default=default_workers(), metavar="N", help="processes (%(default)s)")
     command.add_argument("--seed", type=int, default=42, help="of the samples (%(default)s)")
     command.set_defaults(run=report)

@@ -19,6 +19,7 @@ from pathlib import Path
 from export.transformers_folder import write_transformers_folder
 from inference import console, exam, exam_report, harness
 from inference.console import note
+from model.files import replaced
 from processing.contamination import search
 from trainer.cli import Parser, UserError, run_main, user_errors
 from trainer.read import check_file
@@ -116,8 +117,10 @@ def run(args):
         "seconds": round(time.perf_counter() - begin, 2),
     }  # fmt: skip
     exam_report.write_answers(out_dir, split, graded.answers)
-    (out_dir / "test.log").write_text("\n".join(report) + "\n", encoding="utf-8")
-    (out_dir / "summary.json").write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    with replaced(out_dir / "test.log", text=True) as file:
+        file.write("\n".join(report) + "\n")
+    with replaced(out_dir / "summary.json", text=True) as file:
+        file.write(json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     try:
         exam_report.plot(out_dir / "accuracy.png", graded.answers, summary)
     except ImportError:

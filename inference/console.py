@@ -118,8 +118,9 @@ def open_engine(args, path: Path, foreign: bool = False, **options) -> tuple[Eng
 def load_foreign(path: Path, fault: ValueError) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Any model that transformers has a class for, from a folder and without the folder's code; else raises `fault`."""
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        code = {"trust_remote_code": False}  # without the word transformers would ask whether to run it
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **code)
+        tokenizer = AutoTokenizer.from_pretrained(path, **code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{fault}; and transformers cannot run it: {str(error).splitlines()[0]}") from None
     if found["missing_keys"]:

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from inference.exam import LETTERS, Answer, Subject
+from model.files import replaced
 
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Zen Hei", "SimHei")
 Z = 1.959964  # 97.5th percentile of the normal distribution: intervals of 95%
@@ -82,7 +83,8 @@ def lines(subjects: list[Subject], answers: dict[str, list[Answer]], summary: di
 def write_answers(folder: Path, split: str, answers: dict[str, list[Answer]]) -> None:
     """<subject>_<split>_result.csv for each subject, in MiniMind v1's columns, with the letters' probabilities."""
     for name, these in answers.items():
-        with open(folder / f"{name}_{split}_result.csv", "w", encoding="utf-8-sig", newline="") as file:
+        with replaced(folder / f"{name}_{split}_result.csv", text=True) as file:
+            file.write("\ufeff")  # by which Excel knows UTF-8
             writer = csv.writer(file)
             writer.writerow(["question", *LETTERS, "answer", "llm_answer", "is_right", *(f"p_{x}" for x in LETTERS)])
             for a in these:
@@ -114,5 +116,6 @@ def plot(path: Path, answers: dict[str, list[Answer]], summary: dict) -> None:
         axes.set(xlim=(0, 1), xlabel="accuracy")
         axes.tick_params(axis="y", labelsize=7)
         axes.legend()
-        figure.savefig(path, dpi=120)
+        with replaced(path) as file:
+            figure.savefig(file, format="png", dpi=120)
         pyplot.close(figure)

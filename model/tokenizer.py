@@ -189,7 +189,8 @@ def load_tokenizer(path=None) -> PreTrainedTokenizerFast:
     if "tokenizer.json" in files:
         return tokenizer_from_dict(files)
     try:
-        return AutoTokenizer.from_pretrained(folder)  # a kind of vocabulary that transformers can convert
+        # A kind of vocabulary that transformers can convert. Without the word it asks whether to run the folder's code.
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer that can be read in {folder}: {error}") from None
 

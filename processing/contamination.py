@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inference.exam import Subject
+from model.files import named
 from trainer.read import BadRow, parse_record, raw_rows
 
 SHORTEST = 10  # characters; anything shorter is said by accident
@@ -47,7 +48,7 @@ def search(files, subjects, target: Path) -> dict:
     """
     exam_in = Contamination(subjects)
     rows, bad, overlapping, questions = 0, 0, 0, set()
-    with open(target, "w", encoding="utf-8-sig", newline="") as file:
+    with named(target), open(target, "w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "line", "subject", "number", "rule", "text"])
         for path in files:

@@ -3,7 +3,12 @@
 import csv
 import json
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+
+from model.files import replaced
+from trainer.cli import RunFailed
+from trainer.read import DAMAGED, parquet_rows
 
 SPLITS = ("dev", "val", "test", "train")
 
@@ -25,27 +30,39 @@ def arrange(folder) -> int:
 
 def _unzip(archive: Path, folder: Path):
     """CSV files only, by the last two parts of their names: no member can leave the folder."""
-    with zipfile.ZipFile(archive) as file:
+    with _told_of(archive):
+        file = zipfile.ZipFile(archive)
+    with file:
         for member in file.infolist():
             path = PurePosixPath(member.filename)
             if path.suffix != ".csv" or "__MACOSX" in path.parts:
                 continue
             split = path.parent.name if path.parent.name in SPLITS else ""
             target = folder / split / path.name
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(file.read(member))
+            with _told_of(archive):
+                content = file.read(member)
+            with replaced(target) as copy:
+                copy.write(content)
 
 
 def _write_rows(table: Path, folder: Path, split: str):
-    from pyarrow import parquet
-
-    rows = parquet.read_table(table).to_pylist()
+    with _told_of(table):
+        rows = [row for _, row in parquet_rows(table)]
     if rows and "answerKey" in rows[0]:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        with replaced(folder / f"{split}.jsonl", text=True) as file:
+            file.writelines(lines)
         return
-    (folder / split).mkdir(exist_ok=True)
-    with open(folder / split / f"{table.parent.name}_{split}.csv", "w", encoding="utf-8", newline="") as file:
+    with replaced(folder / split / f"{table.parent.name}_{split}.csv", text=True) as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextmanager
+def _told_of(path: Path):
+    """Around what reads a file that was fetched."""
+    try:
+        yield
+    except (zipfile.BadZipFile, RuntimeError, *DAMAGED) as error:  # RuntimeError: of a kind that is not read, encrypted
+        raise RunFailed(f"{path} cannot be unpacked ({error}); delete it and give the same command again") from None

@@ -9,6 +9,7 @@ import codecs
 import csv
 import io
 import json
+import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,11 +56,21 @@ def find_files(path) -> tuple[list[Path], list[Path]]:
         raise UserError(f"no such file or folder: {path}")
     if path.is_file() and kind_of(path) is None:
         raise UserError(f"{path}: unknown kind of file; data files end in {', '.join(KINDS)} (.gz, .zst)")
-    inside = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    inside = [path] if path.is_file() else sorted(_walk(path))
     files = [file for file in inside if kind_of(file)]
     if not files:
         raise UserError(f"no data files in {path}; they end in {', '.join(KINDS)}")
     return files, [file for file in inside if not kind_of(file)]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files in a folder and those in it (pathlib passes over one that cannot be read without a word)."""
+
+    def refuse(error: OSError):
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        yield from (path for name in names if (path := Path(place) / name).is_file())
 
 
 def kind_of(path: Path) -> str | None:

@@ -5,8 +5,8 @@ the lengths, 12 bytes a row, and at the end the search for copies, some 200 byte
 """
 
 import heapq
+import importlib.util
 import itertools
-import os
 import sys
 import tempfile
 from collections import Counter
@@ -16,17 +16,18 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from model.files import named
+from model.files import named, replaced
 from model.tokenizer import encode_texts, load_tokenizer, render_spans, tokenizer_from_dict, tokenizer_to_dict
 from processing.clean import row_text
 from processing.dedup import Fingerprints, exact_key, find_copies, signature
 from processing.filters import language_of
-from trainer.cli import UserError
+from trainer.cli import UserError, user_errors
 from trainer.read import BadRow, check_file, parse, parse_record, raw_rows
 from trainer.workers import ordered_map
 
 KINDS = {"text": "pretraining text", "chat": "conversations", "pair": "preference pairs"}
 SAMPLE_CHARS = 300
+PLOTS = (".png", ".pdf", ".svg")
 BAR = 40  # characters of the longest bar
 BATCH_ROWS = 256
 
@@ -48,10 +49,12 @@ class Measured(NamedTuple):
 
 def kind_of(path) -> str:
     """One of "text", "chat" and "pair", by the keys of the first row."""
-    line, raw = next(raw_rows(path), (0, None))
+    if (first := next(raw_rows(path), None)) is None:
+        raise UserError(f"{path} holds no rows")
+    line, raw = first
     try:
         record = parse_record(raw)
-    except (BadRow, AttributeError) as error:
+    except BadRow as error:
         raise UserError(f"{path}:{line}: {error}") from None
     if "chosen" in record:
         return "pair"
@@ -61,7 +64,11 @@ def kind_of(path) -> str:
 def describe(path, tokenizer_path=None, samples=3, seed=42, plot=None, workers=1) -> dict:
     """All figures of a file; writes the plot if it is named."""
     path = check_file(path)
-    kind, tokenizer = kind_of(path), load_tokenizer(tokenizer_path)
+    if plot:
+        check_plot(plot)
+    with user_errors():
+        tokenizer = load_tokenizer(tokenizer_path)
+    kind = kind_of(path)
     totals, languages, shown = Counter(), Counter(), []
     characters, tokens, turns = [], [], []
     with tempfile.TemporaryDirectory() as folder, named(folder):
@@ -191,6 +198,16 @@ def print_report(result: dict) -> None:
     print()
 
 
+def check_plot(path) -> None:
+    """UserError where no plot can be drawn there: said before the work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs the package matplotlib: pip install matplotlib")
+    if Path(path).suffix not in PLOTS:
+        raise UserError(f"--plot {path}: the name's ending says what is drawn, one of {', '.join(PLOTS)}")
+    if Path(path).is_dir():
+        raise UserError(f"--plot {path} is a folder")
+
+
 def draw(result: dict, tokens: np.ndarray, path) -> None:
     """Lengths on a logarithmic axis, beside the shares of the languages."""
     import matplotlib
@@ -198,15 +215,12 @@ def draw(result: dict, tokens: np.ndarray, path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), width_ratios=(2, 1))
     left.hist(tokens, bins=np.geomspace(max(tokens.min(), 1), tokens.max() + 1, 40))
     left.set(xscale="log", xlabel="tokens of a row", ylabel="rows", title=f"{result['rows']:,} rows")
     right.barh(list(result["languages"]), list(result["languages"].values()))
     right.set(xlabel="share of the rows", title="languages")
     figure.tight_layout()
-    temporary = path.with_name(f"{path.stem}.new.png")
-    figure.savefig(temporary, dpi=120)
+    with replaced(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
     pyplot.close(figure)
-    os.replace(temporary, path)

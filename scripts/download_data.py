@@ -12,7 +12,6 @@ second start. Before anything is fetched sizes and licences are shown and the fr
 whose SHA-256 the source publishes is compared with it.
 """
 
-import errno
 import fnmatch
 import hashlib
 import json
@@ -26,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from processing.exams import arrange
-from trainer.cli import Parser, RunFailed, UserError, run_main
+from trainer.cli import Parser, RunFailed, UserError, disk_fault, run_main
 from trainer.lock import lock
 
 
@@ -206,10 +205,21 @@ def _listing(source, item: Item, folder: Path) -> tuple[str, list[Remote]]:
     source.repository(item)
     licence, there = _attempt(source, item, folder, item.files[0], partial(source.listing, item))
     files = [f for f in there if any(fnmatch.fnmatch(f.path, pattern) for pattern in item.files)]
+    if astray := [f.path for f in files if not _inside(folder, f.path)]:
+        repository = source.repository(item)
+        raise RunFailed(f"{repository} lists {astray[0]!r}, which lies outside {folder}: nothing was fetched")
     if not files:
         names = ", ".join(sorted(f.path for f in there)[:30])
         raise RunFailed(f"{source.repository(item)} has no {' or '.join(item.files)} any more; it holds {names}")
     return licence, files
+
+
+def _inside(folder: Path, path: str) -> bool:
+    """Whether a file that a source lists stays in its folder: its path leads neither up, nor from the root or a drive,
+    on any system, nor through a link."""
+    if set(path) & set("\\:\0") or path.startswith("/") or ".." in path.split("/"):
+        return False
+    return (folder / path).parent.resolve().is_relative_to(folder.resolve())
 
 
 def _attempt(source, item: Item, folder: Path, path: str, action):
@@ -219,8 +229,8 @@ def _attempt(source, item: Item, folder: Path, path: str, action):
     except (UserError, RunFailed, KeyboardInterrupt):
         raise
     except Exception as error:  # each client has errors of its own; but for a full disk they mean that nothing came
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise RunFailed(f"the disk with {folder} is full; make room, and the same command goes on") from None
+        if disk_fault(error):
+            raise OSError(error.errno, error.strerror, str(folder / path)) from None
         said = str(error).strip().splitlines() or [""]
         raise RunFailed(
             f"{source.name} did not answer ({type(error).__name__}: {said[0][:200]}); the same command goes on where "

@@ -66,6 +66,8 @@ def main(argv=None):
     started = time.time()
     corpus = Corpus(files, args.val_split, args.limit_mb * 1e6, args.skip_bad_lines)
     tokenizer = train_tokenizer(corpus, args.vocab_size)
+    if not corpus.documents and not any(corpus.held_out.values()):
+        raise UserError(f"no text to learn from in {', '.join(path for path, _ in files)}")
     if corpus.documents == 0:
         raise UserError("every document was held out: nothing was learned; lower --val_split or raise the weights")
     if len(tokenizer) < args.vocab_size:

@@ -245,6 +245,14 @@ def test_all_frames_of_a_zstandard_file_are_read(tmp_path):
     assert list(iter_texts([tmp_path / "a.jsonl.zst"])) == TEXTS
 
 
+def test_a_bad_line_whose_keys_are_no_unicode_is_said_and_kept_in_the_cache(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n{"\\ud800": 1}\n')
+    with pytest.raises(UserError, match='a.jsonl:2: no key "text"'):
+        tokenised(tmp_path / "a.jsonl", "text", TOKENIZER, tmp_path / "c")
+    cache = tokenised(tmp_path / "a.jsonl", "text", TOKENIZER, tmp_path / "c", skip_bad_lines=True)
+    assert len(cache) == 1 and "\ud800" in cache.meta["first_bad"][0][1]
+
+
 def test_minimind_v1_columns(tmp_path):
     file = tmp_path / "v1.csv"
     file.write_text("history,q,a\r\n\"[['你好', '你好！']]\",再见,再见。\r\n[],一,二\r\n", encoding="utf-8")

@@ -164,6 +164,16 @@ def test_the_log_and_the_curve(disk, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_the_answers_of_an_evaluation(disk):
+    target, keep = disk.place / "answers.jsonl", load("2-eval.py").keep
+    args = SimpleNamespace(answers_file=str(target))
+    keep(args, target, target, ["old\n"])
+    disk.fill()
+    with pytest.raises(OSError, match="No space left") as caught:  # of which run_main makes exit code 1
+        keep(args, target, target, ["new" * 1000])
+    assert disk_fault(caught.value).startswith(str(target)) and target.read_text() == "old\n"
+
+
 def test_a_programs_last_words_are_one_line(tmp_path, capfd):
     """Of one that may let no file grow past a limit."""
     flags = [*run_flags("pretrain", tmp_path), "--out_dir", str(tmp_path / "out")]

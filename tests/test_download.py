@@ -17,8 +17,8 @@ from pyarrow import parquet
 
 from inference.exam import read_exam
 from processing.exams import arrange
-from scripts.download_data import HuggingFace, main
-from trainer.cli import run_main
+from scripts.download_data import HuggingFace, Remote, download, main
+from trainer.cli import RunFailed, run_main
 
 REPO = "/datasets/jingyaogong/minimind_dataset"
 CONTENT = b'{"text": "12345"}\n' * 2_700_000  # 49 MB: the client keeps what came in whole blocks of 10 MB
@@ -158,6 +158,55 @@ def test_without_network_the_address_and_the_place_are_named(fetch, tmp_path, so
     assert f"fetch http://127.0.0.1:9/{address}/lora_identity.jsonl and put it at {tmp_path}/lora_identity.jsonl" in err
 
 
+class Mirror:
+    """A source that lists what it likes."""
+
+    name = "mirror"
+
+    def __init__(self, *paths):
+        self.paths = paths
+
+    def repository(self, item):
+        return item.huggingface
+
+    def listing(self, item):
+        return "mit", [Remote("config.json", 2, None), *(Remote(path, 2, None) for path in self.paths)]
+
+    def fetch(self, item, file, folder):
+        (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file.path).write_bytes(b"{}")
+
+
+@pytest.mark.parametrize("path", [
+    "../x.json", "a/../../x.json", "{outside}/x.json", "..\\x.json", "C:\\x.json", "C:x.json", "a/x.json:b.json",
+    "link/x.json", "link/deep/x.json",
+])  # fmt: skip
+def test_a_source_writes_nothing_outside_its_folder(path, tmp_path):
+    folder, outside = tmp_path / "in" / "weights", tmp_path / "in"
+    folder.mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    path = path.format(outside=outside)
+    with pytest.raises(RunFailed, match="which lies outside .*weights: nothing was fetched"):
+        download(["minimind2"], Mirror(path), str(folder), False)
+    assert {p.name for p in tmp_path.rglob("*")} == {"in", "weights", "link", "elsewhere"}
+
+
+def test_files_in_folders_and_a_folder_that_is_a_link_are_fetched(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "weights").symlink_to(tmp_path / "big")
+    assert download(["minimind2"], Mirror("a/b..c/x.json"), str(tmp_path / "weights"), False)["fetched"] == 2
+    assert (tmp_path / "big" / "a" / "b..c" / "x.json").exists()
+
+
+@pytest.mark.parametrize("name", ["ceval.zip", "logic/val-00000-of-00001.parquet"])
+def test_a_damaged_exam_is_one_line(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"PK and nothing more")
+    with pytest.raises(RunFailed, match=rf"{name} cannot be unpacked \([^\n]+\); delete it"):
+        arrange(tmp_path)
+
+
 def test_exams_are_laid_out_as_they_are_read(tmp_path):
     row = {"id": 0, "question": "1+1=?", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"}
     for split in ("dev", "val"):
@@ -194,7 +243,8 @@ def test_a_full_disk_is_no_fault_of_the_source(fetch, monkeypatch):
 
     monkeypatch.setattr(HuggingFace, "fetch", full)
     code, _, err = fetch(Hub(), "pretrain_hq")
-    assert code == 1 and "is full; make room" in err and "did not answer" not in err
+    told = "pretrain_hq.jsonl: No space left on device (the disk at /); see to it and give the same command again\n"
+    assert code == 1 and err.endswith(told) and "did not answer" not in err
 
 
 def test_a_second_start_goes_on_where_the_first_one_broke(fetch, tmp_path):

@@ -18,6 +18,7 @@ from tokenizers.decoders import DecodeStream
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from inference.console import load_foreign
 from model.chat_template import normalise_conversation
 from model.tokenizer import (
     ADDED_TOKENS,
@@ -146,6 +147,21 @@ def test_save_and_load(tmp_path):
     (tmp_path / "a" / "b" / "config.json").write_text("{}")
     save_tokenizer(small, tmp_path / "a" / "b")  # into a folder with other files: they stay
     assert (tmp_path / "a" / "b" / "config.json").exists()
+
+
+@pytest.mark.parametrize("reader", ["tokenizer", "model"])
+def test_code_that_lies_in_a_folder_is_neither_run_nor_asked_about(reader, tmp_path, monkeypatch):
+    """transformers asks "run the custom code? [y/N]" where nobody has told it."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\nclass Evil: ...\n", "utf-8")
+    names = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    told = {"auto_map": names, "model_type": "evil", "tokenizer_class": "EvilTokenizer"}
+    for file in ("config.json", "tokenizer_config.json"):
+        (tmp_path / file).write_text(json.dumps(told), "utf-8")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    with pytest.raises(ValueError, match="no tokenizer that can be read" if reader == "tokenizer" else "cannot run it"):
+        load_tokenizer(tmp_path) if reader == "tokenizer" else load_foreign(tmp_path, ValueError("of another kind"))
+    assert not asked and not (tmp_path / "was_run").exists()
 
 
 def test_load_faults(tmp_path):

@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from model.chat_template import ROLES, assistant_text, normalise_conversation
-from model.files import named, replaced
+from model.files import named
 from model.tokenizer import (
     encode_texts,
     render_spans,
@@ -153,6 +153,8 @@ def _build(path, kind, tokenizer, final: Path, skip_bad_lines: bool, workers):
                     file.write(np.asarray(arrays[name], dtype if name == "tokens" else ARRAYS[name]).tobytes())
                 if bad and not skip_bad_lines and len(meta["first_bad"]) >= BAD_LINES_SHOWN:
                     break
+            files["meta"] = stack.enter_context(open(building / "meta.json", "wb"))
+            files["meta"].write(json.dumps(meta).encode())
             for file in files.values():  # a power cut after the renaming would find it empty
                 file.flush()
                 os.fsync(file.fileno())
@@ -160,8 +162,6 @@ def _build(path, kind, tokenizer, final: Path, skip_bad_lines: bool, workers):
             lines = "\n".join(f"       {path}:{line}: {reason}" for line, reason in meta["first_bad"][1:])
             line, reason = meta["first_bad"][0]
             raise UserError(f"{path}:{line}: {reason} (--skip_bad_lines leaves such lines out)\n{lines}".rstrip())
-        with replaced(building / "meta.json", text=True) as file:
-            file.write(json.dumps(meta, ensure_ascii=False))
         try:
             os.rename(building, final)
         except OSError:

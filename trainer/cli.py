@@ -12,7 +12,9 @@ from pathlib import Path
 
 from model.LMConfig import DEFAULT_PRESET, PRESETS
 
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over a limit, or broken
+DISK_FAULTS = (  # full, over a limit, broken, gone
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE,
+)  # fmt: skip
 DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 BATCH = ("batch_size", "accumulation_steps")
@@ -92,10 +94,13 @@ def run_main(main, argv=None) -> None:
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
-        if (words := disk_fault(error)) is None:
-            raise
-        print(f"failed: {words}; see to it and give the same command again", file=sys.stderr)
-        sys.exit(1)
+        if (words := disk_fault(error)) is not None:
+            print(f"failed: {words}; see to it and give the same command again", file=sys.stderr)
+            sys.exit(1)
+        if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and error.filename is not None:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            sys.exit(2)
+        raise
     except KeyboardInterrupt:  # while data are read; during training the loop saves first
         print("stopped", file=sys.stderr)
         sys.exit(130)

@@ -68,6 +68,10 @@ def check_file(path) -> Path:
         raise UserError(f"{path}: unknown kind of file; data files end in {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty: it has no rows to learn from")
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return path
 
 
