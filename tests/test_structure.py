@@ -33,6 +33,7 @@ LAZY = (
     "tensorboard",
     "gguf",
     "huggingface_hub",
+    "ray",
 )
 
 
