@@ -18,10 +18,12 @@ are trained. See model/lora.py. The adapter's file is given to other programs li
 import re
 from pathlib import Path
 
+from trainer import dist  # before torch, see there
+
+# isort: split
 from model.lora import PROJECTIONS, LoraConfig, add_lora, load_lora
 from model.peft_folder import check_peft, save_peft
 from model.weights import load_model
-from trainer import dist
 from trainer.cli import UserError, parse, run_main, stage_parser
 from trainer.loop import train
 from trainer.losses import language_model

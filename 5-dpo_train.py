@@ -70,8 +70,8 @@ def preference_loss(args, reference):
     def loss_fn(model, batch):
         out, log_probs, counts = pair_log_probs(model, batch)  # (B, S): chosen, rejected, chosen, rejected, ...
         frozen = reference.log_probs(batch)
-        real = batch["documents"][:, ::2] >= 0
-        *sums, tokens = [(x[:, ::2][real], x[:, 1::2][real]) for x in (log_probs, frozen, counts)]  # (n,) each
+        real = batch["documents"][:, ::2] >= 0  # (B, S / 2); a row has as many places for pairs as the fullest one
+        *sums, tokens = [(x[:, ::2], x[:, 1::2]) for x in (log_probs, frozen, counts.clamp(min=1))]
         means = [(chosen / tokens[0], rejected / tokens[1]) for chosen, rejected in sums]
         policy, ref = means if per_token else sums
         if args.loss == "simpo":
@@ -80,16 +80,17 @@ def preference_loss(args, reference):
             loss = losses.orpo_loss(*policy, args.beta)
         else:
             loss = losses.dpo_loss(*policy, *ref, args.beta, args.label_smoothing, args.loss)
-        learned = loss.sum() - sft_weight * means[0][0].sum()
-        total, numbers = losses.with_balance(learned, out, batch)
+        learned = losses.masked_sum(loss, real) - sft_weight * losses.masked_sum(means[0][0], real)
+        learned, numbers = losses.with_balance(learned, out, batch)
         more = {
             "accuracy": sums[0][0] > sums[0][1],
             "accuracy_per_token": means[0][0] > means[0][1],
             "margin": args.beta * ((policy[0] - ref[0]) - (policy[1] - ref[1])),
             "kl": (sum(sums[1]) - sum(sums[0])) / 2,
         }
-        numbers |= {name: values.detach().sum() for name, values in {"loss": loss, **more}.items()}
-        return total, real.sum(), numbers
+        for name, values in {"loss": loss, **more}.items():
+            numbers[name] = losses.masked_sum(values.detach().float(), real)
+        return learned, real.sum(), numbers
 
     return loss_fn
 

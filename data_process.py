@@ -4,15 +4,12 @@ Each subcommand prints a table of what it did and, as its last line on stdout, o
 """
 
 import dataclasses
-import errno
 import json
 import math
 import os
 import sys
 
-from trainer.cli import Parser, RunFailed, UserError, run_main
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from trainer.cli import Parser, UserError, run_main
 
 
 def sample(args):
@@ -218,10 +215,6 @@ def main(argv=None):
     args = parse(argv)
     try:
         result = args.run(args)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise RunFailed(f"the disk is full ({error}); make room and give the same command again") from None
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -15,7 +15,7 @@ al. 2015); other divergences by --kl, see trainer.losses.kd_loss. Black-box dist
   python train_distill.py --teacher big.pth --rows text --data_path corpus.jsonl --kl reverse
 """
 
-from trainer import dist  # before torch, see trainer/__init__.py
+from trainer import dist  # before torch, see there
 
 # isort: split
 import torch
@@ -26,7 +26,7 @@ from model.tokenizer import load_tokenizer, tokenizer_hash
 from model.weights import FREE_FIELDS
 from trainer.cli import UserError, parse, run_main, stage_parser
 from trainer.loop import train
-from trainer.losses import distillation_sums, with_balance
+from trainer.losses import distillation_sums, inputs, with_balance
 from trainer.start import find_frozen, load_weights, prepare, random_model, shape_flags
 
 MINIMIND_FILES = ("sft_mini_512.jsonl", "sft_t2t_mini.jsonl", "sft_512.jsonl")
@@ -74,12 +74,13 @@ def distillation(args, teacher):
     """The loss function: sums over the learned tokens."""
 
     def loss_fn(model, batch):
-        out = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
+        out = model(**inputs(batch))
         with torch.no_grad():
-            hidden = teacher.model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"]).last_hidden_state
+            hidden = teacher.model(**inputs(batch)).last_hidden_state
         ce, kd, count = distillation_sums(
-            out.logits, hidden, teacher.lm_head, batch["labels"], args.temperature, args.kl, args.skew
-        )
+            out.logits, hidden, teacher.lm_head, batch["labels"], args.temperature, args.kl, args.skew,
+            n=int(batch["weight"]),
+        )  # fmt: skip
         loss, numbers = with_balance(args.alpha * ce + (1 - args.alpha) * kd, out, batch)
         return loss, count, numbers | {"ce": ce.detach(), "kd": kd.detach()}
 

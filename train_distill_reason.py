@@ -14,14 +14,14 @@ thinking as well, when it is told to. Printed: ce, the loss without weights.
   python train_distill_reason.py --data_path traces.jsonl --think_ratio 0.8
 """
 
-from trainer import dist  # before torch, see trainer/__init__.py
+from trainer import dist  # before torch, see there
 
 # isort: split
 import torch
 
 from trainer.cli import UserError, parse, run_main, stage_parser
 from trainer.loop import train
-from trainer.losses import weighted_lm_loss, with_balance
+from trainer.losses import inputs, learned_targets, weighted_sum, with_balance
 from trainer.start import prepare
 from trainer.think import REASONING_TAGS
 
@@ -61,10 +61,9 @@ def tagged_language_model(token_weight: torch.Tensor):
     """The loss function: sums over the learned tokens."""
 
     def loss_fn(model, batch):
-        out = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
-        loss, count, ce = weighted_lm_loss(out.logits, batch["labels"], token_weight)
-        loss, numbers = with_balance(loss, out, batch)
-        return loss, count, numbers | {"ce": ce}
+        out = model(**inputs(batch), labels=batch["labels"], reduction="none")
+        loss, numbers = with_balance(weighted_sum(out.loss, batch["labels"], token_weight), out, batch)
+        return loss, learned_targets(batch["labels"]), numbers | {"ce": out.loss.detach().sum()}
 
     return loss_fn
 

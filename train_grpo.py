@@ -20,14 +20,18 @@ match of greedy answers to held-out questions.
 
 import copy
 
+from trainer import dist  # before torch, see there
+
+# isort: split
 from inference.engine import Engine
 from inference.sampling import SamplingParams
-from trainer import dist, rl
+from trainer import rl
 from trainer.cli import UserError, parse, run_main, stage_parser
 from trainer.deepspeed_config import get, read_config
 from trainer.preference import Reference
 from trainer.questions import load_questions
 from trainer.read import check_file
+from trainer.rewards import generated_text
 from trainer.start import SAMPLE, prepare
 
 FLAGS = ("group", "temperature", "max_new_tokens", "kl", "clip", "inner_steps", "format_reward")
@@ -78,7 +82,10 @@ def sampler(tokenizer, max_new_tokens: int):
 
     def rollout(model, prompts, seeds, temperature):
         params = [SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed) for seed in seeds]
-        return Engine(model, tokenizer, max_batch=128).generate(prompts, params)
+        completions = Engine(model, tokenizer, max_batch=128).generate(prompts, params)
+        for completion in completions:  # what is judged is what was generated, not what a reader would be shown of it
+            completion.text = generated_text(tokenizer, completion)
+        return completions
 
     return rollout
 

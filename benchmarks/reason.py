@@ -41,7 +41,7 @@ def run(args) -> dict:
     rows = read_lines(Path(args.questions).read_text(encoding="utf-8"))
     result = {"questions": args.questions, "seconds": found["seconds"]}
     for name, path, counts in (("before", weights, stands_in), ("after", found["weights"], is_right)):
-        answers = ask(path, [row["question"] for row in rows], max_tokens=1024)
+        answers = ask(path, [row["question"] for row in rows], max_tokens=1024, markers=True)
         faults = [fault(answer) for answer in answers]
         right = [counts(a.text, row["answer"]) for a, row in zip(answers, rows, strict=True)]
         result |= {

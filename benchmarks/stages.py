@@ -16,6 +16,7 @@ from trainer.cache import tokenised
 from trainer.cli import UserError
 from trainer.data import packed_splits, token_bytes
 from trainer.losses import learned_bytes, lm_loss
+from trainer.rewards import generated_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "dataset" / "sample"
@@ -68,11 +69,14 @@ def held_out(weights, file, folder, kind="chat", share=0.01, seq_len=256) -> dic
     return {"loss": nats / targets, "bits_per_byte": nats / math.log(2) / n_bytes}
 
 
-def ask(weights, questions: list[str], max_tokens=128) -> list[Completion]:
-    """Greedy answers to questions, each a conversation of its own."""
+def ask(weights, questions: list[str], max_tokens=128, markers=False) -> list[Completion]:
+    """Greedy answers to questions, each a conversation of its own. markers: the text has special tokens, too."""
     model, tokenizer, _ = load_model(weights)
     prompts = [[{"role": "user", "content": question}] for question in questions]
-    return Engine(model, tokenizer).generate(prompts, SamplingParams(temperature=0, max_tokens=max_tokens))
+    answers = Engine(model, tokenizer).generate(prompts, SamplingParams(temperature=0, max_tokens=max_tokens))
+    for answer in answers if markers else ():
+        answer.text = generated_text(tokenizer, answer)
+    return answers
 
 
 def read_lines(text: str) -> list[dict]:

@@ -17,6 +17,7 @@ from inference.cache import StaticCache
 from inference.sampling import Sampler, SamplingParams, choose
 from inference.text import TextStream
 from model.compat import CACHE
+from model.device import upload
 
 CHUNK = 512  # tokens of one prompt in one pass: bounds the mask's memory and the wait of those who decode meanwhile
 PREFILL_TOKENS = 1024  # tokens of one pass over several short prompts, padding included
@@ -213,10 +214,11 @@ class Batch:
         for sample, i in order:
             self.cache.copy_row(rows[i], len(self.decoding), len(sample.prompt))
             self.decoding.append(sample)
-        return self._continue([sample for sample, _ in order], logits[[i for _, i in order]])
+        logits = logits.index_select(0, self._tensor([i for _, i in order]))
+        return self._continue([sample for sample, _ in order], logits)
 
-    def _tensor(self, numbers: list[list[int]]) -> Tensor:
-        return torch.tensor(numbers, device=self.device)
+    def _tensor(self, numbers: list) -> Tensor:
+        return upload(numbers, self.device)
 
     def _forward(self, rows: slice, tokens: Tensor, positions: Tensor, span: int) -> Tensor:
         """tokens, positions (B, T) -> fp32 logits (B, V) of the last column."""

@@ -51,9 +51,11 @@ class StaticCache:
         self._rows, self._span = rows, span
         row = torch.arange(self.rows, device=positions.device)[rows].unsqueeze(-1)  # (B, 1)
         place = (row * self.capacity + positions).flatten()
-        real = positions.flatten() >= 0
-        self._real = None if bool(real.all()) else real
-        self._write = place if self._real is None else place[real]
+        self._real = None
+        if positions.shape[1] > 1:  # a single token is never padding; asking would make each new token wait for the GPU
+            self._real = (positions.flatten() >= 0).nonzero().flatten()
+            place = place[self._real]
+        self._write = place
         return self._mask(positions, dtype)
 
     def look_at_all(self, positions: Tensor, dtype=torch.float32) -> Tensor:

@@ -17,6 +17,7 @@ from inference.engine import Engine
 from inference.sampling import SamplingParams
 from inference.text import ThinkingStream
 from model.convert import NoCounterpart
+from model.device import pick_device, pick_dtype
 from model.LMConfig import PRESETS
 from model.tokenizer import load_tokenizer
 from model.weights import load_model, newest_weights
@@ -33,7 +34,7 @@ def add_model_flags(parser) -> None:
     g.add_argument("--tokenizer", metavar="FOLDER", help="for weights that come without one")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (auto)")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                   help="(auto: bfloat16 where a GPU has it, else float32)")  # fmt: skip
+                   help="(auto: bfloat16 where a GPU has it, float16 on older ones, else float32)")  # fmt: skip
     g.add_argument(
         "--quantize", choices=("none", "int8"), default="none", help="8-bit weights (FBGEMM, dynamic), CPU only (none)"
     )
@@ -133,23 +134,6 @@ def stretch(config, kind: str, factor: float, trained: int | None) -> None:
         "rope_type": kind, "factor": factor, "original_max_position_embeddings": trained,
     }  # fmt: skip
     config.max_seq_len = max(config.max_seq_len, int(trained * factor))
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return getattr(torch, name)
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts

@@ -19,19 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.device import compute_dtype
 from model.moe import Experts, FeedForward
 
 MIN_ROWS = 4  # below, the kernel is slower (1 row: 8.8 ms, 4 rows: 7.3 ms for a 26M model) and sums in another order
 
 
 def prepared(model: nn.Module, quantize: str | None = None) -> nn.Module:
-    """The model as the engine runs it: on a CPU in fp32 a copy with packed matrices, otherwise the model itself.
+    """The model as the engine runs it: on a CPU in fp32 (and outside autocast) a copy with packed matrices, else
+    the model itself.
 
     Parameters that are no matrices of a linear map (norms, embedding) are shared with the original, not copied. The
     packed matrices are copies: later changes of the original's weights do not reach them.
     quantize: None, or "int8" for 8-bit weights; ValueError where that cannot be done.
     """
-    plain = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
+    plain = all(p.device.type == "cpu" and p.dtype == compute_dtype(p) == torch.float32 for p in model.parameters())
     if quantize is not None:
         if quantize != "int8":
             raise ValueError(f'quantize must be None or "int8", not {quantize!r}')

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from model.device import upload
+
 
 @dataclass
 class SamplingParams:
@@ -102,26 +104,27 @@ def penalise_counts(logits: Tensor, counts: Tensor, presence: Tensor, frequency:
     return logits - presence * (counts > 0) - frequency * counts
 
 
-def keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
-    """All but the k best logits of each row become -inf; k (B, 1), 0 keeps all. Equals of the k-th best stay."""
+def keep_top_k(logits: Tensor, k: list[int]) -> Tensor:
+    """All but the k best logits of each row become -inf; 0 keeps all. Equals of the k-th best stay."""
     V = logits.shape[-1]
-    k = torch.where(k > 0, k.clamp(max=V), V)
-    best = logits.topk(int(k.max()), dim=-1).values
-    return logits.masked_fill(logits < best.gather(-1, k - 1), float("-inf"))
+    k = [min(n, V) if n > 0 else V for n in k]
+    best = logits.topk(max(k), dim=-1).values
+    worst_kept = best.gather(-1, upload([[n - 1] for n in k], logits.device))  # (B, 1)
+    return logits.masked_fill(logits < worst_kept, float("-inf"))
 
 
 def keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
     """Keeps a token if those more probable than it hold less than p together; p (B, 1).
 
-    The kept tokens are usually few, so the best 256 are looked at first: sorting a whole vocabulary of 6,400 takes
-    several times longer.
+    On a CPU the best 256 are looked at first, as the kept tokens are usually few: sorting a whole vocabulary of 6,400
+    takes several times longer. A GPU sorts faster than it could be asked whether 256 were enough.
     """
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    for width in (min(256, logits.shape[-1]), logits.shape[-1]):
+    total, V = logits.logsumexp(dim=-1, keepdim=True), logits.shape[-1]
+    for width in (V,) if logits.is_cuda else (min(256, V), V):
         best = logits.topk(width, dim=-1)
         chance = (best.values - total).exp()
         before = chance.cumsum(dim=-1) - chance
-        if bool(((before[:, -1:] >= p) | (p >= 1)).all()):
+        if width == V or bool(((before[:, -1:] >= p) | (p >= 1)).all()):
             break
     keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best.indices, before < p)
     return logits.masked_fill(~(keep | (p >= 1)), float("-inf"))
@@ -165,53 +168,52 @@ class Sampler:
 
 
 def choose(logits: Tensor, samplers: list[Sampler]) -> list[int]:
-    """The next token of each row of logits (B, V), fp32."""
+    """The next token of each row of logits (B, V), fp32. A GPU is waited for once, for the tokens."""
     params = [sampler.params for sampler in samplers]
     logits = _adjust(logits, samplers)
-    best = logits.argmax(dim=-1).tolist()
+    tokens = logits.argmax(dim=-1)
     free = [i for i, p in enumerate(params) if p.temperature > 0]  # the others are greedy
     if not free:
-        return best
+        return tokens.tolist()
 
-    def column(values) -> Tensor:
-        return torch.tensor(values, device=logits.device).unsqueeze(-1)
+    def column(values, dtype=None) -> Tensor:
+        return upload([[value] for value in values], logits.device, dtype)
 
-    rows = [params[i] for i in free]
-    logits = logits[free] / column([p.temperature for p in rows])
+    rows, index = [params[i] for i in free], upload(free, logits.device)
+    logits = logits.index_select(0, index) / column([p.temperature for p in rows], logits.dtype)
     if any(p.top_k for p in rows):
-        logits = keep_top_k(logits, column([p.top_k for p in rows]))
+        logits = keep_top_k(logits, [p.top_k for p in rows])
     if any(p.top_p < 1 for p in rows):
-        logits = keep_top_p(logits, column([p.top_p for p in rows]))
+        logits = keep_top_p(logits, column([p.top_p for p in rows], logits.dtype))
     if any(p.min_p > 0 for p in rows):
-        logits = keep_min_p(logits, column([p.min_p for p in rows]))
-    uniform = torch.tensor([[samplers[i].random.random()] for i in free], dtype=torch.float64, device=logits.device)
-    for i, token in zip(free, draw(logits, uniform).tolist(), strict=True):
-        best[i] = token
-    return best
+        logits = keep_min_p(logits, column([p.min_p for p in rows], logits.dtype))
+    uniform = column([samplers[i].random.random() for i in free], torch.float64)
+    return tokens.index_copy(0, index, draw(logits, uniform)).tolist()
 
 
 def _adjust(logits: Tensor, samplers: list[Sampler]) -> Tensor:
     """Penalties and biases, for the rows that have any."""
     params = [sampler.params for sampler in samplers]
-    logits = logits.clone() if any(p.logit_bias for p in params) else logits
+
+    def there(x, dtype=None) -> Tensor:
+        return upload(x, logits.device, dtype)
+
+    def column(rows: list[int], name: str) -> Tensor:
+        return there([[getattr(params[i], name)] for i in rows], logits.dtype)
+
     rows = [i for i, sampler in enumerate(samplers) if sampler.seen is not None]
     if rows:
-        seen = torch.stack([samplers[i].seen for i in rows]).to(logits.device)
-        penalty = torch.tensor([[params[i].repetition_penalty] for i in rows], device=logits.device)
-        logits = logits.index_copy(0, _index(rows, logits), penalise_repetition(logits[rows], seen, penalty))
+        seen, index = there(torch.stack([samplers[i].seen for i in rows])), there(rows)
+        changed = penalise_repetition(logits.index_select(0, index), seen, column(rows, "repetition_penalty"))
+        logits = logits.index_copy(0, index, changed)
     rows = [i for i, sampler in enumerate(samplers) if sampler.counts is not None]
     if rows:
-        counts = torch.stack([samplers[i].counts for i in rows]).to(logits.device)
-        presence = torch.tensor([[params[i].presence_penalty] for i in rows], device=logits.device)
-        frequency = torch.tensor([[params[i].frequency_penalty] for i in rows], device=logits.device)
-        changed = penalise_counts(logits[rows], counts, presence, frequency)
-        logits = logits.index_copy(0, _index(rows, logits), changed)
-    for i, p in enumerate(params):
-        if p.logit_bias:
-            tokens = torch.tensor(list(p.logit_bias), device=logits.device)
-            logits[i, tokens] += torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+        counts, index = there(torch.stack([samplers[i].counts for i in rows])), there(rows)
+        penalties = column(rows, "presence_penalty"), column(rows, "frequency_penalty")
+        logits = logits.index_copy(0, index, penalise_counts(logits.index_select(0, index), counts, *penalties))
+    rows = [i for i, p in enumerate(params) if p.logit_bias]
+    logits = logits.clone() if rows else logits
+    for i in rows:
+        tokens, biases = zip(*params[i].logit_bias.items(), strict=True)
+        logits[i].index_add_(0, there(tokens), there(biases, logits.dtype))
     return logits
-
-
-def _index(rows: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, device=like.device)

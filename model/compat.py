@@ -1,7 +1,7 @@
 """The one place that knows how versions of transformers differ, and which of their keywords our models may pass over.
 
 transformers 5.24 renamed the key/value cache: `cache` where older versions say `past_key_values`, in forward methods,
-in their outputs and in the mask's arguments.
+in their outputs and in the mask's arguments. The same version renamed the switch of activation checkpointing.
 """
 
 import inspect
@@ -20,6 +20,15 @@ HARMLESS = {
     "output_hidden_states": (None, False),
     "output_router_logits": (None, False),
 }
+
+
+def checkpoint_activations(model) -> None:
+    """From now on each layer keeps only its input and computes the rest again in the backward pass.
+
+    transformers 5.24 says activation_checkpointing_enable where older versions say gradient_checkpointing_enable.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def check_keywords(keywords: dict) -> None:

@@ -7,19 +7,24 @@ Parameter names and mathematics are transformers' Llama (Qwen3 with `qk_norm`), 
 the two without renaming. Nothing about training lives here.
 """
 
+import inspect
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from model.compat import CACHE, check_keywords
+from model.device import compute_dtype
 from model.LMConfig import LMConfig
 from model.moe import Experts, FeedForward, MoEFeedForward
+
+LOSS_CHUNK_CPU, LOSS_CHUNK_GPU = 512, 2048  # tokens whose logits are computed together for a loss
 
 
 class RMSNorm(nn.Module):
@@ -31,7 +36,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """Under autocast computed in float32, the weights' type, and rounded once: else each product that reads the
+        result would round it for itself, and keep its own copy for the backward pass."""
+        normed = F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        return normed.to(compute_dtype(x))
 
 
 # ------------------------------------------------------------------------------------------------ rotary positions
@@ -126,7 +134,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
         # One new token: the queries that share a key stand in its rows, so no key is repeated (twice as fast on a CPU).
         out = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, h), k, v, attn_mask=mask)
         return out.view(B, H, 1, h)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    shared = k.shape[1] != H
+    if shared and q.is_cuda:
+        # With enable_gqa CUDA has no kernel that takes a mask, and would write out all B x H x T x S scores.
+        k, v, shared = repeat_heads(k, H), repeat_heads(v, H), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
+
+
+def repeat_heads(x: Tensor, H: int) -> Tensor:
+    """Keys or values (B, G, S, h) -> (B, H, S, h), each head as often as queries share it."""
+    return x.repeat_interleave(H // x.shape[1], dim=1)
 
 
 def packed_mask(segment_ids: Tensor) -> Tensor:
@@ -145,6 +162,26 @@ def packed_positions(segment_ids: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
+def document_ends(segment_ids: Tensor, size: int | None = None) -> Tensor:
+    """segment_ids (B, T) -> (size,) int32: where each document ends if the rows stand end to end, after a 0.
+
+    Padding counts as documents of its own. `size` repeats the last end, which adds empty documents: so batches of one
+    shape have ends of one shape, whatever documents they hold. On a GPU it waits for the values: compute it on the CPU.
+    """
+    starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True).flatten()
+    begin = starts.nonzero().flatten().to(torch.int32)
+    missing = 1 if size is None else size - len(begin)
+    return F.pad(begin, (0, missing), value=segment_ids.numel())
+
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    VARLEN_ARGUMENTS = frozenset()
+else:
+    VARLEN_ARGUMENTS = frozenset(inspect.signature(varlen_attn).parameters)
+
+
 class DocumentLengths:
     """The documents of a packed batch as cumulative lengths, for torch's variable-length attention on a GPU.
 
@@ -152,34 +189,35 @@ class DocumentLengths:
     precision and compute capability 8 or more; `of` returns None where that is missing and the mask is used.
     """
 
-    def __init__(self, segment_ids: Tensor):
-        T = segment_ids.shape[1]
-        starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True).flatten()
-        begin = starts.nonzero().flatten().to(torch.int32)
-        self.cumulative = F.pad(begin, (0, 1), value=segment_ids.numel())
-        self.longest = T  # an upper bound serves and needs no look at the values
+    def __init__(self, ends: Tensor, longest: int):
+        self.ends, self.longest = ends, longest  # the row's length: an upper bound serves
 
     @classmethod
-    def of(cls, segment_ids: Tensor, dtype: torch.dtype, head_dim: int) -> "DocumentLengths | None":
+    def of(cls, segment_ids: Tensor, ends: Tensor | None, dtype: torch.dtype, head_dim: int):
+        """segment_ids (B, T), ends: as document_ends has them, which are computed here where they are None."""
+        if not cls.served(segment_ids.device, dtype, head_dim):
+            return None
+        return cls(document_ends(segment_ids) if ends is None else ends, segment_ids.shape[1])
+
+    @staticmethod
+    def served(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+        """Whether a kernel is there for such numbers: NVIDIA's GPUs from Ampere on, and torch 2.11 and later."""
         half = dtype in (torch.bfloat16, torch.float16)
-        if not (segment_ids.is_cuda and half and head_dim <= 256 and head_dim % 8 == 0):
-            return None
-        if torch.cuda.get_device_capability(segment_ids.device) < (8, 0) or torch.version.hip:
-            return None
-        try:
-            from torch.nn.attention.varlen import varlen_attn  # noqa: F401  (torch 2.10 and later)
-        except ImportError:
-            return None
-        return cls(segment_ids)
+        if device.type != "cuda" or torch.version.hip or not half or head_dim > 256 or head_dim % 8:
+            return False
+        return "window_size" in VARLEN_ARGUMENTS and torch.cuda.get_device_capability(device) >= (8, 0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
+        """q (B, H, T, h), k and v (B, G, T, h) of one half-precision type -> (B, H, T, h)."""
         B, H, T, h = q.shape
-        flat = [x.transpose(1, 2).reshape(B * T, -1, h) for x in (q, k.to(q.dtype), v.to(q.dtype))]
-        ends, longest = self.cumulative, self.longest
+        more = {}
+        if k.shape[1] != H and "enable_gqa" in VARLEN_ARGUMENTS:
+            more["enable_gqa"] = True
+        elif k.shape[1] != H:  # torch 2.11
+            k, v = repeat_heads(k, H), repeat_heads(v, H)
+        flat = [x.transpose(1, 2).reshape(B * T, -1, h) for x in (q, k, v)]
         look_back = (-1, 0)  # as far back as the document goes and not ahead: causal
-        out = varlen_attn(*flat, ends, ends, longest, longest, window_size=look_back, enable_gqa=k.shape[1] != H)
+        out = varlen_attn(*flat, self.ends, self.ends, self.longest, self.longest, window_size=look_back, **more)
         return out.view(B, T, H, h).transpose(1, 2)
 
 
@@ -244,7 +282,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
-                segment_ids=None, inputs_embeds=None, cache=None, **kwargs) -> MoeModelOutputWithPast:  # fmt: skip
+                segment_ids=None, document_ends=None, inputs_embeds=None, cache=None,
+                **kwargs) -> MoeModelOutputWithPast:  # fmt: skip
         """The decoder without its head; arguments as in MiniMindForCausalLM.forward."""
         check_keywords(kwargs)
         cache = past_key_values if cache is None else cache
@@ -257,7 +296,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         elif position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0) + past
-        mask = self._mask(x, attention_mask, position_ids, cache, segment_ids)
+        mask = self._mask(x, attention_mask, position_ids, cache, segment_ids, document_ends)
         documents = self._documents(attention_mask, segment_ids) if self.config.use_moe and self.training else None
 
         cos, sin = self.rotary_emb(position_ids, x.dtype)
@@ -270,11 +309,11 @@ class MiniMindModel(MiniMindPreTrainedModel):
         out["aux_loss"] = aux_loss
         return out
 
-    def _mask(self, x, attention_mask, position_ids, cache, segment_ids):
+    def _mask(self, x, attention_mask, position_ids, cache, segment_ids, document_ends):
         """What `attend` takes, built once for all layers. A 4-D attention_mask is used as it is."""
         if segment_ids is not None:
-            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-            return DocumentLengths.of(segment_ids, dtype, self.config.head_dim) or packed_mask(segment_ids)
+            lengths = DocumentLengths.of(segment_ids, document_ends, compute_dtype(x), self.config.head_dim)
+            return packed_mask(segment_ids) if lengths is None else lengths
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
         return create_causal_mask(
@@ -294,6 +333,33 @@ class MiniMindModel(MiniMindPreTrainedModel):
         return None
 
 
+def recomputes(hidden: Tensor) -> bool:
+    return hidden.is_cuda
+
+
+def next_token_losses(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+    """Cross-entropy (nats) of each next token: hidden (B, T, D), labels (B, T) -> (B, T - 1), 0 at labels of -100.
+
+    The logits head(hidden), V numbers a token, would be the largest tensor of a training step. A part of the tokens at
+    a time, they stay in a CPU's cache; on a GPU, whose memory is what bounds the batch, the backward pass computes each
+    part again rather than find it kept.
+    """
+    B, T = labels.shape
+    states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # position t predicts token t + 1
+    chunk, again = LOSS_CHUNK_GPU if hidden.is_cuda else LOSS_CHUNK_CPU, recomputes(hidden)
+
+    def of_chunk(states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(states).float(), targets, ignore_index=-100, reduction="none")
+
+    losses = []
+    for part in zip(states.split(chunk), targets.split(chunk), strict=True):
+        if again:
+            losses.append(checkpoint(of_chunk, *part, use_reentrant=False, preserve_rng_state=False))
+        else:
+            losses.append(of_chunk(*part))
+    return torch.cat(losses).view(B, T - 1)
+
+
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
     """The decoder with its vocabulary head, whose matrix is the embedding's where the config ties them."""
 
@@ -306,8 +372,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, labels=None,
-                use_cache=None, logits_to_keep=0, segment_ids=None, cache=None, inputs_embeds=None,
-                num_items_in_batch=None, **kwargs) -> MoeCausalLMOutputWithPast:  # fmt: skip
+                use_cache=None, logits_to_keep=0, segment_ids=None, document_ends=None, reduction="mean", cache=None,
+                inputs_embeds=None, num_items_in_batch=None, **kwargs) -> MoeCausalLMOutputWithPast:  # fmt: skip
         """
         input_ids       (B, T)
         attention_mask  (B, S) with 0 at padding, or (B, 1, T, S) ready for attention
@@ -317,17 +383,23 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         cache           keys and values of earlier tokens; past_key_values is its name in transformers before 5.24
         logits_to_keep  logits of the last so many positions only (0: all), or of the positions in a tensor
         segment_ids     (B, T) packed rows: 0 padding, 1.. the document a token belongs to
+        document_ends   the same as the function document_ends gives it, which spares a GPU to ask for the values
+        reduction       "mean", or "none": `loss` is then each target's cross-entropy alone, (B, T - 1), 0 where
+                        nothing is learned, and there are no logits: all of them at once are the most a step would hold
         Returns loss, logits (B, T, V), the cache, and aux_loss: the experts' balance loss summed over layers, a
         mean over real tokens, None without experts or outside training.
         """
         hidden = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             cache=past_key_values if cache is None else cache, use_cache=use_cache, segment_ids=segment_ids,
-            inputs_embeds=inputs_embeds, **kwargs,
+            document_ends=document_ends, inputs_embeds=inputs_embeds, **kwargs,
         )  # fmt: skip
+        loss, aux_loss = None, hidden["aux_loss"]
+        if reduction == "none":
+            loss = next_token_losses(hidden.last_hidden_state, self.lm_head, labels)
+            return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden.last_hidden_state[:, keep])
-        loss, aux_loss = None, hidden["aux_loss"]
         if labels is not None:
             items = num_items_in_batch  # of all micro-batches: this one adds its share of the mean
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=items)

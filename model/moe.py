@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.device import compute_dtype
 from model.LMConfig import LMConfig
 
 
@@ -43,9 +44,8 @@ class Experts(nn.Module):
         (M,) routing weights, counts (E,) pairs of each expert.
         """
         gate_up, down = self.gate_up_proj, self.down_proj
-        if torch.is_autocast_enabled(x.device.type):  # neither way below is on autocast's list
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        dtype = compute_dtype(x)  # neither way below is on autocast's list
+        x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
         weight = weight.to(x.dtype)
         if experts_kind(x.device, x.dtype, gate_up.shape) == "grouped_mm":
             return experts_together(x, token, weight, counts, gate_up, down)
@@ -73,7 +73,7 @@ class MoEFeedForward(nn.Module):
         """
         B, T, D = x.shape
         flat = x.reshape(-1, D)  # (N, D)
-        scores = self.gate(flat).softmax(dim=-1, dtype=torch.float32)  # (N, E)
+        scores = self._scores(flat)  # (N, E)
         weight, chosen = route(scores, self.config.num_experts_per_tok, self.config.norm_topk_prob)  # (N, K) each
 
         pairs = chosen.flatten()  # (N*K,) expert of each (token, expert) pair
@@ -92,6 +92,13 @@ class MoEFeedForward(nn.Module):
                 documents = documents.clamp(max=0)  # the whole batch is one document
             loss = self.config.aux_loss_alpha * balance_loss(scores, chosen, documents.flatten())
         return out.view(B, T, D), loss
+
+    def _scores(self, flat: Tensor) -> Tensor:
+        """flat (N, D) -> each expert's share of the softmax (N, E), in float32: experts that are nearly equal change
+        places by less than half precision can tell (Switch Transformer, arXiv 2101.03961, section 2.4)."""
+        training_in_half = torch.is_autocast_enabled(flat.device.type)  # the weights are float32
+        with torch.autocast(flat.device.type, enabled=False):
+            return self.gate(flat.float() if training_in_half else flat).softmax(dim=-1, dtype=torch.float32)
 
 
 def route(scores: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -132,13 +139,16 @@ def balance_loss(scores: Tensor, chosen: Tensor, documents: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------- two ways to compute the experts
 def experts_kind(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> str:
-    """ "grouped_mm" on a GPU that has the kernel (bf16, compute capability 8 and up), else "loop".
+    """ "grouped_mm" on a GPU that has the kernel (bf16, compute capability 9 and up), else "loop".
+
+    On older GPUs torch's grouped_mm is a loop too, and one that waits for the group sizes at each of its six products a
+    layer; ours waits once.
 
     shape: of the stack of gate and up matrices, (E, 2I, D).
     """
     if device.type == "cuda" and hasattr(F, "grouped_mm") and dtype == torch.bfloat16:
         aligned = shape[1] % 16 == 0 and shape[2] % 8 == 0  # strides must be multiples of 16 bytes
-        if aligned and torch.cuda.get_device_capability(device) >= (8, 0):
+        if aligned and torch.cuda.get_device_capability(device) >= (9, 0):
             return "grouped_mm"
     return "loop"
 

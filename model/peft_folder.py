@@ -8,8 +8,9 @@ here: those are refused, in words.
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from model.files import replaced
 from model.lora import LoraConfig, active_lora, adapter_tensors, add_lora, fill, targeted
 
 PREFIX = "base_model.model."
@@ -49,10 +50,10 @@ def save_peft(folder, model, base: str = "", name: str | None = None) -> None:
     for key, tensor in adapter_tensors(model, name).items():
         layer, _, matrix = key.rsplit(".", 2)  # "model.layers.0.self_attn.q_proj", "weight", "A"
         tensors[f"{PREFIX}{layer}.lora_{matrix}.weight"] = tensor.contiguous()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    with replaced(Path(folder) / TENSORS) as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
+    with replaced(Path(folder) / CONFIG, text=True) as file:
+        file.write(json.dumps(content, indent=2))
 
 
 def load_peft(model, folder, name: str):

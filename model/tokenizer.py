@@ -36,6 +36,7 @@ from model.chat_template import (
     normalise_conversation,
     to_json,
 )
+from model.files import named
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0 (padding, unknown), 1, 2
 # Ids 3-10. Not "special", so that decoding with skip_special_tokens=True keeps them: they carry meaning.
@@ -164,14 +165,16 @@ def save_tokenizer(tokenizer, folder) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        temporary.chmod(0o755)
-        for name, text in tokenizer_to_dict(tokenizer).items():
-            (temporary / name).write_text(text + "\n" * (not text.endswith("\n") and name.endswith(".json")), "utf-8")
-        if folder.exists():
-            for file in temporary.iterdir():
-                os.replace(file, folder / file.name)
-        else:
-            os.rename(temporary, folder)
+        with named(folder):
+            temporary.chmod(0o755)
+            for name, text in tokenizer_to_dict(tokenizer).items():
+                line_end = "\n" * (not text.endswith("\n") and name.endswith(".json"))
+                (temporary / name).write_text(text + line_end, "utf-8")
+            if folder.exists():
+                for file in temporary.iterdir():
+                    os.replace(file, folder / file.name)
+            else:
+                os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -7,7 +7,6 @@ all. Also read: transformers folders and MiniMind's releases (see model/convert.
 
 import hashlib
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import convert
+from model.files import replaced
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_to_dict
@@ -107,21 +107,9 @@ def save_weights(path, model, tokenizer, record: dict) -> None:
 
 
 def save_atomically(content, path) -> None:
-    """torch.save to a temporary file in the same folder, flushed to disk, then renamed over `path`.
-
-    Whoever reads `path` meets the old content or the new, never a part; a full disk leaves the old one.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """torch.save to a file that appears at `path` when it is whole."""
+    with replaced(path) as file:
+        torch.save(content, file)
 
 
 def read_header(path) -> dict:

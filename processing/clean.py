@@ -31,10 +31,11 @@ try:
 except ImportError:  # Windows
     resource = None
 
+from model.files import named
 from processing.dedup import THRESHOLD, exact_key, find_copies, signature
 from processing.filters import PROFILES, Profile, check_row
 from processing.normalise import normalise_row
-from processing.read_raw import Dropped, RawRow, columns_of, find_files, raw_rows
+from processing.read_raw import UNREADABLE, Dropped, RawRow, columns_of, find_files, raw_rows
 from processing.shapes import check_rendering, knows, parse_record, to_row
 from processing.work import OURS, Cleaned, Work, foreign, locked, plan_of, remove
 from trainer.cli import UserError
@@ -127,18 +128,20 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
     files, others, weights = _inputs(paths, settings)
     _check_places(paths, files, out)
     if others:
-        named = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
-        print(f"{len(others):,} files of other kinds not read: {named}")
+        first = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
+        print(f"{len(others):,} files of other kinds not read: {first}")
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     plan = json.loads(json.dumps({"settings": asdict(settings), "paths": [str(p) for p in paths], "files": stats}))
     _put_back(out)
     if (done := _finished(out, plan, overwrite)) is not None:
         return done
-    with locked(_building(out)):
+    with locked(_building(out)), named(_building(out)):
         work = Work(_building(out), plan, settings.dedup == "near", overwrite)
         rows_before = sum(work.progress["counts"].values())
         try:
             _read(work, files, settings, engine)
+            for name, rows in _damaged(files, work.progress["counts"]).items():
+                print(f"warning: {name} cannot be read to its end, only {rows:,} rows of it", file=sys.stderr)
             read_seconds = time.time() - begin
             if work.progress["kept"]:
                 of, similarity = _find(work, settings)
@@ -294,6 +297,12 @@ def _size(row: RawRow) -> int:
     return len(row.raw) if isinstance(row.raw, str) else len(str(row.raw))
 
 
+def _damaged(files, counts: dict) -> dict[str, int]:
+    """{name: rows that were read} of the files whose rest could not be."""
+    found = [i for i in range(len(files)) if f"{i} {UNREADABLE}" in counts]
+    return {str(files[i]): sum(n for key, n in counts.items() if key.startswith(f"{i} ")) - 1 for i in found}
+
+
 def _find(work: Work, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     if settings.dedup == "none":
         count = work.progress["kept"]
@@ -319,7 +328,7 @@ def _write(work: Work, plan: dict, files, others, weights, of, similarity, setti
         "stage": "clean", "to": settings.to, "rows": kept + reasons.total(), "kept": kept, "dropped": reasons.total(),
         "reasons": dict(reasons.most_common()), "written": written, "characters": characters,
         "converted_from_gb18030": work.progress["converted"], "seed": settings.seed,
-        "files_not_read": [str(path) for path in others],
+        "files_not_read": [str(path) for path in others], "files_damaged": _damaged(files, work.progress["counts"]),
         "by_file": {name: dict(found) for name, found in by_file.items()},
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary | {"plan": plan}, ensure_ascii=False, indent=1), "utf-8")
@@ -349,7 +358,8 @@ def _write_rows(building: Path, files, weights, origins, of, similarity, counts:
                     detail = f"{similarity[i]:.2f} like {files[first]}:{at}"
                     outputs["dropped"].write(dropped_line(reason, detail, str(files[source]), number, json.loads(line)))
                 continue
-            held, copies = _fate(int(keys[i]), weights[source], settings)
+            key = _prompt_key(line) if settings.to == "dpo" else int(keys[i])
+            held, copies = _fate(key, weights[source], settings)
             outputs["heldout" if held else ""].write(line * copies)
             name = f"{settings.to}{'_heldout' if held else ''}.jsonl"
             written[name] += copies
@@ -359,8 +369,13 @@ def _write_rows(building: Path, files, weights, origins, of, similarity, counts:
     return dict(written), dict(characters)
 
 
+def _prompt_key(line: bytes) -> int:
+    """Of the prompt of a pair: all pairs of a prompt are held out, or none."""
+    return exact_key(row_text({"conversations": json.loads(line)["chosen"][:-1]}))
+
+
 def _fate(key: int, weight: float, settings: Settings) -> tuple[bool, int]:
-    """(whether the row is held out, how often it is written), by its text and the seed alone.
+    """(whether the row is held out, how often it is written), by its text (a pair's prompt) and the seed alone.
 
     Rows of weight 0 are never held out: they are of a path that the output should know nothing of.
     """

@@ -11,7 +11,6 @@ import hashlib
 import http.client
 import json
 import math
-import os
 import sys
 import threading
 import time
@@ -25,9 +24,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from processing.work import new_file
+from model.files import named, replaced
 from trainer.cli import RunFailed, UserError
-from trainer.read import BadRow, parse_record, raw_rows
+from trainer.lock import lock
+from trainer.read import BadRow, parse_record, raw_rows, with_beside
 
 WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries; doubled each time
@@ -148,7 +148,7 @@ def distill(path, out, teacher: Teacher, system=None, in_flight=4, max_requests=
     failed = Counter(answer["failed"] for answer in journal.answers.values() if "failed" in answer)
     complete = rows == len(prompts)
     if complete:
-        journal.path.unlink()
+        journal.path.unlink(missing_ok=True)
     print(f"{rows:,} of {len(prompts):,} prompts answered, {journal.tokens:,} tokens -> {out}")
     if not complete:
         print(f"{len(prompts) - rows:,} prompts without an answer; the same command asks them again")
@@ -228,6 +228,9 @@ def _prompt(record: dict) -> list[dict]:
         return [{"role": "user", "content": text}]
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise BadRow('"conversations" must be a list of messages')
+    messages = with_beside(messages, record) if messages else messages
+    if told := next((key for m in messages for key in ("tools", "tool_calls", "function_call") if m.get(key)), None):
+        raise BadRow(f'"{told}" in the conversation: a teacher is asked for words only; leave the row out')
     messages = [{"role": m["role"], "content": m.get("content") or ""} for m in messages]
     while messages and messages[-1]["role"] != "user":
         messages.pop()
@@ -245,33 +248,37 @@ class Journal:
         head = settings | {"prompts": digest}
         self.answers, self.tokens = {}, 0
         out.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            self._read(head)
+        self.file = lock(self.path, f"another run is asking for {out}; wait for it, or name another --out")
+        data = self.file.read()
+        whole = data[: data.rfind(b"\n") + 1]  # a kill may have cut the last line
+        self.file.truncate(len(whole))
+        if whole:
+            self._read(head, *whole.splitlines())
         elif out.exists():
+            self.close()
+            self.path.unlink()
             raise UserError(f"{out} is there, and no run that could go on; name another --out, or delete it")
         else:
-            with new_file(self.path) as file:
-                file.write(json.dumps(head, ensure_ascii=False) + "\n")
-        self.file = open(self.path, "a", encoding="utf-8")
+            self._write(head)
 
-    def _read(self, head: dict):
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]  # a kill may have cut the last line
-        first, *lines = whole.splitlines() or [b"{}"]
+    def _read(self, head: dict, first: bytes, *lines: bytes):
         if json.loads(first) != head:
             raise UserError(f"{self.path} belongs to other prompts or settings; delete it, or name another --out")
-        os.truncate(self.path, len(whole))
         for line in lines:
             record = json.loads(line)
             self._take(record["prompt"], record["answer"])
+
+    def _write(self, record: dict):
+        with named(self.path):
+            self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self.file.flush()
 
     def _take(self, i: int, answer: dict):
         self.tokens += answer["tokens"]
         self.answers[i] = answer
 
     def append(self, i: int, answer: dict):
-        self.file.write(json.dumps({"prompt": i, "answer": answer}, ensure_ascii=False) + "\n")
-        self.file.flush()
+        self._write({"prompt": i, "answer": answer})
         self._take(i, answer)
 
     def close(self):
@@ -280,7 +287,7 @@ class Journal:
 
 def _write(out: Path, prompts, answers: dict) -> int:
     rows = 0
-    with new_file(out) as file:
+    with replaced(out, text=True) as file:
         for i, messages in enumerate(prompts):
             answer = answers.get(i, {})
             if "content" in answer:

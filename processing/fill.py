@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from processing.work import new_file
+from model.files import replaced
 from trainer.cli import UserError
 from trainer.read import BadRow, parse_record, raw_rows
 
@@ -31,7 +31,7 @@ def fill(path, out, values: dict[str, str]) -> dict:
         raise UserError(f"{path} also holds {_written(missing)}; add {wanted}")
     if unused := sorted(set(values) - set(found)):
         raise UserError(f"{path} has no placeholder {_written(unused)} (found: {_written(sorted(found)) or 'none'})")
-    with new_file(out) as file:
+    with replaced(out, text=True) as file:
         for line, raw in raw_rows(path):
             row = _filled(_record(path, line, raw), values)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

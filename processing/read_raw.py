@@ -9,14 +9,13 @@ import codecs
 import csv
 import io
 import json
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from trainer.cli import UserError
-from trainer.read import MAX_ROW_BYTES, open_bytes
+from trainer.read import DAMAGED, MAX_ROW_BYTES, open_bytes, parquet_rows
 
 KINDS = (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet")
 ARCHIVES = (".gz", ".zst")
@@ -25,6 +24,7 @@ TXT_DOCUMENT_BYTES = 300_000  # about 100,000 Chinese characters; a longer .txt 
 SNIFFED_BYTES = 65_536
 SHOWN_BYTES = 2_000  # of a row that cannot be read: enough to recognise it
 ENCODINGS = ("utf-8", "gb18030")
+UNREADABLE = "unreadable file"  # the reason under which a damaged or cut-off file is dropped, or its rest
 BETWEEN = " \t\r\n,\ufeff"  # what may stand between the elements of an array
 
 
@@ -83,7 +83,7 @@ def raw_rows(path: Path, encoding: str = "utf-8", txt_rows: str = "document") ->
         if kind != ".parquet":
             _refuse_binary(path)
         if kind == ".parquet":
-            rows = _parquet_rows(path)
+            rows = (RawRow(number, record) for number, record in parquet_rows(path))
         elif kind in (".txt", ".md"):
             rows = _txt_rows(path, encoding, txt_rows)
         else:
@@ -93,22 +93,18 @@ def raw_rows(path: Path, encoding: str = "utf-8", txt_rows: str = "document") ->
             yield row
     except Dropped as dropped:
         yield RawRow(line, dropped)
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:  # cut off, damaged, not readable
-        yield RawRow(line, Dropped("unreadable file", f"from row {line + 1} on: {error}"))
-    except Exception as error:
-        if type(error).__name__ != "ZstdError":  # zstandard is imported only where a file needs it
-            raise
-        yield RawRow(line, Dropped("unreadable file", f"from row {line + 1} on: {error}"))
+    except (*DAMAGED, RecursionError) as error:
+        yield RawRow(line, Dropped(UNREADABLE, f"from row {line + 1} on: {error}"))
 
 
 def columns_of(path: Path, encoding: str = "utf-8") -> list[str] | None:
     """The columns of a CSV or Parquet file; None for the kinds whose rows name their own keys."""
     if kind_of(path) == ".parquet":
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
 
         try:
             return parquet.read_schema(path).names
-        except (ArrowInvalid, OSError):
+        except (ArrowException, *DAMAGED):
             return None  # reading says why
     if kind_of(path) == ".csv":
         first = next(iter(raw_rows(path, encoding)), None)  # a file without rows has nothing to judge
@@ -307,13 +303,3 @@ class _CsvLines:
         text, converted = decode(line, self.encoding)
         self.converted |= converted
         return text
-
-
-def _parquet_rows(path) -> Iterator[RawRow]:
-    from pyarrow import parquet
-
-    number = 0
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
-        for record in batch.to_pylist():
-            number += 1
-            yield RawRow(number, record)

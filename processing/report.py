@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from model.files import named
 from model.tokenizer import encode_texts, load_tokenizer, render_spans, tokenizer_from_dict, tokenizer_to_dict
 from processing.clean import row_text
 from processing.dedup import Fingerprints, exact_key, find_copies, signature
@@ -63,7 +64,7 @@ def describe(path, tokenizer_path=None, samples=3, seed=42, plot=None, workers=1
     kind, tokenizer = kind_of(path), load_tokenizer(tokenizer_path)
     totals, languages, shown = Counter(), Counter(), []
     characters, tokens, turns = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, named(folder):
         prints = Fingerprints(Path(folder))
         context = (kind, tokenizer_to_dict(tokenizer), seed, samples)
         with tqdm(desc=f"reading {path.name}", unit=" rows", disable=not sys.stderr.isatty(), leave=False) as bar:

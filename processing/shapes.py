@@ -7,14 +7,15 @@
                                      question/answer columns
   pair  {"chosen", "rejected"}       from two conversations, or from a prompt and two answers
 
-"any" takes every shape and joins its text: for the tokenizer. Facts on MiniMind's files: its README and dataset code.
+A system text and tools beside any of them go into the system message. "any" takes every shape and joins its text: for
+the tokenizer. Facts on MiniMind's files: its README and dataset code.
 """
 
 import json
 
 from model.chat_template import normalise_conversation
 from processing.read_raw import Dropped
-from trainer.read import BadRow, as_pair, check_messages, parse_history, record_text
+from trainer.read import BadRow, as_json, as_pair, check_keys, check_messages, parse_history, record_text, with_beside
 
 TEXT_KEYS = ("text", "content")
 QUESTION_ANSWER = (("question", "answer"), ("prompt", "response"), ("prompt", "completion"), ("query", "response"))
@@ -91,19 +92,18 @@ def chat_of(record: dict) -> list[dict]:
     """The messages of a record of any chat shape, checked: user first, answers last, roles in turn."""
     if "conversations" in record or "messages" in record:
         messages = _messages(record.get("conversations", record.get("messages")))
-        messages = _with_tools(messages, record)
     elif "q" in record and "a" in record:
         question = _string(record, "input") + _text(record, "q")
         messages = _turns(record.get("history"), question, _string(record, "output") + _text(record, "a"))
     elif "instruction" in record and "output" in record:
         question = "\n".join(filter(None, (_string(record, "instruction"), _string(record, "input"))))
-        messages = _turns(record.get("history"), question, record["output"], record.get("system"))
+        messages = _turns(record.get("history"), question, record["output"])
     else:
         keys = next((keys for keys in QUESTION_ANSWER if record.keys() >= set(keys)), None)
         if keys is None:
             raise BadRow(f"no conversation in it (found: {', '.join(map(str, list(record)[:8])) or 'none'})")
-        messages = _turns(record.get("history"), record[keys[0]], record[keys[1]], record.get("system"))
-    return _checked(messages)
+        messages = _turns(record.get("history"), record[keys[0]], record[keys[1]])
+    return _checked(_with_beside(messages, record))
 
 
 def _messages(messages) -> list[dict]:
@@ -115,6 +115,8 @@ def _messages(messages) -> list[dict]:
             raise BadRow("the conversation is a string that is not JSON") from None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRow("a conversation must be a list of messages")
+    for i, message in enumerate(messages):
+        check_keys(i, message)
     return [_message(message) for message in messages]
 
 
@@ -122,32 +124,24 @@ def _message(message: dict) -> dict:
     if "from" in message and "value" in message:  # ShareGPT
         role, value = message["from"], message["value"]
         if role == "function_call":
-            calls = _json(value)
+            calls = _json_text(value)
             calls = calls if calls.lstrip().startswith("[") else f"[{calls}]"
             return {"role": "assistant", "content": "", "tool_calls": calls}
         return {"role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": value}
     kept = {key: message[key] for key in KEPT_KEYS if message.get(key) not in (None, "", [])}
-    kept |= {key: _json(kept[key]) for key in ("tools", "tool_calls") if key in kept}
+    kept |= {key: _json_text(kept[key]) for key in ("tools", "tool_calls") if key in kept}
     return {"role": message.get("role"), "content": message.get("content") or "", **kept}
 
 
-def _json(value) -> str:
-    """JSON text of tools or calls, which may be that already."""
-    try:
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:  # bytes or a date of a Parquet file
-        raise BadRow(f"tools or calls cannot be written as JSON: {error}") from None
+def _json_text(value) -> str:
+    """Tools or calls as JSON text, which they may be already."""
+    return value if isinstance(value, str) else as_json(value)
 
 
-def _with_tools(messages: list[dict], record: dict) -> list[dict]:
-    """ShareGPT keeps system text and tools beside the list; ours stand in a system message."""
-    beside = {key: record[key] for key in ("system", "tools") if record.get(key) not in (None, "", "[]", [])}
-    if not beside or (messages and messages[0].get("role") == "system"):
-        return messages
-    system = {"role": "system", "content": beside.get("system", "")}
-    if "tools" in beside:
-        system["tools"] = _json(beside["tools"])
-    return [system, *messages]
+def _with_beside(messages: list[dict], record: dict) -> list[dict]:
+    tools = record.get("tools")
+    record = record if tools is None else record | {"tools": _json_text(tools)}
+    return with_beside(check_messages(messages), record)
 
 
 def _string(record: dict, key: str) -> str:
@@ -162,15 +156,14 @@ def _type(value) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _turns(history, question, answer, system=None) -> list[dict]:
-    messages = [{"role": "system", "content": system}] if system else []
+def _turns(history, question, answer) -> list[dict]:
+    messages = []
     for earlier, reply in [*parse_history(history), (question, answer)]:
         messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": reply}]
     return messages
 
 
 def _checked(messages: list[dict]) -> list[dict]:
-    messages = check_messages(messages)
     while messages[-1]["role"] != "assistant":  # a question that nobody answered teaches nothing
         messages = messages[:-1]
     turns = [message["role"] for message in messages if message["role"] != "system"]
@@ -189,7 +182,7 @@ def pair_of(record: dict) -> dict:
     if chosen is None or rejected is None:
         raise BadRow(f'no "chosen" and "rejected" (found: {", ".join(map(str, list(record)[:8])) or "none"})')
     prompt = _prompt(record)
-    chosen, rejected = (_side(prompt, side) for side in (chosen, rejected))
+    chosen, rejected = (_with_beside(_side(prompt, side), record) for side in (chosen, rejected))
     return as_pair({"chosen": chosen, "rejected": rejected})
 
 
@@ -201,8 +194,7 @@ def _prompt(record: dict) -> list[dict]:
     text = "\n".join(filter(None, (_string(record, key), _string(record, "input"))))
     if not record.get(key):
         return []
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    return [*system, {"role": "user", "content": text}]
+    return [{"role": "user", "content": text}]
 
 
 def _side(prompt: list[dict], side) -> list[dict]:

@@ -10,13 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from processing.dedup import Damaged, Fingerprints, cut
 from trainer.cli import UserError
+from trainer.lock import lock
 
 OURS = {"lock", "plan.json", "plan.json.new", "progress.json", "progress.json.new", "rows.jsonl", "dropped.jsonl",
         "origins.bin", "prints", "out", "replaced"}  # fmt: skip
@@ -37,29 +33,16 @@ class Cleaned(NamedTuple):
 
 @contextmanager
 def locked(folder: Path):
-    """The folder, made where there is none, for this process alone; the system gives it free when the process ends.
-
-    A record lock, not flock: the worker processes would inherit that one and hold it for a second after a kill.
-    """
-    taken = UserError(f"another run is at work in {folder}; wait for it, or name another --out_dir")
+    """The folder, made where there is none, for this process alone."""
     try:
         folder.mkdir(exist_ok=True)
-        file = open(folder / "lock", "ab")
+        file = lock(folder / "lock", f"another run is at work in {folder}; wait for it, or name another --out_dir")
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}") from None
     with file:
-        if fcntl is None:  # Windows deletes no open file
-            file.close()
-        else:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
-                    raise taken  # of a folder that its owner has just deleted
-            except (BlockingIOError, PermissionError, FileNotFoundError):
-                raise taken from None
-            except OSError as error:
-                print(f"{folder} cannot be locked ({error.strerror}): start no second run there")
         yield
+    if os.name == "nt" and not (folder / "plan.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # Windows deletes no open file: `remove` left the lock
 
 
 def plan_of(folder: Path) -> dict | None:
@@ -163,17 +146,3 @@ def replace_file(path: Path, text: str):
     temporary = path.with_name(f"{path.name}.new")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-@contextmanager
-def new_file(path: Path):
-    """A text file that appears under its name when it is whole, or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.new")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -37,6 +37,7 @@ MEASUREMENTS = {
     "exam": "an exam as a whole against one question at a time",
     "serving": "many clients at the API server for minutes",
     "dedup": "near copies in a large collection",
+    "gpu": "all of it on a GPU: stages, speed, decoding, kills, exams",
 }
 
 

@@ -4,13 +4,20 @@ Trains a tokenizer, pretrains, fine-tunes, then asks questions the model was not
 The commands it runs are printed, and can be typed. Started again it goes on where it stopped and repeats what is
 finished in seconds; --fresh begins anew. The last line is a JSON object.
 
-  make demo            or, in an environment with requirements.txt installed:  python scripts/demo.py
+  make demo            or, without make:  python -m pip install -r requirements.txt -c constraints.txt
+                                          python scripts/demo.py
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from trainer import needs
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "tqdm", "jinja2", "matplotlib")
+needs.python_or_exit()  # an old Python can read this file so far, and no further
+needs.packages_or_exit(PACKAGES)
 
 import json
 import os

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from processing.exams import arrange
 from trainer.cli import Parser, RunFailed, UserError, run_main
+from trainer.lock import lock
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ class HuggingFace:
         url = hf_hub_url(item.huggingface, file.path, repo_type=item.kind, endpoint=self.endpoint)
         part = folder / f"{file.path}.part"
         part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "ab") as there:
-            if file.size and there.tell() > file.size:
+        with lock(part, f"another download of {folder / file.path} is under way; wait for it") as there:
+            if file.size and there.seek(0, os.SEEK_END) > file.size:
                 there.truncate(0)
             done = there.seek(0, os.SEEK_END)
             http_get(url, there, resume_size=done, headers=build_hf_headers(), expected_size=file.size or None)

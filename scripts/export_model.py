@@ -8,7 +8,6 @@
 computed anew: the numbers are renamed, reordered and written (docs/export.md).
 """
 
-import errno
 import json
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ from model.LMConfig import PRESETS
 from model.lora import load_lora, merge_lora
 from model.tokenizer import load_tokenizer
 from model.weights import load_model, save_weights
-from trainer.cli import Parser, RunFailed, UserError, run_main
+from trainer.cli import Parser, RunFailed, UserError, disk_fault, run_main
 
 SHORT_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as llama.cpp's users write them
 
@@ -62,7 +61,7 @@ def main(argv=None):
     except ValueError as error:
         raise UserError(error) from None
     except (OSError, SafetensorError) as error:
-        full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = isinstance(error, SafetensorError) or disk_fault(error)
         raise (RunFailed if full else UserError)(f"writing {args.out or 'out/export'} failed: {error}") from None
     if args.push_to_hub:
         try:

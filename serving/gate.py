@@ -50,7 +50,7 @@ class Gate:
         try:
             self._check_key(scope)
             body = await asyncio.wait_for(self._read(receive), self.limits.body_seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             refusal = ApiError(408, f"the body did not arrive within {self.limits.body_seconds:g} seconds", "timeout")
             return await refusal.response()(scope, receive, counted)
         except ApiError as refusal:

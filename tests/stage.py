@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -63,7 +64,26 @@ def command(script: str, *args) -> list[str]:
 def run(script: str, *args, **kwargs) -> subprocess.CompletedProcess:
     """The script in a process of its own, as a user starts it."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
-    return subprocess.run(command(script, *args), capture_output=True, text=True, env=env, cwd=ROOT, **kwargs)
+    done = subprocess.run(command(script, *args), capture_output=True, text=True, env=env, cwd=ROOT, **kwargs)
+    assert not warned(done.stderr), done.stderr
+    return done
+
+
+def warned(text: str) -> bool:
+    """Whether a library warns in what a program printed; the project's own lines begin with `warning: `."""
+    return any(re.search("warn|deprecat", line, re.I) for line in text.splitlines() if not line.startswith("warning: "))
+
+
+def catch_gradients(engine) -> dict:
+    """Filled with a step's gradients by name, as they are before they are clipped; the weights stay as they are."""
+    caught = {}
+
+    def norm():
+        caught.update({n: p.grad.clone() for n, p in engine.module.named_parameters() if p.grad is not None})
+        return torch.zeros(())
+
+    engine.gradient_norm, engine.step = norm, lambda factor, norm: norm
+    return caught
 
 
 def last_json(stdout: str) -> dict:

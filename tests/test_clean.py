@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data_process import main
+from model.tokenizer import load_tokenizer, render
 from processing.clean import Settings, clean, clean_row
 from processing.filters import PROFILES, Profile, check_row, language_of, lost_share, repetition, symbol_share
 from processing.normalise import normalise_text
@@ -84,6 +85,49 @@ def test_chat_shapes_with_more_in_them():
     assert to_row(v3, "chat")["conversations"][1] == ANSWER | {"reasoning_content": "想"}
 
 
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": {
+    "name": "f", "arguments": '{"n": 1}'}}]}  # fmt: skip
+OPENAI = {"messages": [QUESTION, CALL, {"role": "tool", "tool_call_id": "c1", "content": "3"}, ANSWER], "tools": TOOLS,
+          "parallel_tool_calls": False}  # fmt: skip
+WRONG = ANSWER | {"content": "错"}
+
+
+@pytest.mark.parametrize("beside, system", [
+    ({"tools": TOOLS}, {"content": "", "tools": json.dumps(TOOLS)}), ({"system": "短"}, {"content": "短"}),
+    ({"tools": json.dumps(TOOLS), "system": "短"}, {"content": "短", "tools": json.dumps(TOOLS)}),
+])  # fmt: skip
+@pytest.mark.parametrize("record", [
+    {"messages": [QUESTION, ANSWER]},
+    {"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]},
+    {"instruction": "问", "output": "答"}, {"q": "问", "a": "答"}, {"question": "问", "answer": "答"},
+    {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, WRONG]}, {"prompt": "问", "chosen": "答", "rejected": "错"},
+    {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [WRONG]},
+])  # fmt: skip
+def test_tools_and_system_beside_the_messages_become_a_system_message(record, beside, system):
+    row = to_row(record | beside, "pair" if "chosen" in record else "chat")
+    for messages in row.values():
+        assert messages[:2] == [{"role": "system", **system}, QUESTION]
+    assert not any(key in clean_row(record, Settings(to="dpo" if "chosen" in record else "sft")) for key in beside)
+
+
+def test_tools_join_a_system_message_that_is_there():
+    first = {"role": "system", "content": "短"}
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        row = to_row({"messages": [first, QUESTION, ANSWER], "tools": tools, "system": "短"}, "chat")
+        assert row["conversations"] == [first | {"tools": json.dumps(TOOLS)}, QUESTION, ANSWER]
+
+
+def test_openais_fine_tuning_rows_are_read(tmp_path):
+    row = clean_row(OPENAI, Settings(to="sft"))
+    assert [m["role"] for m in row["conversations"]] == ["system", "user", "assistant", "tool", "assistant"]
+    text = record_text(OPENAI)
+    assert record_text(row) == text and '"name": "f"' in text and "parameters" in text
+    tokenizer = load_tokenizer()
+    expected = render(tokenizer, OPENAI["messages"], tools=TOOLS)[0]
+    assert render(tokenizer, row["conversations"])[0] == expected == render(tokenizer, parse(OPENAI, "chat"))[0]
+
+
 @pytest.mark.parametrize("record", [
     {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER | {"content": "错"}]},
     {"chosen": [QUESTION, ANSWER], "reject": [QUESTION, ANSWER | {"content": "错"}]},
@@ -109,7 +153,13 @@ def test_published_preference_shapes_become_one(record):
     ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "role"),
     ({"messages": [{"role": {}, "content": "x"}]}, "role"),
     ({"messages": [QUESTION, ANSWER | {"reasoning_content": 5}]}, "reasoning_content"),
-    ({"system": 5, "messages": [QUESTION, ANSWER]}, "content"),
+    ({"system": 5, "messages": [QUESTION, ANSWER]}, '"system" must be a string'),
+    ({"system": "长", "messages": [{"role": "system", "content": "短"}, QUESTION, ANSWER]}, '"system" stands beside'),
+    ({"tools": "[1]", "messages": [{"role": "system", "content": "", "tools": "[2]"}, QUESTION, ANSWER]},
+     '"tools" stands beside'),
+    ({"functions": [{"name": "f"}], "messages": [QUESTION, ANSWER]}, '"functions" is OpenAI'),
+    ({"messages": [QUESTION, ANSWER | {"function_call": {"name": "f", "arguments": "{}"}}]}, '"function_call"'),
+    ({"messages": [QUESTION, ANSWER | {"weight": 0}, QUESTION, ANSWER]}, 'message 1 has "weight" 0'),
     ({"messages": [QUESTION, ANSWER | {"tool_calls": [b"x"]}]}, "JSON"),
 ])  # fmt: skip
 def test_what_is_no_conversation_is_dropped_with_its_reason(record, word):
@@ -349,6 +399,31 @@ def test_whole_files_that_cannot_be_read(tmp_path, capsys):
     assert "4 files of other kinds not read: a.pdf, b.PDF, c.doc, ..." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "parquet"])
+def test_a_damaged_file_is_named_and_what_it_holds_before_the_damage_is_kept(ending, tmp_path, capsys):
+    import zstandard
+
+    rows, path = [{"text": f"{PROSE}第{i}遍。"} for i in range(600)], tmp_path / f"a.{ending}"
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    parts = [b"".join(lines[i : i + 200]) for i in (0, 200, 400)]
+    if ending == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=200, compression="zstd")
+        data = path.read_bytes()
+        last = data.rindex(b"\x28\xb5\x2f\xfd")  # where the last page's frame begins
+        path.write_bytes(data[:last] + b"?" * 9 + data[last + 9 :])
+    else:
+        compress = gzip.compress if ending == "jsonl.gz" else zstandard.compress
+        path.write_bytes(b"".join(map(compress, parts))[:-40])
+    settings = Settings(dedup="none", keep_dropped=True)
+    summary = clean([path, write_rows(tmp_path / "z.jsonl", [{"text": PROSE}])], tmp_path / "out", settings)
+    assert summary["files_damaged"] == {str(path): summary["kept"] - 1} and 200 <= summary["kept"] < 601
+    assert summary["reasons"] == {"unreadable file": 1}
+    said = f"warning: {path} cannot be read to its end, only {summary['kept'] - 1} rows of it\n"
+    assert said in capsys.readouterr().err
+    (line,) = read_rows(tmp_path / "out" / "dropped.jsonl")
+    assert line["detail"].startswith(f"from row {summary['kept']} on: ")
+
+
 def test_endings_in_capitals_and_markdown_are_read(tmp_path):
     (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(json.dumps({"text": PROSE}).encode()))
     (tmp_path / "B.TXT").write_text(PROSE, encoding="utf-8")
@@ -486,7 +561,7 @@ def test_a_full_disk_is_one_line_and_the_second_start_finishes(tmp_path, capfd):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     err = capfd.readouterr().err
-    assert "the disk is full" in err and err.strip().count("\n") == 0
+    assert f"failed: {tmp_path}/out.building: File too large (the disk at /" in err and err.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
     run_main(main, argv)
     assert len(read_rows(tmp_path / "out" / "pretrain.jsonl")) == 3000

@@ -71,7 +71,7 @@ def test_the_files_are_those_of_the_pool(tmp_path):
     assert "Ray (local): 2 CPUs on 1 machine(s)" in done.stdout
     assert files["ray"] == files["pool"]
     summary = json.loads(files["ray"]["summary.json"])
-    wanted = {"exact copy": 4, "near copy": 4, "not JSON": 1, "no text": 1, "too short": 1, "symbol noise": 1}
+    wanted = {"exact copy": 4, "near copy": 4, "not JSON": 1, "wrong shape": 1, "too short": 1, "symbol noise": 1}
     assert summary["reasons"] == wanted and files["ray"]["dropped.jsonl"].count(b"\n") == 12
 
 

@@ -1,16 +1,24 @@
 """The data path from a file to tensors: caches, splits, rows and their order."""
 
+import contextlib
 import gzip
 import json
+import math
 import multiprocessing
 import os
+import re
 import signal
+import sys
 import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
+from inference.engine import Engine
+from model.chat_template import ROLES
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_document, load_tokenizer, render
@@ -18,7 +26,7 @@ from trainer import cache as cache_module
 from trainer.cache import tokenised
 from trainer.cli import UserError
 from trainer.data import IGNORED, PackedRows, packed_splits, split_documents, token_bytes
-from trainer.losses import lm_loss
+from trainer.losses import learned_bytes, lm_loss
 from trainer.read import iter_rows, iter_texts
 
 TOKENIZER = load_tokenizer()
@@ -81,6 +89,9 @@ def test_chat_cache_holds_renders_ids_and_mask(chat_file, tmp_path):
         ids, mask = render(TOKENIZER, CHATS[i])
         place = slice(cache.offsets[i], cache.offsets[i + 1])
         assert cache.tokens[place].tolist() == ids and cache.learn[place].tolist() == mask
+        assert cache.learned[i] == sum(mask)
+        roles = cache.roles[cache.turn_offsets[i] : cache.turn_offsets[i + 1]]
+        assert [ROLES[role] for role in roles] == [message["role"] for message in CHATS[i]]
 
 
 def test_workers_give_the_same_cache_as_one_process(tmp_path, monkeypatch):
@@ -105,6 +116,133 @@ def test_gzip_and_zstandard_and_csv_and_parquet_and_txt_read_alike(tmp_path):
     for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.parquet"):
         assert list(iter_texts([tmp_path / name])) == TEXTS, name
     assert list(iter_texts([tmp_path / "a.txt"])) == ["一本书\n\n第二段"]
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "算", "parameters": {"n": {"type": "integer"}}}}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}}
+CALLED = [{"role": "user", "content": "f(1)？"}, {"role": "assistant", "tool_calls": [CALL]},
+          {"role": "tool", "tool_call_id": "c1", "content": "3"},
+          {"role": "assistant", "content": "是3。"}]  # fmt: skip
+SYSTEM = {"role": "system", "content": "简短回答。"}
+
+
+@pytest.mark.parametrize("system", [[], [SYSTEM]])
+@pytest.mark.parametrize("spell", [lambda tools: tools, json.dumps])
+def test_tools_beside_the_messages_are_seen_as_inference_builds_them(system, spell, tmp_path):
+    """OpenAI's fine-tuning rows, and ShareGPT's with "system": the ids are those of a prompt with tools."""
+    tools, called = spell(TOOLS), [*system, *CALLED]
+    rows = [{"messages": called, "tools": tools, "parallel_tool_calls": False}]
+    rows += [{"conversations": CALLED, "tools": tools, "system": SYSTEM["content"] if system else ""}]
+    chats = tokenised(write_jsonl(tmp_path / "a.jsonl", rows), "chat", TOKENIZER, tmp_path / "c")
+    ids, mask = render(TOKENIZER, called, tools=TOOLS)
+    assert chats.tokens.tolist() == ids * 2 and chats.learn.tolist() == mask * 2
+    prompt = render(TOKENIZER, called[:-1], tools=TOOLS, add_generation_prompt=True)[0]
+    assert ids[: len(prompt)] == prompt
+    answers = CALLED[-1], {"role": "assistant", "content": "是4。"}
+    row = {"chosen": [*called[:-1], answers[0]], "rejected": [*called[:-1], answers[1]], "tools": tools}
+    pairs = tokenised(write_jsonl(tmp_path / "p.jsonl", [row]), "pair", TOKENIZER, tmp_path / "c")
+    chosen, rejected = pairs.tokens[: len(ids)].tolist(), pairs.tokens[len(ids) :].tolist()
+    assert chosen == ids and rejected[: len(prompt)] == prompt
+
+
+def beside(**keys):
+    return {"messages": [SYSTEM, *exchange(1)]} | keys
+
+
+def altered(**keys):
+    question, answer = exchange(1)
+    return {"messages": [question, answer | keys]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (beside(functions=[{"name": "f"}]), '"functions" is OpenAI\'s older form'),
+        (beside(system="别的"), '"system" stands beside the messages, and their system message has content of its own'),
+        (beside(system=5), '"system" must be a string'),
+        (beside(tools="no JSON"), "tools is not JSON"),
+        (beside(tools={"name": "f"}), "tools must be a list of objects"),
+        ({"messages": [SYSTEM | {"tools": TOOLS}, *exchange(1)], "tools": TOOLS * 2}, '"tools" stands beside'),
+        (altered(function_call={"name": "f", "arguments": "{}"}), 'message 1 has a "function_call"'),
+        (altered(weight=0), 'message 1 has "weight" 0'),
+        (altered(content=None), 'message 1 needs a string under "content"'),
+        ({"messages": [exchange(1)[0], {"role": "function", "content": "3"}, exchange(1)[1]]}, "role 'function'"),
+    ],
+)
+def test_what_beside_the_messages_is_not_read_is_refused_by_name(row, message, tmp_path):
+    with pytest.raises(UserError, match=f"x.jsonl:1: .*{message}"):
+        tokenised(write_jsonl(tmp_path / "x.jsonl", [row]), "chat", TOKENIZER, tmp_path / "c")
+
+
+def test_what_has_no_json_is_a_bad_line():
+    """Bytes and dates of a Parquet file."""
+    rows = [(7, {"messages": exchange(1), "tools": [{"name": b"f"}]}), (8, {"messages": exchange(1)})]
+    arrays, bad = cache_module.encode_batch(rows, "chat", TOKENIZER)
+    assert [line for line, _ in bad] == [7] and "JSON" in bad[0][1] and len(arrays["lengths"]) == 1
+
+
+def test_nothing_beside_the_messages_is_nothing(tmp_path):
+    rows = [beside(tools=tools, system="", functions=None) for tools in (None, "", [], "[]")]
+    rows += [beside(), beside(system=SYSTEM["content"]), altered(weight=1, function_call=None)]
+    cache = tokenised(write_jsonl(tmp_path / "x.jsonl", rows), "chat", TOKENIZER, tmp_path / "c")
+    assert cache.tokens[: cache.offsets[6]].tolist() == render(TOKENIZER, [SYSTEM, *exchange(1)])[0] * 6
+
+
+def damaged_files(folder) -> list:
+    """Files of 600 rows each of which a part cannot be read."""
+    import pandas
+    import zstandard
+
+    texts = [f"{TEXTS[i % 120]} {i}" for i in range(600)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts]
+    frames = [zstandard.compress(b"".join(lines[i : i + 200])) for i in (0, 200, 400)]
+    members = [bytearray(gzip.compress(b"".join(part))) for part in (lines[:300], lines[300:])]
+    members[1][10] = 7  # behind its header: a block of a kind that there is not
+    table = folder / "whole.parquet"
+    pandas.DataFrame({"text": texts}).to_parquet(table, row_group_size=200)
+    pages = table.read_bytes()
+    content = {
+        "cut.jsonl.gz": members[0][:-9], "flipped.jsonl.gz": b"".join(members),
+        "cut.jsonl.zst": b"".join(frames)[:-100], "cut_once.jsonl.zst": zstandard.compress(b"".join(lines))[:-4],
+        "flipped.jsonl.zst": b"".join(frames[:2]) + b"?" * 100, "cut.parquet": pages[: len(pages) // 2],
+        "hole.parquet": pages[:15000] + b"\xff" * 99 + pages[15099:],
+    }  # fmt: skip
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    return [folder / name for name in content]
+
+
+def test_what_cannot_be_read_of_a_file_is_one_line_with_file_and_row(tmp_path):
+    for path in damaged_files(tmp_path):
+        with pytest.raises(UserError, match=rf"^{path}: cannot be read past (line|row) \d+: [^\n]+$") as caught:
+            list(iter_texts([path]))
+        last = int(re.search(r"past \w+ (\d+)", str(caught.value))[1])
+        assert last >= {"cut.parquet": 0, "flipped.jsonl.zst": 400}.get(path.name, 1), path
+
+
+def test_a_parquet_file_that_gives_fewer_rows_than_it_says_is_damaged(tmp_path):
+    """pyarrow reads such a file without an error."""
+    from pyarrow import Table, lib, parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(Table.from_pylist([{"text": f"text {i}"} for i in range(600)]), path, row_group_size=200)
+    whole = path.read_bytes()
+    for place in range(len(whole) - 900, len(whole)):  # in the counts of its row groups
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        with contextlib.suppress(lib.ArrowException, OSError), parquet.ParquetFile(path) as file:
+            if sum(map(len, file.iter_batches())) < 600:
+                break
+    with pytest.raises(UserError, match=r"a.parquet: cannot be read past row \d+: it should have 600 rows"):
+        list(iter_texts([path]))
+
+
+def test_all_frames_of_a_zstandard_file_are_read(tmp_path):
+    import zstandard
+
+    frames = [zstandard.compress(json.dumps({"text": text}).encode() + b"\n") for text in TEXTS]
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0seek"  # as tools write an index
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames[:60]) + skipped + b"".join(frames[60:]) + skipped)
+    assert list(iter_texts([tmp_path / "a.jsonl.zst"])) == TEXTS
 
 
 def test_minimind_v1_columns(tmp_path):
@@ -151,7 +289,7 @@ def test_a_bad_line_stops_with_file_and_line_or_is_skipped_and_counted(content, 
         ("empty.jsonl", b"", "is empty"),
         ("what.doc", b"x", "unknown kind of file"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20], "cannot be read"),
-        ("no.parquet", b"no parquet", "not a Parquet file"),
+        ("no.parquet", b"no parquet", "not a parquet file"),
         ("quote.csv", b'text\n"broken\n', "broken CSV"),
         ("gbk.txt", "中文".encode("gbk"), "not UTF-8"),
     ],
@@ -222,6 +360,68 @@ def test_chat_rows_learn_what_render_masks(chat_file, tmp_path):
     assert rows.learned_kept_share() == 1.0
 
 
+def test_a_row_of_a_split_conversation_reads_as_a_conversation_does(tmp_path):
+    """The system turn, then questions that followed each other, each with its own answer; every answer once."""
+    chats = []
+    for n in range(30):
+        chat = [{"role": "system", "content": "简短回答。"}] * (n % 2)
+        for i in range(n % 5 + 2):
+            chat += [{"role": "user", "content": f"{n}-{i}" + "吗" * (n % 7)}]
+            chat += [{"role": "assistant", "content": f"{n}-{i}" + "啊" * (n % 11)}]
+        chats.append(chat)
+    file = write_jsonl(tmp_path / "c.jsonl", [{"conversations": c} for c in chats])
+    cache = tokenised(file, "chat", TOKENIZER, tmp_path / "c")
+    rows = PackedRows([cache], np.arange(len(cache)), "chat", 64, seed=1)
+    answers = []
+    for ids, labels in all_documents(rows):
+        turns = re.findall(r"<\|im_start\|>(\w+)\n(\d+)?-?(\d+)?.*?<\|im_end\|>\n", TOKENIZER.decode(ids))
+        n, first = next((int(n), int(i)) for _, n, i in turns if n)
+        expected = [("system", "", "")] * (n % 2)
+        for i in range(first, first + len(turns) // 2):
+            expected += [("user", str(n), str(i)), ("assistant", str(n), str(i))]
+        assert turns == expected
+        answers += re.findall(r"\d+-\d+", TOKENIZER.decode([i for i, label in zip(ids, labels) if label != IGNORED]))
+    assert sorted(answers) == sorted(f"{n}-{i}" for n in range(30) for i in range(n % 5 + 2))
+    assert len(rows.items) > len(chats)
+
+
+@pytest.mark.parametrize("kind", ["text", "chat", "pair"])
+@pytest.mark.parametrize("seq_len", [32, 64, 400])
+def test_shares_are_those_of_the_rows_counted_token_by_token(kind, seq_len, text_file, chat_file, tmp_path):
+    file = {"text": text_file, "chat": chat_file, "pair": tmp_path / "pair.jsonl"}[kind]
+    if kind == "pair":
+        pairs = [{"chosen": c, "rejected": [*c[:-1], c[-1] | {"content": "错" * 30}]} for c in CHATS]
+        write_jsonl(file, pairs)
+    cache = tokenised(file, kind, TOKENIZER, tmp_path / "c")
+    rows = PackedRows([cache], np.arange(len(cache)), kind, seq_len, seed=1)
+    batch = rows.batch(range(len(rows)))
+    learned, slots = int((batch["labels"] != IGNORED).sum()), batch["labels"].numel()
+    in_documents = int(cache.learn.sum()) if kind != "text" else len(cache.tokens) - len(cache)
+    assert rows.shares() == pytest.approx({
+        "real_token_share": int(batch["real_tokens"]) / slots, "learned_token_share": learned / slots,
+        "learned_kept_share": learned / in_documents,
+    })  # fmt: skip
+    assert (learned < in_documents) == (kind != "text" and seq_len == 32 or kind == "pair" and seq_len == 64)
+
+
+def test_counting_what_is_learned_takes_no_memory_by_the_token(tmp_path):
+    """Two million tokens: a thousand conversations of a question and an answer of 1,000 tokens each."""
+    arrays = {
+        "tokens": np.zeros(2_000_000), "learn": np.tile(np.repeat([0, 1], 1000), 1000), "learned": np.full(1000, 1000),
+        "turns": np.tile([0, 1000], 1000), "roles": np.tile([1, 2], 1000), "turn_counts": np.full(1000, 2),
+        "lengths": np.full(1000, 2000), "hashes": np.zeros(1000),
+    }  # fmt: skip
+    for name, values in arrays.items():
+        values.astype(cache_module.ARRAYS[name] or np.uint16).tofile(tmp_path / f"{name}.bin")
+    (tmp_path / "meta.json").write_text('{"dtype": "uint16", "bad_lines": 0}')
+    cache = cache_module.Cache(tmp_path)
+    tracemalloc.start()
+    rows = PackedRows([cache], np.arange(1000), "chat", 512, seed=1)
+    assert rows.shares() == {"real_token_share": 1.0, "learned_token_share": 1.0, "learned_kept_share": 0.512}
+    assert tracemalloc.get_traced_memory()[1] < len(cache.tokens)
+    tracemalloc.stop()
+
+
 def test_the_order_is_a_permutation_that_changes_with_the_epoch_and_only_with_it(text_file, tmp_path):
     cache = tokenised(text_file, "text", TOKENIZER, tmp_path / "c")
     one, two = (PackedRows([cache], np.arange(len(cache)), "text", 128, seed=5) for _ in range(2))
@@ -233,6 +433,24 @@ def test_the_order_is_a_permutation_that_changes_with_the_epoch_and_only_with_it
     assert not torch.equal(other_seed.batch(range(len(one)))["input_ids"], first)
 
 
+def test_two_threads_may_ask_for_batches_at_once(text_file, tmp_path):
+    """One fetches ahead, another reads elsewhere: each gets what it asked for."""
+    cache = tokenised(text_file, "text", TOKENIZER, tmp_path / "c")
+    rows = PackedRows([cache], np.arange(len(cache)), "text", 128, seed=5)
+    places = [epoch * len(rows) for epoch in range(400)]
+    expected = [PackedRows([cache], np.arange(len(cache)), "text", 128, seed=5).batch([i])["input_ids"] for i in places]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(lambda order: [rows.batch([i])["input_ids"] for i in order], order)
+                    for order in (places, places[::-1])]  # fmt: skip
+            up, down = (run.result() for run in runs)
+    finally:
+        sys.setswitchinterval(before)
+    assert all(map(torch.equal, up, expected)) and all(map(torch.equal, down[::-1], expected))
+
+
 def test_validation_is_disjoint_also_for_copies_and_by_text_alone(tmp_path):
     a = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS * 2])  # every text twice
     b = write_jsonl(tmp_path / "b.jsonl", [{"text": t} for t in TEXTS[::-1]])
@@ -242,6 +460,47 @@ def test_validation_is_disjoint_also_for_copies_and_by_text_alone(tmp_path):
     assert not set(texts[train]) & set(texts[val])
     assert len(train) + len(val) == 3 * len(TEXTS)
     assert 0.05 < len(val) / len(texts) < 0.4
+
+
+def with_calls(i: int, spelling: int) -> list[dict]:
+    """One conversation with tools and thinking, in one of four ways to write it down."""
+    call, tools = {"name": "f", "arguments": {"n": i, "unit": "米"}}, [{"name": "f"}]
+    question = {"role": "user", "content": f"{i}是多少？"}
+    answer = {"role": "assistant", "content": "", "reasoning_content": "想", "tool_calls": [call]}
+    if spelling == 1:
+        answer |= {"tool_calls": json.dumps([call]), "id": i}
+        tools = json.dumps(tools)
+    if spelling == 2:
+        arguments = json.dumps(call["arguments"], separators=(",", ":"), ensure_ascii=False)
+        answer |= {"tool_calls": [{"id": "c7", "type": "function", "function": call | {"arguments": arguments}}]}
+        question["score"] = 0.5
+    if spelling == 3:
+        answer = {"role": "assistant", "content": "<think>\n想\n</think>\n\n", "tool_calls": [call]}
+    return [{"role": "system", "content": "", "tools": tools}, question, answer]
+
+
+@pytest.mark.parametrize("kind", ["chat", "chat:0.5"])
+def test_validation_is_disjoint_also_for_copies_that_are_spelled_otherwise(kind, tmp_path):
+    chats = [with_calls(i, spelling) for spelling in range(4) for i in range(60)]
+    chats += [[m | {"id": n, "score": n} for m in exchange(i)] for n in range(4) for i in range(60)]
+    file = write_jsonl(tmp_path / "a.jsonl", [{"conversations": c} for c in chats])
+    cache = tokenised(file, kind, TOKENIZER, tmp_path / "c")
+    train, val = split_documents([cache], 0.2)
+    said = np.array([what * 1000 + i for what in range(2) for _ in range(4) for i in range(60)])
+    assert not set(said[train]) & set(said[val])
+    assert len(set(said[val])) > 10 and len(set(cache.hashes.tolist())) == 120
+
+
+def test_all_pairs_of_a_prompt_are_on_one_side(tmp_path):
+    pairs = []
+    for n, i in ((n, i) for n in range(3) for i in range(60)):
+        prompt = [{"role": "user", "content": f"{i}是多少？", "id": n}]
+        answers = ({"role": "assistant", "content": text} for text in (f"好{n}", f"坏{n}"))
+        pairs.append(dict(zip(("chosen", "rejected"), ([*prompt, answer] for answer in answers))))
+    cache = tokenised(write_jsonl(tmp_path / "p.jsonl", pairs), "pair", TOKENIZER, tmp_path / "c")
+    train, val = split_documents([cache], 0.2)
+    prompts = np.repeat(np.tile(np.arange(60), 3), 2)  # of each document
+    assert not set(prompts[train]) & set(prompts[val]) and len(val) > 30
 
 
 def test_an_empty_row_teaches_nothing(text_file, tmp_path):
@@ -274,6 +533,23 @@ def test_packed_equals_unpacked(kind, text_file, chat_file, tmp_path):
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-4)
     for p, gradient in zip(model.parameters(), gradients):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_validation_figure_is_that_of_whole_documents(text_file, tmp_path):
+    """Bits per byte of the held-out rows = the engine's of the same documents, each read by itself."""
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(LMConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1)).eval()
+    cache = tokenised(text_file, "text", TOKENIZER, tmp_path / "c")
+    _, rows = packed_splits([cache], "text", 128, 0, 0.1)
+    engine = Engine(model, TOKENIZER)
+    expected, n_bytes = engine.bits_per_byte([TEXTS[i] for i in rows.documents], length=127)
+    batch = rows.batch(range(len(rows)))
+    with torch.no_grad():
+        nats, _ = lm_loss(model(batch["input_ids"], segment_ids=batch["segment_ids"]).logits, batch["labels"])
+    assert int(learned_bytes(batch["labels"], token_bytes(TOKENIZER))) == n_bytes
+    assert nats.item() / math.log(2) / n_bytes == pytest.approx(expected, rel=1e-5)
+    lengths = np.diff(cache.offsets)[rows.documents]
+    assert len(rows.items) == sum(1 if n <= 128 else math.ceil((n - 1) / 127) for n in lengths)
 
 
 def test_bytes_of_tokens_add_up_to_the_text():

@@ -325,6 +325,16 @@ def test_weights_and_hold_out_follow_the_seed(raw, tmp_path):
     assert mixed["written"]["pretrain_heldout.jsonl"] == len(held)
 
 
+def test_all_pairs_of_a_prompt_are_held_out_or_none(tmp_path):
+    answers = [{"chosen": f"好{n}", "rejected": f"坏{n}"} for n in range(3)]
+    rows = [{"prompt": f"第{i}个问题是什么？"} | pair for pair in answers for i in range(80)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    clean([tmp_path / "p.jsonl"], tmp_path / "out", Settings(to="dpo", dedup="exact", heldout=0.2))
+    train, held = ([json.loads(line)["chosen"][0]["content"] for line in (tmp_path / "out" / name).open("rb")]
+                   for name in ("dpo.jsonl", "dpo_heldout.jsonl"))  # fmt: skip
+    assert len(train) + len(held) == 240 and len(held) > 20 and not set(train) & set(held)
+
+
 @pytest.mark.slow
 def test_the_row_functions_run_under_datasets_too(raw, tmp_path):
     """What docs/data.md shows: the same function over rows, `datasets` doing the processes."""

@@ -8,7 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import psutil
@@ -16,8 +18,8 @@ import pytest
 import torch
 from stage import ROOT, STAGES, TINY, load, run_flags, write_chats, write_texts
 
-from trainer import dist
-from trainer.cli import UserError
+from trainer import dist, watch
+from trainer.cli import RunFailed, UserError
 from trainer.dist import World
 from trainer.loop import Plan
 
@@ -122,7 +124,7 @@ def test_restarts_want_a_new_meeting_place_for_each_attempt(monkeypatch):
         monkeypatch.setenv(name, str(value))
     with (
         pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
-        dist.join(SimpleNamespace(device="cpu")),
+        dist.join(SimpleNamespace(device="cpu", dtype="auto")),
     ):
         pass
 
@@ -131,6 +133,37 @@ def test_a_lost_process_ends_the_others_and_is_named(job):
     assert job.done.returncode == 1 and [notes["code"] for notes in job.notes[4]] == [1]  # rank 1 left no note
     assert "failed: rank 1 is lost" in job.done.stderr and "what was saved before is whole" in job.done.stderr
     assert job.seconds < 60  # from the kill to the end of all
+
+
+@pytest.mark.parametrize(("ranks", "missing"), [([0], "rank 1, rank 2"), ([1], "rank 0"), ([0, 1], "rank 2")])
+def test_a_process_that_does_not_come_is_named_by_those_who_wait(ranks, missing, monkeypatch, capfd):
+    monkeypatch.setattr(watch, "START", timedelta(seconds=1.5))
+    monkeypatch.setattr(watch, "TOLD", 0.5)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    said = []
+
+    def come(rank):
+        with pytest.raises(RunFailed) as failed:
+            watch.Watch(rank, 3)
+        said.append(str(failed.value))
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert said == [f"{missing} did not come within 0.025 minutes; see what it said, and start all again"] * len(ranks)
+    told = sorted(capfd.readouterr().err.splitlines())
+    assert told == [f"rank {rank} is waiting for {missing}" for rank in ranks]
+
+
+def test_several_processes_without_a_place_to_meet_are_the_users_mistake(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="use torchrun"):
+        watch.Watch(0, 2)
 
 
 def test_one_process_with_another_micro_batch_goes_on_where_two_were(job):

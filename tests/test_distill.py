@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from stage import STAGES, chat_weights, load, run_flags, write_texts
+from stage import STAGES, catch_gradients, chat_weights, load, run_flags, write_texts
 
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
@@ -165,8 +165,8 @@ def micro_batches(batch, size):
 
 
 def gradients(args, student, loss_fn, micro):
-    engine, caught = Engine(student, args, WORLD), {}
-    engine.step = lambda factor: caught.update({n: p.grad.clone() for n, p in student.named_parameters()}) or 0.0
+    engine = Engine(student, args, WORLD)
+    caught = catch_gradients(engine)
     numbers, _ = take_step(engine, list(micro), loss_fn, 1.0, 0)
     student.zero_grad(set_to_none=True)
     return caught, numbers

@@ -223,3 +223,17 @@ def test_prompts_of_every_shape(tmp_path):
     path.write_text('{"text": "x"}\n', encoding="utf-8")
     with pytest.raises(UserError, match="a.jsonl:1"):
         read_prompts(path)
+
+
+def test_a_system_text_beside_a_conversation_is_asked_with_and_tools_are_refused(tmp_path):
+    user, path = {"role": "user", "content": "甲"}, tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"conversations": [user], "system": "短"}) + "\n")
+    assert read_prompts(path) == [[{"role": "system", "content": "短"}, user]]
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    for row, key in (
+        ({"messages": [user], "tools": [{"name": "f"}]}, "tools"),
+        ({"messages": [user, called, user]}, "tool_calls"),
+    ):
+        path.write_text(json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=f'p.jsonl:1: "{key}" in the conversation'):
+            read_prompts(path)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stage import (
     STAGES,
+    catch_gradients,
     chat_weights,
     load,
     run_flags,
@@ -18,7 +19,8 @@ from stage import (
 )
 
 from model.tokenizer import render
-from model.weights import load_model
+from model.weights import fingerprint, load_model
+from trainer.checkpoint import check_recipe
 from trainer.cli import UserError, parse
 from trainer.dist import Engine, World
 from trainer.loop import evaluate, take_step
@@ -120,9 +122,8 @@ def gradients(tmp_path, batch_size, accumulation, *more):
     args.batch_size, args.accumulation_steps = batch_size, accumulation
     with torch.no_grad():  # a policy that is no longer the reference
         start.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
-    engine, caught = Engine(start.model, args, WORLD), {}
-    named = dict(start.model.named_parameters())
-    engine.step = lambda factor: caught.update({n: p.grad.clone() for n, p in named.items()}) or 0.0
+    engine = Engine(start.model, args, WORLD)
+    caught = catch_gradients(engine)
     micro = [rows[0].batch(range(i * batch_size, (i + 1) * batch_size)) for i in range(accumulation)]
     numbers, _ = take_step(engine, micro, STAGE.preference_loss(args, reference), 1.0, 0)
     return caught, numbers, (args, start, rows, reference)
@@ -255,6 +256,7 @@ def test_a_note_beside_a_message_does_not_part_a_pair():
         (scored(pair("aa", "xx")), "d.jsonl:1: chosen and rejected are the same answer"),
         ({k: v * 2 for k, v in pair("aa", "xy").items()}, "d.jsonl:1: the prompts of chosen and rejected differ"),
         ({k: v + v[:1] for k, v in pair("aa", "xy").items()}, "d.jsonl:1: .* must each end with an answer"),
+        ({k: v[1:] for k, v in pair("aa", "xy").items()}, "d.jsonl:1: .* the answers stand without their prompt"),
         ({"chosen": []}, 'd.jsonl:1: no keys "chosen" and "rejected"'),
     ],
 )
@@ -303,6 +305,22 @@ def test_a_run_needs_the_reference_it_began_with(tmp_path):
         file.unlink()
     with pytest.raises(UserError, match="is no longer what this run began with"):
         again.ready(rows, WORLD)
+
+
+def test_the_recipe_holds_what_reference_says_beside_the_references_fingerprint(tmp_path):
+    """Or a run with a cached reference goes on with a live one."""
+    _, start, rows, _ = begin(tmp_path, "--reference", "live")
+    recipe = start.recipe(rows, 4)
+    assert recipe["reference"] == "live" and fingerprint(start.model) in recipe.values()
+    start.state, start.args.reference = {"record": {"recipe": recipe}}, "cached"
+    Reference(start)
+    with pytest.raises(UserError, match="reference was live, is now cached; --overwrite"):
+        check_recipe(recipe, start.recipe(rows, 4), "x.pth")
+    earlier = {key: value for key, value in recipe.items() if key != "reference_weights"}
+    start.state = {"record": {"recipe": earlier | {"reference": recipe["reference_weights"]}}}
+    Reference(start)
+    with pytest.raises(UserError, match="other settings: reference was None, is now cached; --overwrite"):
+        check_recipe(start.state["record"]["recipe"], start.recipe(rows, 4), "x.pth")
 
 
 # ------------------------------------------------------------------------------------------------------------- slow

@@ -11,6 +11,7 @@ import torch
 from stage import (
     ROOT,
     STAGES,
+    catch_gradients,
     command,
     grpo_flags,
     load,
@@ -23,14 +24,14 @@ from inference.engine import Engine as Speaker
 from inference.sampling import SamplingParams
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.tokenizer import load_tokenizer
+from model.tokenizer import load_tokenizer, render
 from model.weights import load_model
 from trainer import rl
 from trainer.cli import UserError, parse
 from trainer.dist import Engine, World
 from trainer.loop import Plan, take_step
 from trainer.losses import group_advantages, grpo_loss, token_log_probs
-from trainer.questions import as_question, load_questions, read_questions, split_questions
+from trainer.questions import Question, Questions, as_question, load_questions, read_questions, split_questions
 from trainer.read import BadRow
 from trainer.rewards import final_answer, is_right, reward
 from trainer.start import prepare
@@ -111,6 +112,11 @@ def test_log_probs_are_of_the_tempered_distribution():
         ("<think>a</think><answer>1</answer><answer>1</answer>", None),
         ("<think>a<think>b</think><answer>1</answer>", None),
         ("<think>a</think><answer>1", None),
+        ("<think>a</think><answer>1<|im_start|></answer>", None),
+        ("<think><|endoftext|>a</think><answer>1</answer>", None),
+        ("<think>a</think><answer>1</answer><|reserved_3|>", None),
+        ("<think>a</think><answer><s>1</answer>", None),
+        ("<think>|x| < 3 <|</think><answer>a<b|c></answer>", "a<b|c>"),
         ("", None),
     ],
 )
@@ -123,6 +129,11 @@ def test_rewards():
     assert reward(good.format(" 1200 "), "1,200", 0.2) == 1.2
     assert reward(good.format("１２００"), "1200", 0.2) == 1.2
     assert reward(good.format("12001"), "1200", 0.2) == reward(good.format("不是1200"), "1200", 0.2) == 0.2
+    for said, known in (("10²", "102"), ("102", "10²"), ("①", "1"), ("1½", "11⁄2"), ("10₂", "102"), ("5", "-5")):
+        assert reward(good.format(said), known, 0.2) == 0.2, said
+    for said, known in (("−5", "-5"), ("-5", "−5"), ("－５", "-5"), ("（３，４）", "(3,4)"), ("10²", "10²"),
+                        ("ＡＢ", "ab"), ("1\u3000200", "1200")):  # fmt: skip
+        assert reward(good.format(said), known, 0.2) == 1.2, said
     assert reward("1200", "1200", 0.2) == 0 and not is_right("1200", "1200")
 
 
@@ -132,6 +143,10 @@ def test_questions_come_as_pairs_or_from_worked_examples(tmp_path):
     chat = [{"role": "user", "content": "1+1=？"}, {"role": "assistant", "content": worked}]
     assert as_question({"conversations": chat}) == (chat[:1], "2")
     assert as_question({"question": "1+1=？", "answer": 2}) == (chat[:1], "2")
+    tools = [{"name": "f"}]
+    first = {"role": "system", "content": "短", "tools": tools}
+    assert as_question({"question": "1+1=？", "answer": 2, "system": "短", "tools": tools}) == ([first, *chat[:1]], "2")
+    assert as_question({"conversations": chat, "system": "短", "tools": tools}) == ([first, *chat[:1]], "2")
     sample = read_questions([ROOT / "dataset/sample/reason.jsonl"], TOKENIZER, 128)
     assert len(sample) > 2000 and all(q.answer.isdigit() for q in sample)
     train, held_out = split_questions(sample, 0.2)
@@ -214,7 +229,7 @@ def test_what_is_learned_from_has_the_probabilities_it_was_sampled_with(temperat
     said = Speaker(start.model, start.tokenizer).generate([q.prompt for q in asked], params)
     answers = [rl.Answer(i, q.prompt, c.token_ids, 0, False, False, False) for i, (q, c) in enumerate(zip(asked, said))]
     engine = Engine(start.model, args, WORLD)
-    (batch,) = rl.deal(answers, 8, 1)
+    (batch,) = rl.deal(answers, 8, 1, WORLD.device)
     rl.add_log_probs(engine, [batch], None, args)
     for row, answer in enumerate(sorted(answers, key=len)):
         model = torch.full((len(answer.tokens), 6400), -torch.inf)  # the engine's log-probabilities at temperature 1
@@ -246,12 +261,12 @@ def gradients(args, use_moe, batch_size, accumulation):
     reference = copy.deepcopy(model).eval()
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.mul_(4)
-    engine, caught = Engine(model, args, WORLD), {}
-    batches = rl.deal(some_answers(), batch_size, accumulation)
+    engine = Engine(model, args, WORLD)
+    batches = rl.deal(some_answers(), batch_size, accumulation, WORLD.device)
     rl.add_log_probs(engine, batches, reference, args)
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.mul_(3)
-    engine.step = lambda factor: caught.update({n: p.grad.clone() for n, p in model.named_parameters()}) or 0.0
+    caught = catch_gradients(engine)
     numbers, _ = take_step(engine, batches, rl.policy_loss(args), 1.0, 0)
     return caught, numbers, (model, reference, batches)
 
@@ -279,6 +294,38 @@ def test_a_group_is_compared_as_a_whole():
     )
 
 
+def a_model_that_says(tokens: list[int]) -> MiniMindForCausalLM:
+    """After the prompt's last token the first of `tokens`, after each of them the next: layers add nothing, the head
+    looks the last token up."""
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(LMConfig(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        layer = model.model.layers[0]
+        for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight, model.lm_head.weight):
+            weight.zero_()
+        last = render(TOKENIZER, [{"role": "user", "content": "1"}], add_generation_prompt=True)[0][-1]
+        for before, token in zip([last, *tokens], tokens):
+            model.lm_head.weight[token] = 1000 * model.model.embed_tokens.weight[before]
+    return model
+
+
+@pytest.mark.parametrize("marker", ["", "<|im_start|>", "<|endoftext|>", "<|reserved_0|>"])
+@pytest.mark.parametrize("place", [0, 1, 4, 6])  # before all, in the thought, in the answer block, behind it
+def test_what_is_judged_is_what_was_generated(marker, place, folder, tmp_path):
+    """A special token anywhere, which the engine's text leaves out, costs the reward."""
+    args, _, questions, _ = begin(folder, tmp_path)
+    words = ["<think>", "x", "</think>", "<answer>", "7", "</answer>", "<|im_end|>"]
+    words[place:place] = [marker] * bool(marker)
+    tokens = TOKENIZER.convert_tokens_to_ids(words)
+    asked = Questions([Question(questions.questions[0].prompt, "7")], 8, 0)
+    engine = Engine(a_model_that_says(tokens), args, WORLD)
+    (answer,) = rl.sample(engine, STAGE.sampler(TOKENIZER, 16), asked, [0], args)
+    assert answer.tokens == tokens and not answer.truncated
+    assert answer.reward == (0 if marker else 1.2) and answer.right == answer.well_formed == (not marker)
+    held_out = rl.evaluate(engine, STAGE.sampler(TOKENIZER, 16), asked.questions)[1]
+    assert held_out == {"exact_match": not marker, "well_formed": not marker}
+
+
 def test_answers_do_not_depend_on_the_process_that_gives_them(folder, tmp_path):
     """Two processes of 4 answers, one of 8, one of 2 x 4: the same answers at the same places of the run."""
     args, start, questions, _ = begin(folder, tmp_path)
@@ -300,7 +347,7 @@ def test_a_step_makes_what_was_better_than_its_group_likelier(folder, tmp_path):
     engine = Engine(start.model.train(), args, WORLD)
     answers = rl.sample(engine, STAGE.sampler(start.tokenizer, 16), questions, list(range(32)), args)
     assert rl.compare(answers, 8, WORLD)["learning_groups"] > 0
-    batches = rl.deal(answers, 16, 2)
+    batches = rl.deal(answers, 16, 2, WORLD.device)
     rl.add_log_probs(engine, batches, None, args)
     for _ in range(args.inner_steps):
         take_step(engine, batches, rl.policy_loss(args), 1.0, 0)

@@ -1,9 +1,12 @@
 """A run of any stage that is killed with SIGKILL and resumed equals the run that was not: weights, losses, result."""
 
+import json
+import os
+import signal
 import time
 
 import pytest
-from stage import STAGES, Forked, after_a_save, last_json, popen, run_flags, same_after_a_kill
+from stage import STAGES, Forked, after_a_save, last_json, load, popen, run_flags, same_after_a_kill
 
 BASE = ["pretrain", "full_sft"]
 
@@ -31,6 +34,41 @@ def test_a_killed_command_goes_on_as_if_nothing_had_happened(stage, tmp_path):
     flags, log = [*run_flags(stage, tmp_path), "--out_dir", tmp_path / "whole", "--resume"], tmp_path / "third.txt"
     assert popen(STAGES[stage], flags, log).wait() == 0
     assert last_json(log.read_text(encoding="utf-8"))["steps"] == 12  # a finished run prints its result again
+
+
+class KilledInAStep(Forked):
+    """The stage's main(), which ends by SIGKILL in its `calls`-th micro-batch."""
+
+    def __init__(self, script, flags, log, calls):
+        self.calls = calls
+        super().__init__(script, flags, log)
+
+    def run(self):
+        stage = load(self.script)
+        plain, left = stage.language_model, [self.calls]
+
+        def fatal(model, batch):
+            left[0] -= model.training
+            if model.training and not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(model, batch)
+
+        stage.language_model = fatal
+        stage.main(self.flags)
+
+
+def test_two_kills_between_the_same_saves_lose_no_step_of_the_log(tmp_path):
+    """The second one before the resumed run has saved: the log still has what the first run did, each step once."""
+    flags, log = [*run_flags("pretrain", tmp_path, 7), "--save_interval", "4", "--eval_interval", "3"], tmp_path / "log"
+    for out, resume, calls in (("o", [], 11), ("o", ["--resume"], 3), ("o", ["--resume"], 0), ("twin", [], 0)):
+        process = KilledInAStep(STAGES["pretrain"], [*flags, "--out_dir", tmp_path / out, *resume], log, calls)
+        assert process.wait() == (-signal.SIGKILL if calls else 0)
+        lines = (tmp_path / out / "pretrain_32.jsonl").read_text().splitlines()
+        assert sum("tokens" in json.loads(line) for line in lines) >= 4  # those of the save
+    logs = [(tmp_path / out / "pretrain_32.jsonl").read_bytes() for out in ("o", "twin")]
+    assert logs[0] == logs[1]
+    pictures = [(tmp_path / out / "pretrain_32.png").read_bytes() for out in ("o", "twin")]
+    assert pictures[0] == pictures[1]  # the whole curve
 
 
 @pytest.mark.slow

@@ -10,7 +10,20 @@ from argparse import Namespace
 
 import pytest
 import torch
-from stage import TINY, after_a_save, command, last_json, load, popen, run, run_flags, write_chats, write_texts
+from stage import (
+    TINY,
+    after_a_save,
+    catch_gradients,
+    command,
+    last_json,
+    load,
+    popen,
+    run,
+    run_flags,
+    weights_of,
+    write_chats,
+    write_texts,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.LMConfig import LMConfig
@@ -20,7 +33,7 @@ from model.weights import load_model
 from trainer.checkpoint import Files
 from trainer.cli import RunFailed, UserError, parse, stage_parser
 from trainer.dist import Engine, World
-from trainer.loop import Plan, SaveTimes, StopSignals, check_alike, resume_command, take_step
+from trainer.loop import Plan, SaveTimes, StopSignals, check_alike, resume_command, take_step, train
 from trainer.losses import language_model
 from trainer.start import prepare
 
@@ -41,8 +54,7 @@ def gradients_of_a_step(start, rows, batch_size, accumulation, size=1):
     torch.manual_seed(0)
     model = MiniMindForCausalLM(start.model.config)
     engine = Engine(model, start.args, WORLD)
-    caught = {}
-    engine.step = lambda factor: caught.update({n: p.grad.clone() for n, p in model.named_parameters()}) or 0.0
+    caught = catch_gradients(engine)
     plans = [Plan(rows[0], start.args, World(r, size, WORLD.device, WORLD.dtype), None) for r in range(size)]
     micro = [rows[0].batch(plan.rows(0, i)) for plan in plans for i in range(accumulation)]
     numbers, tokens = take_step(engine, micro, language_model, 1.0, 0)
@@ -149,18 +161,17 @@ def test_the_plan_covers_each_row_once_for_any_number_of_processes(tmp_path):
 def test_a_run_is_saved_by_steps_and_by_the_clock(monkeypatch, steps, minutes, saved_at):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    saves, due = SaveTimes(Namespace(save_interval=steps, save_minutes=minutes), WORLD), []
+    saves, due = SaveTimes(Namespace(save_interval=steps, save_minutes=minutes)), []
     for step in range(1, 10):
         clock[0] += 20
-        due += [step] * saves.due(step)
+        due += [step] * saves.due(step, saves.overdue())
     assert due == saved_at
 
 
-def test_the_first_processes_clock_decides_for_all(monkeypatch):
-    told, second = [], World(1, 2, WORLD.device, WORLD.dtype)
-    monkeypatch.setattr(World, "sum", lambda self, overdue: told.append(overdue) or [1.0])
-    assert SaveTimes(Namespace(save_interval=100, save_minutes=1e-9), second).due(3)
-    assert told == [False]  # its own clock has run out and is not asked
+def test_all_processes_save_where_one_is_overdue():
+    saves = SaveTimes(Namespace(save_interval=100, save_minutes=60))
+    assert not saves.overdue() and not saves.due(3, overdue=0.0)
+    assert saves.due(3, overdue=1.0)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "grpo"])
@@ -170,7 +181,7 @@ def test_slow_steps_are_saved_each(tmp_path, monkeypatch, stage):
     saved = []
     monkeypatch.setattr(Files, "save", lambda self, engine, tokenizer, record, step, counters: saved.append(step))
     script.main([*flags, "--out_dir", str(tmp_path / "out")])
-    assert saved == [1, 2, 3]
+    assert saved == [1, 2, 3, 4]
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -278,5 +289,52 @@ def test_the_tokenizer_and_config_travel_with_the_weights(tmp_path):
     assert tokenizer.get_vocab() == load_tokenizer().get_vocab()
     assert (tmp_path / "o" / "pretrain_32.png").stat().st_size > 1000
     wanted = {"stage", "steps", "tokens", "loss", "val_loss", "val_bits_per_byte", "real_token_share",
-              "learned_token_share", "seconds", "tokens_per_second", "peak_memory_bytes", "weights"}  # fmt: skip
+              "learned_token_share", "learned_kept_share", "seconds", "tokens_per_second", "peak_memory_bytes",
+              "weights"}  # fmt: skip
     assert wanted <= set(result)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "grpo"])
+def test_what_fails_after_the_last_step_loses_nothing(tmp_path, monkeypatch, stage):
+    """The last step is saved before the last validation; resumed, the run ends as the one that was not disturbed."""
+    script = load({"pretrain": "1-pretrain.py", "grpo": "train_grpo.py"}[stage])
+    flags = [*run_flags(stage, tmp_path, steps=4), "--eval_interval", "0", "--save_interval", "100", "--out_dir"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    wanted = script.main([*flags, str(whole)])
+    module = sys.modules["trainer.loop" if stage == "pretrain" else "trainer.rl"]
+    calls, evaluate = [], module.evaluate
+
+    def fails_at_the_end(*args):
+        calls.append(1)
+        if len(calls) == (1 if stage == "pretrain" else 2):  # GRPO validates before its first step too
+            raise OSError("the machine caught fire")
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", fails_at_the_end)
+        with pytest.raises(OSError, match="fire"):
+            script.main([*flags, str(broken)])
+    found = script.main([*flags, str(broken), "--resume"])
+    for key in ("steps", "tokens", "loss", "val_loss"):
+        assert found[key] == wanted[key]
+    name = weights_of(stage)
+    one, two = (torch.load(d / name, weights_only=True)["model"] for d in (whole, broken))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert (whole / name).with_suffix(".jsonl").read_text() == (broken / name).with_suffix(".jsonl").read_text()
+
+
+def test_weights_that_a_step_ruined_are_not_saved(tmp_path):
+    """A finite gradient, but a rate that overflows float32: the last save stays, and the run says so."""
+    flags = [*run_flags("pretrain", tmp_path, steps=3), "--save_interval", "1", "--optimizer", "adamw", "--warmup", "0",
+             "--out_dir", tmp_path / "out"]  # fmt: skip
+    done = run("1-pretrain.py", *flags, "--learning_rate", "3e38")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "not finite" in done.stderr and not (tmp_path / "out" / "pretrain_32.pth").exists()
+
+
+def test_a_run_that_learned_nothing_has_no_loss(tmp_path):
+    """All of its rows are empty: no NaN in the result."""
+    start, rows = make_start(tmp_path, "--max_steps", "1")
+    rows[0].batch = lambda indices, batch=rows[0].batch: batch([-1] * len(indices))
+    result = train(start, rows, language_model, WORLD)
+    assert result["loss"] is None and "NaN" not in json.dumps(result)

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from model.compat import CACHE
+from model.compat import CACHE, checkpoint_activations
 from model.LMConfig import PRESETS, LMConfig
 from model.model import (
     DocumentLengths,
     MiniMindForCausalLM,
     RMSNorm,
+    document_ends,
     inverse_frequencies,
     packed_mask,
     packed_positions,
@@ -231,7 +232,7 @@ def test_gradient_checkpointing_gives_equal_gradients(fields):
     loss, wanted = gradients(model, **inputs)
     calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     checkpointed, found = gradients(model, **inputs)
     assert len(calls) == 2 and checkpointed == loss  # computed forward and again in the backward pass
     for name, gradient in wanted.items():
@@ -290,11 +291,12 @@ def test_packed_rows_equal_unpacked_documents(fields):
 def test_positions_and_lengths_of_packed_rows():
     segments = torch.tensor([[1, 1, 1, 2, 2, 3, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2]])
     assert packed_positions(segments).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]
-    lengths = DocumentLengths(segments)
-    assert lengths.cumulative.tolist() == [0, 3, 5, 6, 8, 9, 16] and lengths.cumulative.dtype == torch.int32
-    assert DocumentLengths.of(segments, torch.bfloat16, 64) is None  # no GPU here: the mask serves
+    ends = document_ends(segments)
+    assert ends.tolist() == [0, 3, 5, 6, 8, 9, 16] and ends.dtype == torch.int32
+    assert document_ends(segments, size=9).tolist() == [0, 3, 5, 6, 8, 9, 16, 16, 16]  # two empty documents
+    assert DocumentLengths.of(segments, ends, torch.bfloat16, 64) is None  # no GPU here: the mask serves
     # Both describe the same attention: flattened, a query looks at keys of its own stretch, up to itself.
-    stretch = torch.bucketize(torch.arange(16), lengths.cumulative[1:], right=True)
+    stretch = torch.bucketize(torch.arange(16), ends[1:], right=True)
     wanted = torch.block_diag(*packed_mask(segments)[:, 0].float()).bool()
     assert torch.equal((stretch[:, None] == stretch[None, :]).tril(), wanted)
 

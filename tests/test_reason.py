@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from stage import STAGES, chat_weights, load, run_flags, write_chats
 
 from model.LMConfig import LMConfig
@@ -13,7 +14,7 @@ from model.tokenizer import load_tokenizer, render, tokenizer_from_dict, tokeniz
 from trainer.cache import tokenised
 from trainer.cli import UserError
 from trainer.data import packed_splits
-from trainer.losses import language_model, lm_loss, weighted_lm_loss
+from trainer.losses import language_model, lm_loss, weighted_sum
 from trainer.think import REASONING_TAGS, keep_thinking
 
 STAGE = load(STAGES["reason"])
@@ -25,17 +26,22 @@ def chat(question, answer, **extra):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **extra}]
 
 
+def nats(logits, labels):
+    """(B, T - 1) cross-entropy of each target."""
+    flat = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    return flat.view(len(labels), -1)
+
+
 def test_the_weighted_loss_by_hand():
     logits = torch.tensor([[[0.0, math.log(3)], [math.log(4), 0.0], [9.0, 9.0]]])  # p(1) = 3/4, then p(0) = 4/5
     labels, weight = torch.tensor([[0, 1, 1]]), torch.tensor([1.0, 10.0])
-    total, count, plain = weighted_lm_loss(logits, labels, weight)
     first, second = -math.log(3 / 4), -math.log(1 / 5)
-    assert count == 2 and plain.item() == pytest.approx(first + second, rel=1e-6)
-    assert total.item() == pytest.approx(10 * (first + second), rel=1e-6)
-    total, count, plain = weighted_lm_loss(logits, torch.tensor([[0, 0, 1]]), weight)
+    assert weighted_sum(nats(logits, labels), labels, weight).item() == pytest.approx(10 * (first + second), rel=1e-6)
+    labels = torch.tensor([[0, 0, 1]])
+    total = weighted_sum(nats(logits, labels), labels, weight)
     assert total.item() == pytest.approx(-math.log(1 / 4) + 10 * second, rel=1e-6)
-    ones = weighted_lm_loss(logits, labels, torch.ones(2))
-    assert ones[0] == ones[2] == lm_loss(logits, labels)[0]
+    plain = lm_loss(logits, labels)[0].item()
+    assert weighted_sum(nats(logits, labels), labels, torch.ones(2)).item() == pytest.approx(plain, rel=1e-6)
 
 
 def test_the_weight_is_on_tags_by_id_in_the_assistants_turn_only(tmp_path):
@@ -52,7 +58,7 @@ def test_the_weight_is_on_tags_by_id_in_the_assistants_turn_only(tmp_path):
     assert tags.sum() == 4 and (batch["labels"][tags] == batch["input_ids"][tags]).all()
     torch.manual_seed(0)
     logits = torch.randn(1, 64, 6400, requires_grad=True)
-    (heavy,) = torch.autograd.grad(weighted_lm_loss(logits, batch["labels"], weights)[0], logits)
+    (heavy,) = torch.autograd.grad(weighted_sum(nats(logits, batch["labels"]), batch["labels"], weights), logits)
     (plain,) = torch.autograd.grad(lm_loss(logits, batch["labels"])[0], logits)
     factor = torch.where(tags, 10.0, 1.0)[:, 1:, None]  # the logits before a token predict it
     torch.testing.assert_close(heavy[:, :-1], factor * plain[:, :-1])

@@ -42,7 +42,7 @@ def rows_by_transformers(make, values, logits=LOGITS, ids=None):
 
 def test_top_k():
     expected = rows_by_transformers(lambda k: TopKLogitsWarper(k) if k else None, (1, 3, 50, 0, 5000))
-    assert torch.equal(keep_top_k(LOGITS, column(1, 3, 50, 0, 5000)), expected)
+    assert torch.equal(keep_top_k(LOGITS, [1, 3, 50, 0, 5000]), expected)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.05])  # peaked: few tokens are kept; flat: nearly all, the slow way

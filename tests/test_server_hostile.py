@@ -15,7 +15,7 @@ import httpx2 as httpx
 import pytest
 import torch
 from serve import ADD, serve, user, wait_until
-from stage import ROOT, load
+from stage import ROOT, load, warned
 from stub_api import StubApi
 
 from benchmarks import serving
@@ -273,6 +273,7 @@ def test_the_programs_talk_and_end(tmp_path):
             server.send_signal(signal.SIGTERM)
             assert answer.read().endswith(b"data: [DONE]\n\n")
         assert server.wait(20) == 128 + signal.SIGTERM
+        assert not any(map(warned, (server.stderr.read(), chat.stderr)))
     finally:
         server.kill()
         server.stderr.close()

@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(texts, tmp_path, monkeypat
 
     monkeypatch.setattr(weights.torch, "save", save)
     flags = [*pretrain_flags(texts, tmp_path, "--max_steps", 8, "--save_interval", 2)]
-    with pytest.raises(RunFailed, match="cannot save step 6 .*No space left"):
+    with pytest.raises(RunFailed, match="pretrain_32_resume.pth: No space left on device"):
         load("1-pretrain.py").main([str(f) for f in flags])
     monkeypatch.undo()
     assert not list((tmp_path / "o").glob(".*tmp"))
@@ -283,12 +283,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(texts, tmp_path, monkeypat
 
 
 def test_bare_commands_take_the_sample_and_say_so(tmp_path):
+    """Pretraining, fine-tuning, a chat, each in a process of its own: `run` sees that no library warns."""
     result = run("1-pretrain.py", *TINY, "--out_dir", tmp_path / "o", "--max_steps", 1)
     assert result.returncode == 0, result.stderr
     assert "training on the embedded sample dataset/sample/pretrain.jsonl" in result.stdout
     result = run("3-full_sft.py", *TINY, "--out_dir", tmp_path / "o", "--max_steps", 1)
     assert result.returncode == 0, result.stderr
     assert "embedded sample dataset/sample/sft.jsonl" in result.stdout and "o/pretrain_32.pth" in result.stdout
+    weight = ("--weight", tmp_path / "o" / "full_sft_32.pth")
+    result = run("2-eval.py", *weight, "--max_new_tokens", 4, input="你好\n再来\n\n")
+    assert result.returncode == 0 and result.stderr.count("[prompt ") == 2, result.stderr
 
 
 SAMPLES = {"lora": "lora_domain", "dpo": "dpo", "full_dist": "sft", "reason": "reason", "grpo": "reason"}
@@ -350,6 +354,20 @@ def test_last_line_is_json_with_the_promised_keys(texts, tmp_path, capsys):
     load("1-pretrain.py").main([str(f) for f in pretrain_flags(texts, tmp_path)])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result["stage"] == "pretrain" and result["steps"] == 1 and os.path.exists(result["weights"])
+
+
+@pytest.mark.parametrize(("answer", "kept"), [("好" * 200, 0.6), ("好" * 10, 1.0)])
+def test_what_rows_cannot_hold_is_said_at_the_start_and_in_the_result(answer, kept, tmp_path, capsys):
+    chat = [{"role": "user", "content": "说"}, {"role": "assistant", "content": answer}]
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps({"conversations": [*chat, *chat]}) + "\n" for _ in range(9)), "utf-8")
+    flags = [*TINY, "--max_steps", 1, "--val_split", 0, "--from_weight", "none", "--data_path", file]
+    result = load("3-full_sft.py").main([str(f) for f in [*flags, "--out_dir", tmp_path / "o"]])
+    out, err = capsys.readouterr()
+    assert result["learned_kept_share"] == pytest.approx(kept, abs=0.02)
+    assert f"{result['learned_kept_share']:.1%} of the learned tokens kept" in out
+    warned = f"warning: answers longer than a row lose their end, {1 - result['learned_kept_share']:.1%} of what"
+    assert (warned in err) == (kept < 0.95) and ("raise --seq_len 64" in err) == (kept < 0.95)
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", "NOTE: once\n"), ("1", "")])

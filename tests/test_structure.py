@@ -1,7 +1,10 @@
 """The house keeps its shape: sizes, arrows, no copies."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,29 @@ def test_every_required_package_is_imported_somewhere():
     # used through transformers' templates, pandas' parquet and torch's writer of events
     by_others = {"jinja2", "pyarrow", "pandas", "tensorboard"}
     assert {r.lower() for r in required} - {n.lower() for n in names} <= by_others
+
+
+AT_TORCH = """
+import os, runpy, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.write(1, os.environ.get("OMP_WAIT_POLICY", "not set").encode())
+            os._exit(0)
+sys.meta_path.insert(0, Finder())
+del sys.argv[0]
+sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+TRAIN = [path.name for path in SCRIPTS if "dist.join(" in path.read_text(encoding="utf-8")]
+GENERATE = ["0-eval_pretrain.py", "2-eval.py", "eval_ceval.py", "scripts/serve_openai_api.py",
+            "scripts/benchmark.py engine --help"]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", TRAIN + GENERATE)
+def test_how_torchs_threads_wait_is_settled_before_torch_is_loaded(command):
+    """Threads that train sleep while they wait, threads that generate spin: see trainer/dist.py."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", AT_TORCH, *command.split()], cwd=ROOT, env=env, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.stdout == ("PASSIVE" if command in TRAIN else "not set"), done.stderr

@@ -215,7 +215,7 @@ def open_page(**values):
 
 
 def shown(app):
-    assert not app.exception
+    assert not app.exception and not any(stage.warned(w.value) for w in app.warning)  # Streamlit's too stand there
     return [(m.name, "".join(x.value for x in m.markdown)) for m in app.chat_message]
 
 
@@ -326,7 +326,7 @@ def served(here):
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
         log = (here / "log").read_text()
-        assert "127.0.0.1" in log and "Network URL" not in log and "Traceback" not in log
+        assert "127.0.0.1" in log and "Network URL" not in log and "Traceback" not in log and not stage.warned(log)
     finally:
         process.terminate()
         process.wait(20)

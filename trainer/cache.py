@@ -6,24 +6,30 @@ processes tokenise batches of raw rows; this process only reads and writes, and 
 memory does not grow with the file.
 
   tokens.bin   all documents end to end, uint16 or uint32         lengths.bin   int64, tokens of each document
-  learn.bin    uint8, 1 where a token is learned (chat, pair)     hashes.bin    uint64 of each document's text
-  turns.bin    int32, where each message of a chat begins         turn_counts.bin  int32
+  learn.bin    uint8, 1 where a token is learned (chat, pair)     learned.bin   int64, how many of each document's are
+  turns.bin    int32, where each message begins (chat, pair)      turn_counts.bin  int32
+  roles.bin    uint8, who speaks in it, by model.chat_template.ROLES  hashes.bin  uint64 of what is said
 A pair is two neighbouring documents, chosen then rejected, both with the hash of the prompt.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import shutil
 import sys
-import tempfile
 import time
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from model.chat_template import ROLES, assistant_text, normalise_conversation
+from model.files import named, replaced
 from model.tokenizer import (
     encode_texts,
     render_spans,
@@ -36,26 +42,37 @@ from trainer.read import BadRow, check_file, parse, raw_rows
 from trainer.think import keep_thinking
 from trainer.workers import default_workers, ordered_map
 
-VERSION = 1  # of this layout; with another number old caches are not found
+VERSION = 3  # of this layout; with another number old caches are not found
 BATCH_BYTES = 2**19  # raw bytes handed to a worker at a time: large enough to hide the hand-over
 BAD_LINES_SHOWN = 5
-ARRAYS = {"tokens": None, "learn": np.uint8, "turns": np.int32, "lengths": np.int64, "hashes": np.uint64,
-          "turn_counts": np.int32}  # fmt: skip
+ARRAYS = {"tokens": None, "learn": np.uint8, "turns": np.int32, "roles": np.uint8, "lengths": np.int64,
+          "learned": np.int64, "hashes": np.uint64, "turn_counts": np.int32}  # fmt: skip
+
+
+class Document(NamedTuple):
+    """What is kept of one document; mask, turns and roles of conversations only."""
+
+    ids: list[int]
+    learned: int  # tokens of it
+    digest: int
+    mask: Sequence[int] = ()
+    turns: Sequence[int] = ()
+    roles: Sequence[int] = ()
 
 
 class Cache:
-    """One tokenised file. `tokens`, `learn`, `turns` are memory-mapped; `offsets`, `hashes` are in memory."""
+    """One tokenised file. `tokens`, `learn`, `turns` and `roles` are memory-mapped, numbers by document in memory."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.tokens = self._map("tokens")
         self.learn = self._map("learn")
-        self.turns = self._map("turns")
+        self.turns, self.roles = self._map("turns"), self._map("roles")
         self.offsets = _starts(self._map("lengths"))
         self.turn_offsets = _starts(self._map("turn_counts"))
-        self.hashes = np.array(self._map("hashes"))
-        if len(self.tokens) != self.offsets[-1] or len(self.turns) != self.turn_offsets[-1]:
+        self.hashes, self.learned = np.array(self._map("hashes")), np.array(self._map("learned"))
+        if len(self.tokens) != self.offsets[-1] or not len(self.turns) == len(self.roles) == self.turn_offsets[-1]:
             raise ValueError("a file of it is cut short")
 
     def __len__(self) -> int:
@@ -81,17 +98,31 @@ def tokenised(path, kind: str, tokenizer, folder, skip_bad_lines=False, workers=
     path = check_file(path)
     key = cache_key(path, kind, tokenizer, skip_bad_lines)
     final = Path(folder) / f"{path.name.split('.')[0]}-{key}"
-    if not final.exists():
-        _build(path, kind, tokenizer, final, skip_bad_lines, workers)
-    try:
-        cache = Cache(final)
-    except (OSError, ValueError, KeyError) as error:  # a disk's fault, or a hand's: what we build is whole or absent
-        raise UserError(f"{final} is damaged ({error}); delete the folder, and it is made again") from None
+    with usable(final):
+        if not final.exists():
+            _build(path, kind, tokenizer, final, skip_bad_lines, workers)
+        try:
+            cache = Cache(final)
+        except PermissionError:
+            raise
+        except (OSError, ValueError, KeyError) as error:  # a disk's fault, or a hand's: we build all of it or nothing
+            raise UserError(f"{final} is damaged ({error}); delete the folder, and it is made again") from None
     if cache.meta["bad_lines"]:
         _say_bad(path, cache.meta["bad_lines"], cache.meta["first_bad"])
     if len(cache) == 0:
         raise UserError(f"{path} holds no usable rows")
     return cache
+
+
+@contextlib.contextmanager
+def usable(path: Path):
+    """Around the use of `path` in the folder of caches: says what to do where that folder, or the path, is another
+    user's, read-only, or no folder."""
+    try:
+        yield
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        why = f"{error.filename}: {error.strerror}"
+        raise UserError(f"the cache {path} cannot be used ({why}); name another --out_dir") from None
 
 
 def cache_key(path, kind: str, tokenizer, skip_bad_lines: bool) -> str:
@@ -108,12 +139,13 @@ def cache_key(path, kind: str, tokenizer, skip_bad_lines: bool) -> str:
 def _build(path, kind, tokenizer, final: Path, skip_bad_lines: bool, workers):
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(final)
-    building = Path(tempfile.mkdtemp(prefix=f"{final.name}.building-", dir=final.parent))
+    building = final.with_name(f"{final.name}.building-{uuid.uuid4().hex[:8]}")
+    building.mkdir()  # not by tempfile, whose folders nobody else can read
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     meta = {"file": str(path), "kind": kind, "dtype": np.dtype(dtype).name, "bad_lines": 0, "first_bad": []}
     try:
-        files = {name: open(building / f"{name}.bin", "wb") for name in ARRAYS}
-        try:
+        with named(building), contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(open(building / f"{name}.bin", "wb")) for name in ARRAYS}
             for arrays, bad in _encoded_batches(path, kind, tokenizer, workers):
                 meta["bad_lines"] += len(bad)
                 meta["first_bad"] += bad[: BAD_LINES_SHOWN - len(meta["first_bad"])]
@@ -121,14 +153,15 @@ def _build(path, kind, tokenizer, final: Path, skip_bad_lines: bool, workers):
                     file.write(np.asarray(arrays[name], dtype if name == "tokens" else ARRAYS[name]).tobytes())
                 if bad and not skip_bad_lines and len(meta["first_bad"]) >= BAD_LINES_SHOWN:
                     break
-        finally:
-            for file in files.values():
-                file.close()
+            for file in files.values():  # a power cut after the renaming would find it empty
+                file.flush()
+                os.fsync(file.fileno())
         if meta["bad_lines"] and not skip_bad_lines:
             lines = "\n".join(f"       {path}:{line}: {reason}" for line, reason in meta["first_bad"][1:])
             line, reason = meta["first_bad"][0]
             raise UserError(f"{path}:{line}: {reason} (--skip_bad_lines leaves such lines out)\n{lines}".rstrip())
-        (building / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+        with replaced(building / "meta.json", text=True) as file:
+            file.write(json.dumps(meta, ensure_ascii=False))
         try:
             os.rename(building, final)
         except OSError:
@@ -141,9 +174,10 @@ def _build(path, kind, tokenizer, final: Path, skip_bad_lines: bool, workers):
 def _remove_abandoned(final: Path):
     """Deletes what killed builds of this cache left behind: folders nothing was written to for an hour."""
     for folder in final.parent.glob(f"{final.name}.building-*"):
-        written = max((file.stat().st_mtime for file in folder.iterdir()), default=folder.stat().st_mtime)
-        if time.time() - written > 3600:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another user's, or just renamed
+            written = max((file.stat().st_mtime for file in folder.iterdir()), default=folder.stat().st_mtime)
+            if time.time() - written > 3600:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _encoded_batches(path, kind, tokenizer, workers):
@@ -186,40 +220,63 @@ def encode_batch(batch, kind: str, tokenizer) -> tuple[dict, list]:
     for line, raw in batch:
         try:
             row = parse(raw, kind)
-            row = keep_thinking(row, float(think_share)) if think_share else row
-            encoded = None if kind == "text" else _render_row(row, kind, tokenizer)
-            rows.append((row, encoded))
-        except (BadRow, ValueError) as error:  # ValueError: what render refuses
+            rows.append(row if kind == "text" else _documents(row, kind, think_share, tokenizer))
+        except (BadRow, ValueError, TypeError) as error:  # what render refuses; what has no JSON, a date of Parquet's
             bad.append((line, str(error)))
     if kind == "text":
-        texts = [text for text, _ in rows]
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        documents = [([start, *ids, end], (), (), _hash(t)) for ids, t in zip(encode_texts(tokenizer, texts), texts)]
+        encoded = zip(encode_texts(tokenizer, rows), rows)
+        documents = [Document([start, *ids, end], len(ids) + 1, _hash(text)) for ids, text in encoded]
     else:
-        documents = [document for _, encoded in rows for document in encoded]
+        documents = [document for row in rows for document in row]
     arrays = {
-        "tokens": _joined([ids for ids, *_ in documents]),
-        "learn": _joined([mask for _, mask, *_ in documents]),
-        "turns": _joined([turns for _, _, turns, _ in documents]),
-        "lengths": [len(ids) for ids, *_ in documents],
-        "turn_counts": [len(turns) for _, _, turns, _ in documents],
-        "hashes": [digest for *_, digest in documents],
+        "tokens": _joined([d.ids for d in documents]),
+        "learn": _joined([d.mask for d in documents]),
+        "turns": _joined([d.turns for d in documents]),
+        "roles": _joined([d.roles for d in documents]),
+        "lengths": [len(d.ids) for d in documents],
+        "learned": [d.learned for d in documents],
+        "hashes": [d.digest for d in documents],
+        "turn_counts": [len(d.turns) for d in documents],
     }
     return arrays, bad
 
 
-def _render_row(row, kind: str, tokenizer) -> list[tuple]:
+def _documents(row, kind: str, think_share: str, tokenizer) -> list[Document]:
     """One chat -> one document; one pair -> two, of which only the last answer is learned."""
     if kind == "chat":
-        ids, mask, turns = render_spans(tokenizer, row)
-        return [(ids, mask, turns, _hash(json.dumps(row, ensure_ascii=False, sort_keys=True)))]
-    digest = _hash(json.dumps(row["chosen"][:-1], ensure_ascii=False, sort_keys=True))
-    documents = []
-    for messages in (row["chosen"], row["rejected"]):
-        ids, mask, turns = render_spans(tokenizer, messages)
+        digest = chat_hash(row)  # while all thinking is in it: copies may keep it or not
+        row = keep_thinking(row, float(think_share)) if think_share else row
+        return [_document(row, tokenizer, digest)]
+    digest = chat_hash(row["chosen"][:-1])
+    return [_document(row[side], tokenizer, digest, last_only=True) for side in ("chosen", "rejected")]
+
+
+def _document(messages, tokenizer, digest: int, last_only=False) -> Document:
+    ids, mask, turns = render_spans(tokenizer, messages)
+    if last_only:
         mask = [0] * turns[-1] + mask[turns[-1] :]
-        documents.append((ids, mask, turns, digest))
-    return documents
+    return Document(ids, sum(mask), digest, mask, turns, [ROLES.index(message["role"]) for message in messages])
+
+
+def chat_hash(messages) -> int:
+    """Of what is said in a conversation, whatever else a message carries (an id, a score), and however its thinking,
+    its tools and its calls are spelled: in the content or under a key of their own, as JSON text or as lists."""
+    messages, tools = normalise_conversation(messages)
+    told = [{"tools": tools}] if tools else []
+    for message in messages:
+        calls = [call | {"arguments": _parsed(call["arguments"])} for call in message.pop("tool_calls", ())]
+        content = assistant_text(message).strip() if message["role"] == "assistant" else message["content"]
+        told.append({"role": message["role"], "content": content} | ({"tool_calls": calls} if calls else {}))
+    return _hash(json.dumps(told, ensure_ascii=False, sort_keys=True))
+
+
+def _parsed(arguments):
+    """A call's arguments: OpenAI writes them as JSON text."""
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
 
 
 def _hash(text: str) -> int:

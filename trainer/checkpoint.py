@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
+from model.files import named
 from model.lora import save_lora
 from model.tokenizer import tokenizer_to_dict
 from model.weights import STATE_SUFFIX, read_header, save_atomically, save_weights
 from trainer.cli import RunFailed, UserError
+from trainer.lock import lock
 
 FORMAT = "minimind-resume-1"
 
@@ -45,6 +47,12 @@ class Files:
             probe.unlink()
         except OSError as error:
             raise UserError(f"cannot write to --out_dir {self.folder}: {error.strerror}") from None
+
+    def lock(self) -> None:
+        """Keeps other runs away from these files until this process ends; UserError where one is at work on them."""
+        if int(os.environ.get("RANK", 0)) == 0:
+            taken = f"another run is at work on {self.weights}; wait for it, or use --save_weight NAME, or --out_dir"
+            self.held = lock(self.folder / f".{self.name}.lock", taken)
 
     def check_apart(self, path) -> None:
         """Raises UserError where the run would write over weights that it needs; path may be no path, but words."""
@@ -86,36 +94,26 @@ class Files:
 
     def save(self, engine, tokenizer, record: dict, step: int, counters: dict) -> None:
         """Writes the state and the weights; all processes call it, the first one writes."""
-        try:
+        check_finite(engine.module, step)
+        with named(self.shards):
             state = engine.state(self.shards)
-            model = engine.whole_model()
-            if not engine.world.first:
-                return
-            content = {
-                "format": FORMAT, "record": record, "step": step, "counters": counters,
-                "config": model.config.fields(), "tokenizer": tokenizer_to_dict(tokenizer),
-                "model": state.pop("model"), "engine": state,
-            }  # fmt: skip
-            save_atomically(content, self.state)
-            self._remove_shards(but=state.get("shards"))
-            self.write(model, tokenizer, record)
-        except OSError as error:
-            raise RunFailed(
-                f"cannot save step {step} to {self.folder}: {error.strerror}; what was saved before is whole"
-            ) from None
-        except RuntimeError as error:  # torch's writer reports a full disk so
-            raise RunFailed(
-                f"cannot save step {step} to {self.folder}: {error}; what was saved before is whole"
-            ) from None
+        model = engine.whole_model()
+        if not engine.world.first:
+            return
+        content = {
+            "format": FORMAT, "record": record, "step": step, "counters": counters,
+            "config": model.config.fields(), "tokenizer": tokenizer_to_dict(tokenizer),
+            "model": state.pop("model"), "engine": state,
+        }  # fmt: skip
+        save_atomically(content, self.state)
+        self._remove_shards(but=state.get("shards"))
+        self.write(model, tokenizer, record)
 
     def finish(self, engine, tokenizer, record: dict) -> None:
         """Writes the weights with their result, then removes the state."""
         model = engine.whole_model()
         if engine.world.first:
-            try:
-                self.write(model, tokenizer, record)
-            except (OSError, RuntimeError) as error:
-                raise RunFailed(f"cannot save to {self.weights}: {error}; --resume goes on from {self.state}") from None
+            self.write(model, tokenizer, record)
             self.state.unlink(missing_ok=True)
             self._remove_shards()
             for file in (self.weights, self.state):  # what saves that were killed have left
@@ -144,6 +142,17 @@ class AdapterFiles(Files):
 
     def write(self, model, tokenizer, record: dict) -> None:
         save_lora(self.weights, model, record, name="default")
+
+
+def check_finite(model, step: int) -> None:
+    """Raises RunFailed where a step has ruined the weights: a finite gradient at too high a rate can. They are seen
+    before they take the place of those that are whole."""
+    for name, tensor in model.named_parameters():
+        if tensor.requires_grad and not tensor.isfinite().all():
+            raise RunFailed(
+                f"step {step} left numbers in {name} that are not finite; what was saved before is whole. Lower "
+                "--learning_rate or lengthen --warmup, and start from weights of before: --from_weight, --save_weight"
+            )
 
 
 def read_state(path, mmap=False) -> dict:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib.util
 import math
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 
 from model.LMConfig import DEFAULT_PRESET, PRESETS
 
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over a limit, or broken
 DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+BATCH = ("batch_size", "accumulation_steps")
 SHAPE_FLAGS = {  # fields of LMConfig that can be set on the command line, and what they are
     "dim": (int, "width of the model"), "n_layers": (int, "decoder layers"), "n_heads": (int, "query heads"),
     "n_kv_heads": (int, "key/value heads"), "hidden_dim": (int, "width of a feed-forward block"),
@@ -52,6 +55,18 @@ def out_of_memory(error: BaseException) -> str | None:
     return f"out of memory ({amount} more were wanted)"
 
 
+def disk_fault(error: BaseException) -> str | None:
+    """What to say of an error of the disk: which file it met, and where that disk is; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in DISK_FAULTS:
+        return None
+    if error.filename is None:
+        return error.strerror
+    place = Path(error.filename).absolute().parent
+    while not os.path.ismount(place):
+        place = place.parent
+    return f"{error.filename}: {error.strerror} (the disk at {place})"
+
+
 def note(text: str) -> None:
     """Prints something worth knowing, once, however many processes a launcher started."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -73,12 +88,17 @@ def run_main(main, argv=None) -> None:
             raise
         print(f"failed: {words}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:  # while data are read; during training the loop saves first
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if (words := disk_fault(error)) is None:
+            raise
+        print(f"failed: {words}; see to it and give the same command again", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:  # while data are read; during training the loop saves first
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,7 +168,10 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
         ("batch_size", int, "rows of one micro-batch of one process"),
         ("accumulation_steps", int, "micro-batches of one step"),
     ):  # fmt: skip
-        g.add_argument(f"--{name}", type=kind, default=d.get(name), metavar="N", help=f"{text} ({d.get(name)})")
+        told = f"{d.get(name)}; on a GPU as memory allows" if name in BATCH else d.get(name)
+        default = None if name in BATCH else d.get(name)  # None: not given, see parse
+        g.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} ({told})")
+    parser.set_defaults(default_batch={name: d[name] for name in BATCH})
     told = ", ".join(f"{rate:g} for {name}" for name, rate in rates.items())
     told = told if len(set(rates.values())) > 1 else f"{rates['adamw']:g}"
     g.add_argument("--learning_rate", type=float, metavar="N", help=f"peak rate ({told})")
@@ -199,6 +222,11 @@ def parse(parser: Parser, argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.optimizer = args.optimizer or ("adamw" if args.deepspeed else args.default_optimizer)
     args.learning_rate = args.rates[args.optimizer] if args.learning_rate is None else args.learning_rate
+    # What a flag says holds; the defaults are a CPU's, and a GPU may take the step's rows in fewer micro-batches.
+    args.batch_given = bool(args.deepspeed) or any(getattr(args, name) is not None for name in BATCH)
+    for name, size in args.default_batch.items():
+        if getattr(args, name) is None:
+            setattr(args, name, size)
     faults = faults_of(args)
     if faults:
         raise UserError("\n       ".join(faults))

@@ -21,29 +21,29 @@ class PackedRows:
     kind "text" | "chat" | "pair"; documents: indices into the caches' documents laid end to end. Rows per epoch are
     constant; each epoch puts other documents of the same length into the same places and walks the rows in another
     order. A pair's two documents stand next to each other in one row: odd segments are chosen, even ones rejected.
+    training=False: in their order, and no text that fits a row is cut, so that a figure is one of whole documents.
     """
 
-    def __init__(self, caches: list[Cache], documents: np.ndarray, kind: str, seq_len: int, seed: int, shuffle=True):
-        self.caches, self.seq_len, self.seed, self.shuffle, self.kind = caches, seq_len, seed, shuffle, kind
+    def __init__(self, caches: list[Cache], documents: np.ndarray, kind: str, seq_len: int, seed: int, training=True):
+        self.caches, self.seq_len, self.seed, self.training, self.kind = caches, seq_len, seed, training, kind
         self.documents = documents
         firsts = np.cumsum([0] + [len(cache) for cache in caches])
         self.source = np.searchsorted(firsts, documents, side="right") - 1  # which cache each document lies in
         self.local = documents - firsts[self.source]
-        lengths = np.empty(len(documents), np.int64)
-        for c, cache in enumerate(caches):
-            lengths[self.source == c] = np.diff(cache.offsets)[self.local[self.source == c]]
+        lengths = self._of_documents(lambda cache: np.diff(cache.offsets))
         if kind == "text":
-            self.items, self.slots, self.row_offsets = pack_texts(lengths, seq_len)
+            self.items, self.slots, self.row_offsets = pack_texts(lengths, seq_len, fill=training)
             self.lengths = item_lengths(self.items)
         else:
             if kind == "pair":
-                answers = np.array([self._turns(i)[-1] for i in range(len(documents))], np.int64)
+                answers = self._of_documents(lambda cache: cache.turns[cache.turn_offsets[1:] - 1])  # the last turns
                 self.items, *self.cut_pairs = pair_items(lengths, answers, seq_len)
             else:
-                self.items = chat_items(lengths, self._turns, seq_len)
+                self.items = chat_items(lengths, self._messages, seq_len)
             # what is placed as a whole, an item or the two of a pair
             self.lengths = item_lengths(self.items).reshape(-1, 2 if kind == "pair" else 1).sum(axis=1)
             self.slots, self.row_offsets = pack(self.lengths, seq_len)
+        self.learned = self._learned(lengths)
         self.per_document: dict[str, np.ndarray] = {}  # numbers by document that go with a batch of pairs
         self._epochs: dict[int, tuple] = {}
 
@@ -51,43 +51,57 @@ class PackedRows:
         """Rows of an epoch."""
         return len(self.row_offsets) - 1
 
+    @property
+    def most_documents(self) -> int:
+        """Of one row."""
+        return int(np.diff(self.row_offsets).max()) * (2 if self.kind == "pair" else 1)
+
     def real_token_share(self) -> float:
         """Tokens that are not padding / slots of the rows."""
         return float(self.lengths.sum()) / (len(self) * self.seq_len)
 
     def learned_token_share(self) -> float:
         """Tokens with a label / slots of the rows."""
-        return self._learned()[1] / (len(self) * self.seq_len)
+        return self.learned / (len(self) * self.seq_len)
 
     def learned_kept_share(self) -> float:
-        """Learned tokens in the rows / learned tokens in the documents: below 1 where a single turn was cut."""
-        in_documents, in_rows = self._learned()
-        return in_rows / max(in_documents, 1)
+        """Learned tokens in the rows / learned tokens in the documents: below 1 where an answer was cut."""
+        return self.learned / max(int(self._of_documents(lambda cache: cache.learned).sum()), 1)
+
+    def shares(self) -> dict[str, float]:
+        """The three, for a run's result."""
+        return {
+            "real_token_share": self.real_token_share(),
+            "learned_token_share": self.learned_token_share(),
+            "learned_kept_share": self.learned_kept_share(),
+        }
 
     def what_was_cut(self) -> str:
-        """In words, for the run's first lines: pairs too long for a row."""
+        """In words, for the run's first lines: how much of what is to be learned the rows hold, and pairs cut."""
         prompts, answers = getattr(self, "cut_pairs", (0, 0))
-        text = f"; {prompts:,} pairs cut at the front of the prompt" if prompts else ""
+        text = f", {self.learned_kept_share():.1%} of the learned tokens kept"
+        text += f"; {prompts:,} pairs cut at the front of the prompt" if prompts else ""
         return text + (f", {answers:,} of them in the answers too" if answers else "")
 
-    def _learned(self) -> tuple[int, int]:
-        """Learned tokens of the documents, and of the rows."""
+    def _of_documents(self, numbers) -> np.ndarray:
+        """numbers(cache) is one number for each document of a cache -> those of this split's documents, (n,)."""
+        found = np.empty(len(self.documents), np.int64)
+        for c, cache in enumerate(self.caches):
+            found[self.source == c] = numbers(cache)[self.local[self.source == c]]
+        return found
+
+    def _learned(self, lengths: np.ndarray) -> int:
+        """Tokens with a label in an epoch's rows. Only what was cut is counted token by token."""
+        document, _, start, end, learn_from = self.items.T
         if self.kind == "text":
-            new = int((self.items[:, 3] - self.items[:, 4]).sum())
-            return new, new
-        in_documents = in_rows = 0
-        running = [np.concatenate([[0], np.cumsum(cache.learn, dtype=np.int64)]) for cache in self.caches]
-        for document in np.unique(self.items[:, 0]):
-            cache, total, local = (
-                self.caches[self.source[document]],
-                running[self.source[document]],
-                self.local[document],
-            )
-            in_documents += int(total[cache.offsets[local + 1]] - total[cache.offsets[local]])
-        for document, _, start, end, learn_from in self.items:
-            total, (_, begin) = running[self.source[document]], self._where(document)
-            in_rows += int(total[begin + end] - total[begin + max(start, learn_from)])
-        return in_documents, in_rows
+            return int((end - learn_from).sum())
+        whole = item_lengths(self.items) == lengths[document]
+        learned = int(self._of_documents(lambda cache: cache.learned)[document[whole]].sum())
+        first = np.maximum(start, learn_from)
+        for i in np.flatnonzero(~whole):
+            cache, begin = self._where(document[i])
+            learned += int(np.count_nonzero(cache.learn[begin + first[i] : begin + end[i]]))
+        return learned
 
     def batch(self, indices) -> dict[str, torch.Tensor]:
         """Rows by global index (epoch * len + place in the epoch) as tensors; an index below 0 is an empty row.
@@ -142,24 +156,27 @@ class PackedRows:
 
     def _order(self, epoch: int):
         """(row at each place of the epoch, item in each slot): permutations drawn from (seed, epoch)."""
-        if epoch not in self._epochs:
+        orders = self._epochs
+        if epoch not in orders:
             rng = np.random.default_rng([self.seed, epoch])
-            rows = rng.permutation(len(self)) if self.shuffle else np.arange(len(self))
-            tie_break = rng.random(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
+            rows = rng.permutation(len(self)) if self.training else np.arange(len(self))
+            tie_break = rng.random(len(self.lengths)) if self.training else np.arange(len(self.lengths))
             item_of_slot = np.empty(len(self.lengths), np.int64)
             item_of_slot[np.argsort(self.slots, kind="stable")] = np.lexsort((tie_break, self.lengths))
-            while len(self._epochs) > 1:  # a step may straddle two epochs, not three
-                del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = rows, item_of_slot
-        return self._epochs[epoch]
+            # A step may straddle two epochs, not three. A new dict: a thread that fetches rows may read the old one.
+            orders = {e: orders[e] for e in sorted(orders)[-1:]} | {epoch: (rows, item_of_slot)}
+            self._epochs = orders
+        return orders[epoch]
 
     def _where(self, document: int) -> tuple[Cache, int]:
         cache = self.caches[self.source[document]]
         return cache, cache.offsets[self.local[document]]
 
-    def _turns(self, document: int) -> np.ndarray:
+    def _messages(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the messages of a conversation begin, and their roles."""
         cache, local = self.caches[self.source[document]], self.local[document]
-        return cache.turns[cache.turn_offsets[local] : cache.turn_offsets[local + 1]]
+        place = slice(cache.turn_offsets[local], cache.turn_offsets[local + 1])
+        return cache.turns[place], cache.roles[place]
 
 
 def split_documents(caches: list[Cache], val_split: float) -> tuple[np.ndarray, np.ndarray]:
@@ -184,7 +201,7 @@ def packed_splits(caches, kind: str, seq_len: int, seed: int, val_split: float, 
         raise UserError(f"--val_split {val_split} leaves no document to train on; lower it or bring more data")
     if val_caches:
         val = np.arange(sum(map(len, val_caches)))
-    val_rows = PackedRows(val_caches or caches, val, kind, seq_len, seed, shuffle=False) if len(val) else None
+    val_rows = PackedRows(val_caches or caches, val, kind, seq_len, seed, training=False) if len(val) else None
     return PackedRows(caches, train, kind, seq_len, seed), val_rows
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from trainer.cli import UserError
-from trainer.dist import pick_device, pick_dtype
+from trainer.dist import device_and_dtype
 
 KEYS = {  # what may stand in the file, and in those sections whose keys DeepSpeed does not check itself
     "": """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer
@@ -34,9 +34,9 @@ def checked_config(args) -> dict:
     if args.compile:
         raise UserError("--compile does not work with --deepspeed; leave one of them out")
     config = read_config(args.deepspeed)
-    device = pick_device(args.device)
+    device, dtype = device_and_dtype(args)
     size = int(os.environ.get("WORLD_SIZE", 1))
-    filled = fill(config, args, size, pick_dtype(args.dtype, device), args.deepspeed, resumed=args.resume)
+    filled = fill(config, args, size, dtype, args.deepspeed, resumed=args.resume)
     check_sections(filled, args.deepspeed, import_deepspeed(device))
     return filled
 

@@ -16,6 +16,7 @@ import uuid
 
 import torch
 
+from model.compat import checkpoint_activations
 from trainer.cli import RunFailed, UserError
 from trainer.deepspeed_config import fill, get, import_deepspeed, read_config
 from trainer.dist import World, restore_rng, rng_states
@@ -31,12 +32,13 @@ class DeepSpeedEngine:
         self.world, self.args = world, args
         config = fill(read_config(args.deepspeed), args, world.size, world.dtype, args.deepspeed, resumed=args.resume)
         self.stage = get(config, "zero_optimization.stage", 0)
-        low = get(config, "bf16.enabled", False) or get(config, "fp16.enabled", False)
+        self.half = get(config, "fp16.enabled", False)
+        low = self.half or get(config, "bf16.enabled", False)
         # What DeepSpeed splits or rounds must be put together again in float32 to be written.
         self.whole = copy.deepcopy(model) if self.stage == 3 or low else None
         model = model.to(world.device).train()
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         self.model, *_ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model, args.weight_decay), config=config
         )  # fmt: skip
@@ -55,7 +57,11 @@ class DeepSpeedEngine:
         """Adds the gradient of `loss`, which is this process's part of the step's loss."""
         self.model.backward(loss * self.world.size, scale_wrt_gas=False)  # it averages over processes, as DDP does
 
-    def step(self, factor: float) -> float:
+    def gradient_norm(self) -> torch.Tensor:
+        """Not known before the step, in which ZeRO brings the parts of the gradient together: zero."""
+        return torch.zeros((), device=self.world.device)
+
+    def step(self, factor: float, norm: float) -> float:
         """Moves the weights, at `factor` times the peak rate, and clears the gradients; returns the gradient's norm."""
         for group in self.model.optimizer.param_groups:
             group["lr"] = self.args.learning_rate * factor
@@ -64,6 +70,14 @@ class DeepSpeedEngine:
         self.model.step()
         norm = self.model.get_global_grad_norm()
         return float(whole if norm is None else norm)
+
+    def forgives(self) -> bool:
+        """With float16 DeepSpeed scales the loss and passes over what was too large, as trainer.dist.Engine does."""
+        return self.half
+
+    def numbers(self) -> dict[str, int]:
+        """What the log says of the engine at a step: with float16 how many steps were passed over so far."""
+        return {"passed_over": self.model.skipped_steps} if self.half else {}
 
     def state(self, shards) -> dict:
         """Writes each process's part into a new folder in `shards` and returns what finds it again."""

@@ -1,18 +1,30 @@
 """The machine under the loop: device, precision, processes. The loop calls backward, step and state, and does not know
-whether one process runs or several."""
+whether one process runs or several.
+
+Programs that train import this file before anything that imports torch: its threads read how to wait when it is loaded.
+"""
 
 import contextlib
 import os
 from dataclasses import dataclass
 
+# Beside a busy neighbour threads that spin while they wait made a step four times slower than threads that sleep
+# (two threads on two cores, the sample's model); on idle cores the two are alike, as a training step's pieces are long.
+# Generating is another matter (docs/log.md): programs that only generate do not import this file.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import torch.distributed as torch_dist
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.cli import RunFailed, UserError, out_of_memory
+from model.compat import checkpoint_activations
+from model.device import pick_device, pick_dtype, upload
+from trainer.cli import RunFailed, UserError, disk_fault, out_of_memory, user_errors
 from trainer.memory import what_to_lower
 from trainer.optim import make_optimizers
 from trainer.watch import PATIENCE, Watch
+
+MOST_IN_A_ROW = 30  # steps passed over; float16's factor, halved each time, has gone from 2^16 to 2^-14
 
 
 @dataclass
@@ -28,14 +40,20 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
-    def sum(self, *numbers: float) -> list[float]:
-        """Each number summed over all processes, in float64."""
-        if self.size == 1:
-            return [float(x) for x in numbers]
+    def sum(self, *numbers: float | torch.Tensor) -> list[float]:
+        """Each number summed over all processes, in float64. Numbers on a GPU are waited for together, once."""
         kind = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.tensor([float(x) for x in numbers], dtype=kind, device=self.device)
-        torch_dist.all_reduce(total)
-        return total.tolist()
+        there = [x.detach().to(kind) for x in numbers if isinstance(x, torch.Tensor)]
+        here = [float(x) for x in numbers if not isinstance(x, torch.Tensor)]
+        if self.size == 1:
+            values = torch.stack(there).tolist() if there else []
+        else:
+            total = torch.stack([*there, *upload(here, self.device, kind)])
+            torch_dist.all_reduce(total)
+            values = total.tolist()
+            here = values[len(there) :]
+        in_order = {True: iter(values[: len(there)]), False: iter(here)}
+        return [next(in_order[isinstance(x, torch.Tensor)]) for x in numbers]
 
     def gather(self, value) -> list:
         """The value of every process, in order of rank."""
@@ -78,42 +96,18 @@ class World:
         return value if self.first else function()
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto": this process's GPU where there is one, Apple's on a Mac, else the CPU."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is no device; try auto, cpu, cuda or mps") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto": bfloat16 on GPUs that compute it (Ampere and later), float16 on older ones, float32 elsewhere.
-
-    CPUs without bfloat16 instructions take it 10 times slower than float32.
-    """
-    if name != "auto":
-        dtype = getattr(torch, name)
-        if dtype == torch.float16 and device.type != "cuda":
-            raise UserError(f"--dtype float16 needs a CUDA GPU, not {device.type}; use float32")
-        return dtype
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float32
+def device_and_dtype(args) -> tuple[torch.device, torch.dtype]:
+    """What --device and --dtype mean on this machine."""
+    with user_errors():
+        device = pick_device(args.device)
+        return device, pick_dtype(args.dtype, device)
 
 
 @contextlib.contextmanager
 def join(args):
     """The World of this run: the launcher's process group, if one started us, joined and left; this process seeded."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device)
+    device, dtype = device_and_dtype(args)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -129,7 +123,7 @@ def join(args):
         with watch:
             if size > 1:  # watched: one that waits for a process which is gone would wait for PATIENCE
                 torch_dist.init_process_group(backend, timeout=PATIENCE)
-            yield World(rank, size, device, pick_dtype(args.dtype, device))
+            yield World(rank, size, device, dtype)
     except (UserError, SystemExit):  # all processes meet these alike; after any other error leaving could hang
         leave()
         raise
@@ -137,6 +131,10 @@ def join(args):
         if (words := out_of_memory(error)) is None:
             raise
         raise RunFailed(f"{words}. What was saved is whole, --resume goes on from it. {what_to_lower(args)}") from None
+    except OSError as error:
+        if (words := disk_fault(error)) is None:
+            raise
+        raise RunFailed(f"{words}. What was saved is whole, --resume goes on from it") from None
     leave()
 
 
@@ -166,8 +164,9 @@ class Engine:
         self.world, self.args = world, args
         self.module = model.to(world.device).train()
         if args.gradient_checkpointing:
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(self.module)
         self.optimizers = make_optimizers(self.module, args.optimizer, args.learning_rate, args.weight_decay)
+        self.passed_over = self.in_a_row = 0  # steps whose gradient was not finite: in all, and in a row by now
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         self.model = torch.compile(self.module) if args.compile else self.module
         if world.size > 1:
@@ -189,20 +188,43 @@ class Engine:
         # DistributedDataParallel averages over processes what should be summed
         self.scaler.scale(loss * self.world.size).backward()
 
-    def step(self, factor: float) -> float:
-        """Moves the weights, at `factor` times the peak rate, and clears the gradients; returns the gradient's norm."""
+    def gradient_norm(self) -> torch.Tensor:
+        """The gradient's norm, before it is clipped to --grad_clip, which is done here; on the device."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        return torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip or float("inf"))
+
+    def step(self, factor: float, norm: float) -> float:
+        """Moves the weights, at `factor` times the peak rate, and clears the gradients; their norm is finite, and
+        returned."""
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip or float("inf"))
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            optimizer.step()  # not the scaler's step: that would ask the GPU once more whether all is finite
+        self._end_step()
+        self.in_a_row = 0
+        return norm
+
+    def pass_over(self) -> None:
+        """Clears gradients that are not finite."""
+        self._end_step()
+        self.passed_over += 1
+        self.in_a_row += 1
+
+    def _end_step(self) -> None:
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+
+    def forgives(self) -> bool:
+        """Whether a gradient that is not finite may be passed over: float16 ends at 65504, and the scaler finds out by
+        trying how far the loss can be scaled up. After many in a row its factor is not what is wrong."""
+        return self.scaler.is_enabled() and self.in_a_row < MOST_IN_A_ROW
+
+    def numbers(self) -> dict[str, int]:
+        """What the log says of the engine at a step: with float16 how many steps were passed over so far."""
+        return {"passed_over": self.passed_over} if self.scaler.is_enabled() else {}
 
     def state(self, shards) -> dict:
         """Everything that the next step depends on; "model": what is learned. All processes must call it.
@@ -213,6 +235,7 @@ class Engine:
             "model": {name: tensor.detach().cpu() for name, tensor in learned_state(self.module).items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
+            "passed_over": self.passed_over,
             "rng": rng_states(self.world),
         }
 
@@ -223,6 +246,7 @@ class Engine:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
+        self.passed_over = state.get("passed_over", 0)
         restore_rng(self.world, state["rng"])
 
     def whole_model(self):

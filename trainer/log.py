@@ -1,20 +1,31 @@
 """Says how a run goes: a line on the screen, every step in a file, a curve at the end."""
 
 import json
+import os
+import re
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from model.files import named, replaced
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
 
-GPU_TFLOPS = {  # dense bfloat16 products with float32 sums, from the makers' data sheets
-    "H100": 989, "A100": 312, "RTX 4090": 165, "RTX 4080": 97, "RTX 3090": 71, "RTX 3080": 60, "L40S": 362, "A10": 125,
+# Dense products a second in units of 10^12, half precision with sums in float32: from the makers' data sheets; for
+# GeForce 30, 40 and 50, whose sheets give other sums, multiprocessors x 512 x boost clock, which their white papers'
+# figures equal.
+GPU_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148, "A100": 312,
+    "A800": 312, "A40": 150, "A30": 165, "A10": 125, "L40S": 362, "L40": 181, "L20": 119, "L4": 121, "V100": 125,
+    "T4": 65, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 5090": 209, "RTX 5080": 112, "RTX 5070 Ti": 88,
+    "RTX 5070": 62, "RTX 4090": 165, "RTX 4080": 97, "RTX 4070 Ti": 80, "RTX 4070": 58, "RTX 4060 Ti": 44,
+    "RTX 4060": 30, "RTX 3090 Ti": 80, "RTX 3090": 71, "RTX 3080 Ti": 68, "RTX 3080": 60, "RTX 3070": 41,
+    "RTX 3060 Ti": 32, "RTX 3060": 25, "RTX 2080 Ti": 57,
 }  # fmt: skip
 
 LOSS_CURVES = (("loss", "training"), ("val_loss", "held out"))
@@ -31,26 +42,29 @@ class Log:
         self.trackers = list(trackers)
         self.history, self.clock, self.since = [], time.perf_counter(), [0, 0.0]
         if world.first:
-            if start_step:
-                self.history = self._kept_history(start_step)
-            self.file = open(files.log, "w", encoding="utf-8")
-            for record in self.history:
-                self.file.write(json.dumps(record) + "\n")
+            self.file = self._open(start_step)
             show = sys.stderr.isatty()
             self.bar = tqdm(total=total_steps, initial=start_step, disable=not show, leave=False, unit=" steps")
 
-    def _kept_history(self, start_step: int) -> list[dict]:
-        """What the log file holds of the steps before; a line that a crash cut short ends it."""
-        kept = []
-        if Path(self.files.log).exists():
-            for line in Path(self.files.log).read_text(encoding="utf-8", errors="replace").splitlines():
+    def _open(self, start_step: int):
+        """The log file, cut off behind the steps that are done; they are the history. A line that a crash cut short
+        ends it. What it keeps is not written again, so that no kill can lose it."""
+        with named(self.files.log):
+            file = open(self.files.log, "ab+", buffering=0)  # each line stands in the file at once
+            file.seek(0)
+            end = 0
+            for line in file.readlines() if start_step else ():
                 try:
                     record = json.loads(line)
-                    if record["step"] <= start_step:
-                        kept.append(record)
+                    last = record["step"] == self.total and "tokens" not in record  # the validation is made again
+                    if record["step"] > start_step or last or not line.endswith(b"\n"):
+                        break
                 except (ValueError, TypeError, KeyError):
                     break
-        return kept
+                self.history.append(record)
+                end += len(line)
+            file.truncate(end)
+        return file
 
     def step(self, step: int, tokens: int, **numbers) -> None:
         """One finished step: `tokens` real tokens, and its numbers by name."""
@@ -64,12 +78,12 @@ class Log:
             speed = self.since[0] / max(now - self.clock, 1e-9)
             left = (self.total - step) * (now - self.clock) / max(1, step % self.interval or self.interval)
             self.clock, self.since[0] = now, 0
-            mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else 0.0
+            mfu = f"{speed * self.flops_per_token / self.peak_flops:.0%}" if self.peak_flops else "unknown"
             shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name != "lr")
             memory = peak_memory(self.world.device) / 2**30
             self.say(
                 f"step {step}/{self.total}  {shown}  lr {numbers['lr']:.2e}  {speed:,.0f} tok/s  "
-                f"mfu {mfu:.0%}  mem {memory:.2f} GB  left {duration(left)}"
+                f"mfu {mfu}  mem {memory:.2f} GB  left {duration(left)}"
             )
 
     def validation(self, step: int, **numbers) -> None:
@@ -85,8 +99,10 @@ class Log:
             sys.stdout.flush()
 
     def flush(self) -> None:
+        """Sees all lines on the disk: before a state is saved, that no power cut leaves a state ahead of its log."""
         if self.world.first:
-            self.file.flush()
+            with named(self.files.log):
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self._tell(lambda tracker: tracker.close())
@@ -96,7 +112,10 @@ class Log:
 
     def _write(self, record: dict) -> None:
         self.history.append(record)
-        self.file.write(json.dumps(record) + "\n")
+        with named(self.files.log):
+            line = json.dumps(record).encode() + b"\n"
+            while line:
+                line = line[self.file.write(line) :]
         numbers = {name: value for name, value in record.items() if name != "step" and value is not None}
         self._tell(lambda tracker: tracker.log(record["step"], numbers))
 
@@ -132,7 +151,8 @@ class Log:
         axes.legend()
         axes.grid(alpha=0.3)
         figure.tight_layout()
-        figure.savefig(self.files.curve, dpi=120)
+        with replaced(self.files.curve) as file:
+            figure.savefig(file, format="png", dpi=120)
         pyplot.close(figure)
 
 
@@ -150,12 +170,12 @@ def flops_per_token(config, seq_len: int, learned_share=1.0) -> float:
 
 
 def device_flops(world) -> float:
-    """Peak floating-point operations a second: by name for known GPUs, else the best of three matrix products."""
+    """Peak floating-point operations a second: of a GPU by its name, 0 for one that the table does not know; else the
+    best of three matrix products."""
     if world.device.type == "cuda":
         name = torch.cuda.get_device_name(world.device)
-        for known, tflops in GPU_TFLOPS.items():
-            if known in name:
-                return tflops * 1e12 * world.size
+        known = [model for model in GPU_TFLOPS if re.search(rf"\b{model}\b(?!.*Laptop)", name)]
+        return GPU_TFLOPS[max(known, key=len)] * 1e12 * world.size if known else 0.0
     size = 1024
     a = torch.full((size, size), 0.5, device=world.device)  # no random numbers: the run counts on its own
     best = float("inf")

@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 
@@ -21,10 +21,14 @@ from trainer import log as logs
 from trainer.checkpoint import check_recipe
 from trainer.cli import BOOLEANS, RunFailed, UserError
 from trainer.dist import Engine, by_deepspeed_launcher, engine_in_words, make_engine
+from trainer.feed import Feed, amounts, ready_for, to_device
 from trainer.losses import learned_bytes
 from trainer.memory import memory_line
 from trainer.optim import learning_rate_factor
 from trainer.track import new_run_id, trackers
+
+NOT_FINITE = ("the weights are as they were, and what was saved is whole. Lower --learning_rate, lengthen --warmup, or "
+              "use --dtype float32")  # fmt: skip
 
 
 def train(start, rows, loss_fn, world, report=None) -> dict:
@@ -55,24 +59,31 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
         engine.load_state(state["engine"] | {"model": state["model"]}, start.files.shards)
         step, counters = state["step"], state["counters"]
         start.state = state = None  # the copies in it would stay in memory for the whole run
-    record = start.record | {"recipe": recipe}
+    record, shares = start.record | {"recipe": recipe}, train_rows.shares()
     log = open_log(start, world, plan, step, recipe, counters["run_id"])
-    stop, saves = StopSignals(), SaveTimes(args, world)
-    begin, loss = time.perf_counter() - counters["seconds"], math.nan
-    while step < plan.steps and not world.sum(stop.signal)[0]:
-        micro_batches = [train_rows.batch(plan.rows(step, i)) for i in range(args.accumulation_steps)]
+    stop, saves = StopSignals(), SaveTimes(args)
+    begin, loss = time.perf_counter() - counters["seconds"], counters.get("loss")
+    feed = Feed(train_rows, plan, world.device)
+    batches = feed.micro_batches(step)
+    weight, tokens, stopping = world.sum(*amounts(batches), stop.signal)
+    while step < plan.steps and not stopping:
         factor = learning_rate_factor(step, plan.steps, plan.warmup, args.schedule)
-        numbers, tokens = take_step(engine, micro_batches, loss_fn, factor, step)
+        sums = add_gradients(engine, batches, loss_fn, weight, tokens)
+        batches = feed.micro_batches(step + 1)  # assembled in the meantime
+        news = (*amounts(batches), stop.signal, saves.overdue())  # told here, as the processes meet once a step
+        numbers, news = move_weights(engine, sums, weight, factor, step, news)
         step += 1
-        counters["tokens"] += tokens
+        counters["tokens"] += int(tokens)
         loss = numbers.get("loss", loss)
-        log.step(step, tokens, lr=args.learning_rate * factor, **numbers)
+        log.step(step, int(tokens), lr=args.learning_rate * factor, **numbers)
+        weight, tokens, stopping, overdue = news
         if args.eval_interval and step % args.eval_interval == 0 and step < plan.steps:
             log.validation(step, **evaluate(engine, val_rows, loss_fn, args.batch_size, start.bytes_of_token))
-        if step < plan.steps and saves.due(step):
-            counters["seconds"] = time.perf_counter() - begin
+        if saves.due(step, overdue) or step == plan.steps:  # the last one before what else may fail
+            counters |= {"seconds": time.perf_counter() - begin, "loss": loss}
             log.flush()
             start.files.save(engine, start.tokenizer, record, step, counters)
+    feed.close()
 
     finished = step == plan.steps
     validation = {"val_loss": None, "val_bits_per_byte": None}
@@ -83,7 +94,7 @@ def train(start, rows, loss_fn, world, report=None) -> dict:
     counters["seconds"] = time.perf_counter() - begin
     result = {
         "stage": args.stage, "steps": step, "tokens": counters["tokens"], "loss": loss, **validation,
-        "real_token_share": train_rows.real_token_share(), "learned_token_share": train_rows.learned_token_share(),
+        **shares,
     }  # fmt: skip
     return end_run(start, engine, log, stop, record, step, counters, finished, result)
 
@@ -125,38 +136,62 @@ def open_log(start, world, plan, step: int, recipe: dict, run_id: str) -> logs.L
 
 def take_step(engine: Engine, micro_batches, loss_fn, factor: float, step: int) -> tuple[dict, int]:
     """One step of the optimizer over this process's micro-batches -> (numbers for the log, real tokens of all)."""
-    world = engine.world
-    own = [(int(batch["weight"]), int(batch["real_tokens"])) for batch in micro_batches]
-    weight, tokens = world.sum(sum(w for w, _ in own), sum(t for _, t in own))
-    if weight == 0:
-        if world.first:
-            print(f"warning: step {step + 1} has nothing to learn and is passed over", file=sys.stderr)
-        return {}, int(tokens)
+    weight, tokens = engine.world.sum(*amounts(micro_batches))
+    sums = add_gradients(engine, micro_batches, loss_fn, weight, tokens)
+    numbers, _ = move_weights(engine, sums, weight, factor, step)
+    return numbers, int(tokens)
+
+
+def add_gradients(engine: Engine, micro_batches, loss_fn, weight: float, tokens: float) -> dict[str, torch.Tensor]:
+    """Forward and backward of this process's micro-batches -> sums of their numbers, left on the device.
+
+    weight, tokens: of the whole step, over all processes. "counted": the weight that loss_fn found. Nothing in here
+    waits for a GPU, so the next work is queued before the last is done.
+    """
     sums: dict[str, torch.Tensor] = {}
-    counted = 0
-    for i, batch in enumerate(micro_batches):
+    for i, batch in enumerate(micro_batches if weight else ()):
         with engine.micro_batch(last=i == len(micro_batches) - 1):
-            batch = {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}
             # What a mean over this micro-batch's real tokens is multiplied by to become, after the division by the
             # step's weight, its part of the mean over the step's real tokens.
-            batch["aux_scale"] = own[i][1] * weight / max(tokens, 1)
+            aux_scale = int(batch["real_tokens"]) * weight / max(tokens, 1)
+            batch = to_device(batch, engine.world.device) | {"aux_scale": aux_scale}
             with engine.autocast():
                 loss, count, extra = loss_fn(engine.model, batch)
             engine.backward(loss / weight)
-        counted += int(count)
-        for name, value in {"loss": loss.detach(), **extra}.items():
-            sums[name] = sums.get(name, 0.0) + value
-    totals = world.sum(counted, *(float(value) for value in sums.values()))
-    if totals[0] != weight:
-        raise RuntimeError(f"the loss counted {totals[0]:.0f} targets, the rows {weight:.0f}")
-    numbers = {name: total / weight for name, total in zip(sums, totals[1:], strict=True)}
+        for name, value in {"counted": count, "loss": loss.detach(), **extra}.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return sums
+
+
+def move_weights(engine: Engine, sums: dict, weight: float, factor: float, step: int, news=()):
+    """The optimizer's step, unless loss or gradient is not finite -> (numbers for the log, news).
+
+    sums: what add_gradients returned. news: numbers of this process; returned as their sums over all processes, which
+    meet here and nowhere else in a step. RunFailed before a gradient that is not finite reaches the weights, but for
+    float16's, which is a sign to the scaler and passed over.
+    """
+    world = engine.world
+    if weight == 0:
+        if world.first:
+            print(f"warning: step {step + 1} has nothing to learn and is passed over", file=sys.stderr)
+        return {}, world.sum(*news)
+    norm = engine.gradient_norm()
+    mine = norm if world.first else norm * 0  # the same on all processes
+    counted, *totals = world.sum(*sums.values(), mine, *news)
+    if counted != weight:
+        raise RuntimeError(f"the loss counted {counted:.0f} targets, the rows {weight:.0f}")
+    names = [name for name in sums if name != "counted"]
+    numbers = {name: total / weight for name, total in zip(names, totals, strict=False)}
+    norm, *news = totals[len(names) :]
     if not math.isfinite(numbers["loss"]):
-        raise RunFailed(
-            f"the loss is {numbers['loss']} at step {step + 1}; what was saved before is whole. Lower --learning_rate, "
-            "lengthen --warmup, or use --dtype float32"
-        )
-    numbers["grad_norm"] = engine.step(factor)
-    return numbers, int(tokens)
+        raise RunFailed(f"the loss is {numbers['loss']} at step {step + 1}; {NOT_FINITE}")
+    if math.isfinite(norm):
+        norm = engine.step(factor, norm)
+    else:
+        engine.pass_over()
+    if not math.isfinite(norm) and not engine.forgives():
+        raise RunFailed(f"the gradient's norm is {norm} at step {step + 1}; {NOT_FINITE}")
+    return numbers | {"grad_norm": norm} | engine.numbers(), news
 
 
 @torch.no_grad()
@@ -168,17 +203,17 @@ def evaluate(engine: Engine, rows, loss_fn, batch_size: int, bytes_of_token) -> 
     world = engine.world
     engine.module.eval()
     table = bytes_of_token.to(world.device) if bytes_of_token is not None else None
-    sums = Counter()
+    parts = defaultdict(list)  # of each number; tensors that nobody has waited for
     for indices in world.shares(len(rows), batch_size):
-        batch = rows.batch(indices)
-        batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
+        batch = to_device(ready_for(world.device, rows.batch(indices), rows.most_documents), world.device)
         with engine.autocast():
             loss, weight, numbers = loss_fn(engine.module, batch)
         for name, value in {"weight": weight, "loss": loss, **numbers}.items():
-            sums[name] += float(value)
+            parts[name].append(value)
         if table is not None:
-            sums["bytes"] += float(learned_bytes(batch["labels"], table))
+            parts["bytes"].append(learned_bytes(batch["labels"], table))
     engine.module.train()
+    sums = Counter({name: torch.stack(values).cpu().double().sum().item() for name, values in parts.items()})
     total = Counter()
     for part in world.gather(sums):
         total.update(part)
@@ -197,7 +232,7 @@ class Plan:
     """Which rows each micro-batch of each step holds, a function of the step alone."""
 
     def __init__(self, rows, args, world, state: dict | None):
-        self.args, self.world = args, world
+        self.world, self.batch_size, self.accumulation_steps = world, args.batch_size, args.accumulation_steps
         per_micro_step = args.batch_size * world.size
         if state is not None:  # a resumed run keeps its global batch with whatever processes it has now
             wanted = state["record"]["recipe"]["rows_per_step"]
@@ -206,8 +241,8 @@ class Plan:
                     f"the run's steps of {wanted} rows cannot be made of {world.size} processes with --batch_size "
                     f"{args.batch_size}; choose a batch size that divides {wanted // world.size}"
                 )
-            args.accumulation_steps = wanted // per_micro_step
-        self.rows_per_step = per_micro_step * args.accumulation_steps
+            self.accumulation_steps = wanted // per_micro_step
+        self.rows_per_step = per_micro_step * self.accumulation_steps
         self.total_rows = math.ceil(args.epochs * len(rows))
         self.steps = math.ceil(self.total_rows / self.rows_per_step)
         if args.max_steps is not None:
@@ -218,8 +253,8 @@ class Plan:
 
     def rows(self, step: int, micro_batch: int) -> list[int]:
         """Global indices of this process's rows; -1, an empty row, past the end of the last epoch."""
-        first = step * self.rows_per_step + (micro_batch * self.world.size + self.world.rank) * self.args.batch_size
-        return [i if i < self.total_rows else -1 for i in range(first, first + self.args.batch_size)]
+        first = step * self.rows_per_step + (micro_batch * self.world.size + self.world.rank) * self.batch_size
+        return [i if i < self.total_rows else -1 for i in range(first, first + self.batch_size)]
 
 
 def check_alike(world, recipe: dict, state: dict | None) -> None:
@@ -262,14 +297,17 @@ class SaveTimes:
     So what a power cut costs does not depend on how long a step takes on this machine.
     """
 
-    def __init__(self, args, world):
-        self.steps, self.seconds, self.world = args.save_interval, args.save_minutes * 60, world
+    def __init__(self, args):
+        self.steps, self.seconds = args.save_interval, args.save_minutes * 60
         self.last = time.monotonic()
 
-    def due(self, step: int) -> bool:
-        """Whether to save after `step`; all processes ask, and the first one's clock decides."""
-        overdue = self.world.first and 0 < self.seconds <= time.monotonic() - self.last
-        due = bool(self.world.sum(overdue)[0]) or step % self.steps == 0
+    def overdue(self) -> bool:
+        """By this process's clock; all processes save where one of them says so."""
+        return 0 < self.seconds <= time.monotonic() - self.last
+
+    def due(self, step: int, overdue: bool | float) -> bool:
+        """Whether to save after `step`; overdue: what the processes' clocks said together."""
+        due = bool(overdue) or step % self.steps == 0
         if due:
             self.last = time.monotonic()
         return due
@@ -290,7 +328,7 @@ def announce(start, plan: Plan, rows: list[tuple[str, str]], world, state) -> No
     for what, text in rows:
         print(f"  {what:<9} {text}")
     print(f"  steps     {plan.steps:,} of {plan.rows_per_step} rows ({plan.rows_per_step * args.seq_len:,} tokens): "
-          f"{args.batch_size} x {args.accumulation_steps} x {world.size} process(es)")  # fmt: skip
+          f"{plan.batch_size} x {plan.accumulation_steps} x {world.size} process(es)")  # fmt: skip
     print(f"  optimizer {args.optimizer}, rate {args.learning_rate:g}, {args.schedule}, warmup {plan.warmup} steps, "
           f"decay {args.weight_decay:g}, clip {args.grad_clip:g}, seed {args.seed}")  # fmt: skip
     print(f"  machine   {world.device}, {str(world.dtype).removeprefix('torch.')}, {torch.get_num_threads()} thread(s)")
@@ -298,7 +336,7 @@ def announce(start, plan: Plan, rows: list[tuple[str, str]], world, state) -> No
     if config.use_moe:
         shape = (config.n_routed_experts, 2 * config.moe_hidden_dim, config.dim)
         print(f"  experts   {experts_kind(world.device, world.dtype, shape)}")
-    print(f"  memory    {memory_line(config, args, world, learned, start.other_parameters)}")
+    print(f"  memory    {memory_line(config, args, world, plan.batch_size, learned, start.other_parameters)}")
     print(f"  output    {start.files.weights}")
     if state is not None:
         print(f"  resumed   at step {state['step']}")

@@ -23,12 +23,21 @@ def lm_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(predictions, targets, ignore_index=-100, reduction="sum"), (targets != -100).sum()
 
 
+def inputs(batch: dict) -> dict:
+    """What of a batch the model reads."""
+    return {name: batch[name] for name in ("input_ids", "segment_ids", "document_ends") if name in batch}
+
+
 def language_model(model, batch: dict) -> tuple[Tensor, Tensor, dict]:
     """The loss of pretraining and of every kind of SFT: cross-entropy, and the experts' balance loss if any."""
-    out = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
-    loss, count = lm_loss(out.logits, batch["labels"])
-    loss, numbers = with_balance(loss, out, batch)
-    return loss, count, numbers
+    out = model(**inputs(batch), labels=batch["labels"], reduction="none")
+    loss, numbers = with_balance(out.loss.sum(), out, batch)
+    return loss, learned_targets(batch["labels"]), numbers
+
+
+def learned_targets(labels: Tensor) -> Tensor:
+    """How many targets labels (B, T) hold: those that are learned, but no row's first token, which nothing predicts."""
+    return (labels[:, 1:] != -100).sum()
 
 
 def with_balance(loss: Tensor, out, batch: dict) -> tuple[Tensor, dict]:
@@ -43,15 +52,15 @@ def with_balance(loss: Tensor, out, batch: dict) -> tuple[Tensor, dict]:
     return loss + balance, {"loss": loss.detach(), "balance": balance.detach()}
 
 
-def weighted_lm_loss(logits: Tensor, labels: Tensor, token_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """lm_loss in which a target of id i counts token_weight[i] times: (weighted sum, number of targets, plain sum).
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the values where the mask is true; values[mask].sum() would make a GPU tell how many those are first."""
+    return torch.where(mask, values, 0.0).sum()
 
-    token_weight (V,). The number is that of the targets, as in lm_loss: it does not grow with the weights.
-    """
-    targets = labels[:, 1:].flatten()
-    predictions = logits[:, :-1].flatten(0, 1).float()
-    nats = F.cross_entropy(predictions, targets, ignore_index=-100, reduction="none")  # 0 where nothing is learned
-    return (nats * token_weight[targets.clamp(min=0)]).sum(), (targets != -100).sum(), nats.detach().sum()
+
+def weighted_sum(nats: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
+    """Sum of the targets' cross-entropies, nats (B, T - 1), in which a target of id i counts token_weight[i] times;
+    labels (B, T)."""
+    return (nats * token_weight[labels[:, 1:].clamp(min=0)]).sum()  # nats are 0 where nothing is learned
 
 
 def learned_bytes(labels: Tensor, bytes_of_token: Tensor) -> Tensor:
@@ -61,17 +70,15 @@ def learned_bytes(labels: Tensor, bytes_of_token: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------- preferences
-def segment_log_probs(logits: Tensor, labels: Tensor, segment_ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def segment_log_probs(nats: Tensor, labels: Tensor, segment_ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Log-probability, in nats, of each packed document's learned tokens, and their number: (B, n) each.
 
-    logits (B, T, V), labels (B, T), segment_ids (B, T) with 0 for padding and documents numbered 1 to n.
+    nats (B, T - 1) each target's cross-entropy, labels (B, T), segment_ids (B, T) with 0 for padding and documents
+    numbered 1 to n.
     """
-    B, T = labels.shape
-    targets = labels[:, 1:].flatten()
-    nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="none")
     document = segment_ids[:, 1:]  # a document's first token is no target of its own: no target belongs to two
-    sums = nats.new_zeros(B, n + 1).scatter_add(1, document, -nats.view(B, T - 1))
-    counts = nats.new_zeros(B, n + 1).scatter_add(1, document, (targets != -100).to(nats.dtype).view(B, T - 1))
+    sums = nats.new_zeros(len(nats), n + 1).scatter_add(1, document, -nats)
+    counts = nats.new_zeros(len(nats), n + 1).scatter_add(1, document, (labels[:, 1:] != -100).to(nats.dtype))
     return sums[:, 1:], counts[:, 1:]
 
 
@@ -105,7 +112,11 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
     Hong et al. 2024, arXiv 2403.07691; odds(p) = p / (1 - p).
     """
-    log_odds_ratio = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+
+    def log_of_rest(log_p: Tensor) -> Tensor:  # log(1 - p), finite and without a gradient where p rounds to 1
+        return torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
+
+    log_odds_ratio = (chosen - rejected) - (log_of_rest(chosen) - log_of_rest(rejected))
     return -chosen - beta * F.logsigmoid(log_odds_ratio)
 
 
@@ -154,51 +165,59 @@ def grpo_loss(log_probs: Tensor, old: Tensor, reference: Tensor | None, advantag
         log_d = reference - log_probs
         k3 = log_d.exp() - log_d - 1
         per_token = per_token + kl * k3
-        numbers["kl"] = k3.detach()[mask].sum()
-    return per_token[mask].sum(), mask.sum(), numbers
+        numbers["kl"] = masked_sum(k3.detach(), mask)
+    return masked_sum(per_token, mask), mask.sum(), numbers
 
 
 # ---------------------------------------------------------------------------------------------------- distillation
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, temperature=1.0, kind="forward", skew=0.1):
-    """T^2 times the divergence of teacher and student at temperature T, in nats: (sum over the mask, its size).
+    """`divergence` where mask is true: (sum over the mask, its size). logits (..., V); mask (...)."""
+    return divergence(student_logits[mask], teacher_logits[mask], temperature, kind, skew), mask.sum()
 
-    logits (..., V); mask (...), true where a distribution is compared. With p = softmax(teacher / T), q of the student:
+
+def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature=1.0, kind="forward", skew=0.1) -> Tensor:
+    """T^2 times the divergence of teacher and student at temperature T, in nats, summed; logits (n, V).
+
+    With p = softmax(teacher / T) and q of the student:
     forward  KL(p || q): the student covers all the teacher might say (Hinton et al. 2015, arXiv 1503.02531)
     reverse  KL(q || p): it keeps to what the teacher finds likely (Gu et al. 2023, MiniLLM, arXiv 2306.08543)
     skewed   KL(p || skew p + (1 - skew) q): forward, bounded where q is nearly 0 (Ko et al. 2024, arXiv 2402.03898)
     T^2 keeps the gradient's size when T changes.
     """
-    log_p = (teacher_logits[mask].float() / temperature).log_softmax(dim=-1)  # (n, V)
-    log_q = (student_logits[mask].float() / temperature).log_softmax(dim=-1)
+    log_p = (teacher_logits.float() / temperature).log_softmax(dim=-1)  # (n, V)
+    log_q = (student_logits.float() / temperature).log_softmax(dim=-1)
     if kind == "reverse":
         log_p, log_q = log_q, log_p
     elif kind == "skewed":
         log_q = torch.logaddexp(log_p + math.log(skew), log_q + math.log1p(-skew))
     elif kind != "forward":
         raise ValueError(f"kind must be forward, reverse or skewed, not {kind!r}")
-    divergence = (log_p.exp() * (log_p - log_q)).sum()
-    return temperature**2 * divergence, mask.sum()
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
 
 
-def distillation_sums(student_logits, hidden, head, labels, temperature=1.0, kind="forward", skew=0.1, chunk=1024):
+def distillation_sums(student_logits, hidden, head, labels, temperature=1.0, kind="forward", skew=0.1, chunk=1024,
+                      n=None):  # fmt: skip
     """Over the learned targets: (cross-entropy sum, kd_loss sum, their number), the teacher's logits in pieces.
 
     student_logits (B, T, V); hidden (B, T, D') the teacher's, whose logits are head(hidden); labels (B, T). `chunk`
     targets at a time are compared, and what a chunk needs for its gradient is computed again in the backward pass: of
-    the teacher, and of what stands between logits and loss, only (chunk, V) numbers are ever in memory.
+    the teacher, and of what stands between logits and loss, only (chunk, V) numbers are ever in memory. n: how many
+    targets there are, where that is known: a GPU is then not waited for.
     """
-    where = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    learned = labels[:, 1:] != -100
+    count = learned.sum()
+    where = torch.nonzero_static(learned, size=int(count) if n is None else n).unbind(1)  # row and column of each
     targets = labels[:, 1:][where]  # (n,)
 
     def compare(student: Tensor, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             teacher = head(hidden)  # (chunk, V)
-        divergence, _ = kd_loss(student, teacher, torch.ones_like(target, dtype=torch.bool), temperature, kind, skew)
-        return F.cross_entropy(student.float(), target, reduction="sum"), divergence
+        ce = F.cross_entropy(student.float(), target, reduction="sum")
+        return ce, divergence(student, teacher, temperature, kind, skew)
 
     sums = [(0.0 * student_logits[:0]).float().sum()] * 2  # zero, and joined to the graph where there is no target
     parts = (x.split(chunk) for x in (student_logits[:, :-1][where], hidden[:, :-1][where], targets))
     for part in zip(*parts, strict=True):
         found = checkpoint(compare, *part, use_reentrant=False, preserve_rng_state=False)
         sums = [a + b for a, b in zip(sums, found, strict=True)]
-    return *sums, (labels[:, 1:] != -100).sum()
+    return *sums, count

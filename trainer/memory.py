@@ -1,32 +1,54 @@
-"""How much memory a run will take, before it takes it."""
+"""How much memory a run will take, before it takes it, and how many rows a GPU's memory takes together."""
 
 import torch
 
+from model.model import LOSS_CHUNK_GPU, DocumentLengths
+from model.moe import experts_kind
+
 GB = 2**30
 FRAMEWORK = {"cpu": 0.45 * GB, "cuda": 0.0, "mps": 0.0}  # the process with torch loaded, as peak_memory counts it
+FILLED = 0.8  # share of a GPU's memory that chosen rows may take by the estimate; the rest is fragments and others'
 
 
-def training_bytes(config, args, world, trainable: int, others=0) -> int:
-    """Estimated peak bytes of one process.
+def training_bytes(config, args, world, batch_size: int, trainable: int, others=0) -> int:
+    """Estimated peak bytes of one process whose micro-batches have batch_size rows.
 
     Weights (further models' `others` among them) and, of the trainable ones, gradients and AdamW's two moments (Muon:
-    one for the matrices) at 4 bytes; the activations kept for the backward pass; the logits and their gradient. The
-    factors count the tensors autograd saves in one layer and were checked against measured peaks.
+    one for the matrices) at 4 bytes; the activations kept for the backward pass; the logits. The factors count the
+    tensors autograd saves in one layer; checked against peaks, measured on a CPU and counted for a GPU.
     """
     total = config.parameter_count() + others
     moments = 1.2 if args.optimizer == "muon" else 2
     states = 4 * (total + (1 + moments) * trainable)
-    tokens = args.batch_size * args.seq_len
-    width = torch.finfo(world.dtype).bits // 8
-    heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    layer = 6 * config.dim + 2 * heads + feed_forward_numbers(config, world)  # kept for one token of one layer
-    if args.gradient_checkpointing:
-        activations = width * tokens * (config.n_layers * config.dim + layer)
+    tokens, V, T = batch_size * args.seq_len, config.vocab_size, args.seq_len
+    half = world.dtype != torch.float32
+    by_lengths = DocumentLengths.served(world.device, world.dtype, config.head_dim)  # and without a mask
+    layer = layer_bytes(config, world) * tokens
+    between = 4 * config.dim * tokens  # what passes from layer to layer
+    masks = 5 * batch_size * T**2  # True or False, and the number that is added to a score
+    if half:
+        states += 2 * total  # autocast's copies of the weights
+        masks = 0 if by_lengths else (1 + 2 * config.n_layers) * batch_size * T**2
+    kept = between * config.n_layers + layer if args.gradient_checkpointing else layer * config.n_layers
+    if world.device.type == "cuda":
+        # Computed again in the backward pass a chunk at a time, and gone before the layers' gradients are there.
+        working = max(14 * min(tokens, LOSS_CHUNK_GPU) * V, 2 * layer)
     else:
-        activations = width * tokens * config.n_layers * layer
-    logits = tokens * config.vocab_size * (3 * 4 if world.dtype == torch.float32 else width + 2 * 4)
-    masks = args.batch_size * args.seq_len**2 * (5 if world.device.type != "cuda" else 0)
-    return int(states + activations + logits + masks + FRAMEWORK.get(world.device.type, 0))
+        working = 8 * tokens * V  # log-probabilities, and as much again that the allocator does not give back
+    return int(states + kept + working + 2 * between + masks + FRAMEWORK.get(world.device.type, 0))
+
+
+def layer_bytes(config, world) -> int:
+    """Bytes that one layer keeps of one token for its backward pass."""
+    H, G, h = config.n_heads, config.n_kv_heads, config.head_dim
+    if world.dtype == torch.float32:
+        # Both norms' inputs and outputs, two sums; queries, keys and values before and after the rotation, twice.
+        return 4 * (6 * config.dim + 2 * (2 * H + 2 * G) * h + feed_forward_numbers(config, world))
+    # Autocast: the residual stream is float32, each norm's output 2 bytes, and so is all that products read and write.
+    by_lengths = DocumentLengths.served(world.device, world.dtype, h)
+    heads = 2 * H + 2 * G if by_lengths else 4 * H  # masked attention repeats keys and values
+    norms = 4 * (H + G) * h if config.qk_norm else 0
+    return 12 * config.dim + 2 * heads * h + norms + 2 * feed_forward_numbers(config, world)
 
 
 def feed_forward_numbers(config, world) -> int:
@@ -38,14 +60,27 @@ def feed_forward_numbers(config, world) -> int:
     if not config.use_moe:
         return 4 * config.hidden_dim
     routed, k = config.num_experts_per_tok * config.moe_hidden_dim, config.num_experts_per_tok
-    grouped = world.device.type == "cuda" and world.dtype == torch.bfloat16
+    shape = (config.n_routed_experts, 2 * config.moe_hidden_dim, config.dim)
+    grouped = experts_kind(world.device, world.dtype, shape) == "grouped_mm"
     shared = 4 * config.n_shared_experts * config.moe_hidden_dim
     return shared + (5 * routed + k * config.dim if grouped else 2 * routed)
 
 
-def memory_line(config, args, world, trainable: int, others=0) -> str:
+def rows_that_fit(config, args, world, trainable: int) -> tuple[int, int]:
+    """(--batch_size, --accumulation_steps) of the same step with as many rows together as a GPU's memory takes.
+
+    A small model's kernels are so short that starting them takes longer than they do; with more rows they are fewer.
+    """
+    rows = args.batch_size * args.accumulation_steps
+    room = FILLED * device_bytes(world.device)
+    sizes = (n for n in range(rows, args.batch_size, -1) if rows % n == 0)
+    size = next((n for n in sizes if training_bytes(config, args, world, n, trainable) <= room), args.batch_size)
+    return size, rows // size
+
+
+def memory_line(config, args, world, batch_size: int, trainable: int, others=0) -> str:
     """The estimate in words, with what to lower where the device has less."""
-    need = training_bytes(config, args, world, trainable, others)
+    need = training_bytes(config, args, world, batch_size, trainable, others)
     have = device_bytes(world.device)
     text = f"about {need / GB:.1f} GB a process (estimate)"
     if have and need > 0.9 * have:

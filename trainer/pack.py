@@ -6,10 +6,14 @@ An item is a slice of one document: (document, prefix, start, end, learn_from). 
 
 import bisect
 from collections import Counter, defaultdict
+from typing import NamedTuple
 
 import numpy as np
 
-ENOUGH = 0.97  # share of a row's slots that packing should fill before documents are cut finer
+from model.chat_template import ROLES
+
+SYSTEM, USER, ASSISTANT = map(ROLES.index, ("system", "user", "assistant"))
+ENOUGH = 0.97  # of the rows: what would save fewer is no reason to cut a text that fits a row
 
 
 def text_items(lengths: np.ndarray, longest: int) -> np.ndarray:
@@ -27,55 +31,65 @@ def text_items(lengths: np.ndarray, longest: int) -> np.ndarray:
     return np.stack([document, np.zeros_like(start), start, end, start + 1], axis=1)
 
 
-def chat_items(lengths: np.ndarray, turns, longest: int) -> np.ndarray:
-    """Conversations -> items (n, 5); `turns(i)` gives the positions at which conversation i's messages begin.
+def chat_items(lengths: np.ndarray, messages, longest: int) -> np.ndarray:
+    """Conversations -> items (n, 5); `messages(i)` gives where conversation i's messages begin, and their roles.
 
-    A conversation that fits is one item. A longer one is split where a turn begins; the next item repeats, unlearned,
-    what stands before the first message's end if that is a system turn, and the last exchange, as far as they fit.
-    Only a single turn longer than the row is cut.
+    A conversation that fits is one item. A longer one is split after answers; the next item repeats, unlearned, the
+    system turn that the conversation begins with and the exchange before, each where it fits whole beside the next
+    answer and what was asked. Only these are cut where they are longer than the row together: first the question's
+    front, then, if the answer alone is longer, the answer's end. roles: indices into model.chat_template.ROLES.
     """
     lengths = np.asarray(lengths, np.int64)
     document = np.flatnonzero(lengths <= longest)
     zero = np.zeros_like(document)
     short = np.stack([document, zero, zero, lengths[document], zero], axis=1)
-    long = [item for i in np.flatnonzero(lengths > longest) for item in _split_chat(i, lengths[i], turns(i), longest)]
-    return np.concatenate([short, np.array(long, np.int64).reshape(-1, 5)])
+    split = [_split_chat(i, lengths[i], messages(i), longest) for i in np.flatnonzero(lengths > longest)]
+    return np.concatenate([short, np.array([item for items in split for item in items], np.int64).reshape(-1, 5)])
 
 
-def _split_chat(document: int, length: int, turns, longest: int) -> list[tuple]:
-    """Items of one conversation that is longer than a row.
+class Step(NamedTuple):
+    """An answer with what stands between it and the answer before; positions in the conversation."""
 
-    turns holds the message starts; message 0 begins after any tools section that stands alone.
-    """
-    borders = [*(int(t) for t in turns), int(length)]
-    borders[0] = 0  # what stands before the first message belongs to it
-    items, begin = [], 0  # begin: index of the first message not yet placed
-    while begin < len(borders) - 1:
-        prefix, start = _context(borders, begin, longest)
-        room = longest - prefix - (borders[begin] - start)
-        end = begin + 1
-        while end < len(borders) - 1 and borders[end + 1] - borders[begin] <= room:
-            end += 1
-        stop = min(borders[end], borders[begin] + room)  # only a single long turn is cut
-        items.append((document, prefix, start, stop, borders[begin]))
-        begin = end
+    exchange: int  # where the user began to speak: earlier than `begin` where that is a tool's result
+    begin: int
+    answer: int
+    end: int
+
+
+def _steps(length: int, starts, roles) -> tuple[int, list[Step]]:
+    """-> (tokens of the system turn that the conversation begins with, its steps)."""
+    borders = [*map(int, starts), int(length)]
+    head = borders[1] if roles[0] == SYSTEM else 0
+    steps, first = [], int(head > 0)  # first: the message that the next step begins with
+    for i, role in enumerate(roles):
+        if role == ASSISTANT:
+            asked = not steps or roles[first] in (SYSTEM, USER)
+            exchange = borders[first] if asked else steps[-1].exchange
+            steps.append(Step(exchange, borders[first], borders[i], borders[i + 1]))
+            first = i + 1
+    return head, steps
+
+
+def _split_chat(document: int, length: int, messages, longest: int) -> list[tuple]:
+    """Items of one conversation that is longer than a row; what follows its last answer is left out."""
+    head, steps = _steps(length, *messages)
+    items, at = [], 0  # at: the first step not yet placed
+    while at < len(steps):
+        step, last = steps[at], at
+        if step.end - step.begin > longest:
+            end = min(step.end, step.answer + longest)
+            prefix, start = 0, max(step.begin, end - longest)
+        else:
+            start = step.exchange if step.end - step.exchange <= longest else step.begin
+            prefix = head if head + step.end - start <= longest else 0
+            before = steps[max(at - 1, 0)].exchange
+            start = before if prefix + step.end - before <= longest else start
+            while last + 1 < len(steps) and prefix + steps[last + 1].end - start <= longest:
+                last += 1
+            end = steps[last].end
+        items.append((document, prefix, start, end, step.begin))
+        at = last + 1
     return items
-
-
-def _context(borders: list[int], begin: int, longest: int) -> tuple[int, int]:
-    """How the item that begins with message `begin` starts: (length of the repeated head, start of the rest).
-
-    The next turn must fit whole; what room is left goes to the head (the first message where it is the system's) and
-    then to the end of the last exchange, cut at its left if need be.
-    """
-    if begin == 0:
-        return 0, 0
-    turn = borders[begin + 1] - borders[begin]
-    spare = max(0, longest - turn)
-    last_exchange = borders[max(0, begin - 2)]
-    head = borders[1] if borders[1] <= min(spare // 2, last_exchange) else 0
-    start = max(last_exchange, borders[begin] - (spare - head), head)
-    return head, start
 
 
 def pair_items(lengths: np.ndarray, answers: np.ndarray, longest: int) -> tuple[np.ndarray, int, int]:
@@ -133,24 +147,29 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(slots), np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
 
 
-def pack_texts(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pack_texts(lengths: np.ndarray, row_length: int, fill=True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Items of text documents and their packing, (items, slots, row_offsets).
 
-    Documents are cut only where they are longer than the row; if that leaves rows too empty (documents of 300 tokens in
-    rows of 512), all are cut at a half, a quarter, ... of the row.
+    Documents are cut only where they are longer than the row. If that leaves rows too empty (documents of 300 tokens in
+    rows of 512) and `fill`, all are cut at a half, a quarter, ... of the row, where that saves rows: a token sees less
+    before it, but more tokens are learned in a step, which is worth more (docs/log.md).
     """
-    best = None
-    for longest in (row_length, row_length // 2, row_length // 4, row_length // 8):
-        if longest < 2:
+    fewest = -(-int(np.sum(lengths)) // row_length)  # rows there must be; the last one may be far from full
+    whole = best = _packed(lengths, row_length, row_length)
+    for parts in (2, 4, 8) if fill else ():
+        if fewest >= ENOUGH * _rows(best) or row_length // parts < 2:
             break
-        items = text_items(lengths, longest)
-        packed = pack(item_lengths(items), row_length)
-        share = item_lengths(items).sum() / (row_length * (len(packed[1]) - 1))
-        if best is None or share > best[0]:
-            best = (share, items, *packed)
-        if share >= ENOUGH:
-            break
-    return best[1:]
+        best = min(best, _packed(lengths, row_length // parts, row_length), key=_rows)
+    return best if _rows(best) < ENOUGH * _rows(whole) else whole
+
+
+def _packed(lengths: np.ndarray, longest: int, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    items = text_items(lengths, longest)
+    return items, *pack(item_lengths(items), row_length)
+
+
+def _rows(packed) -> int:
+    return len(packed[2]) - 1
 
 
 def item_lengths(items: np.ndarray) -> np.ndarray:

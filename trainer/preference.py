@@ -5,25 +5,28 @@ A pair is two neighbouring segments of a packed row, chosen then rejected; see t
 
 import copy
 import hashlib
+import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from model.files import replaced
 from model.weights import fingerprint
+from trainer.cache import usable
 from trainer.cli import UserError
-from trainer.losses import segment_log_probs
+from trainer.losses import inputs, segment_log_probs
 from trainer.start import load_weights
 
+FROZEN = "reference_weights"  # under which a recipe has their fingerprint; "reference" is what DPO's flag says
 RESAMPLES = 2000  # of the bootstrap
 
 
 def pair_log_probs(model, batch: dict):
     """-> (output of the forward pass; log-probabilities (nats) and token counts of each segment's answer, (B, S))."""
-    out = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
-    return out, *segment_log_probs(out.logits, batch["labels"], batch["segment_ids"], batch["documents"].shape[1])
+    out = model(**inputs(batch), labels=batch["labels"], reduction="none")
+    return out, *segment_log_probs(out.loss, batch["labels"], batch["segment_ids"], batch["documents"].shape[1])
 
 
 @torch.no_grad()
@@ -55,8 +58,10 @@ class Reference:
 
     def __init__(self, start):
         self.start, self.args, self.live = start, start.args, None
-        resumed = start.state and start.state["record"]["recipe"]["reference"]
-        start.fixed["reference"] = resumed or fingerprint(start.model)
+        recipe = start.state["record"]["recipe"] if start.state else {FROZEN: fingerprint(start.model)}
+        if FROZEN not in recipe:  # of an earlier version, in which it stood over what --reference said
+            recipe[FROZEN] = recipe.pop("reference")
+        start.fixed[FROZEN] = recipe[FROZEN]
 
     def model(self):
         """The weights that the run began with; UserError where they have changed since."""
@@ -64,7 +69,7 @@ class Reference:
         if start.state is None:
             return start.model
         model = load_weights(origin, start.record.get("preset"))[0]
-        if fingerprint(model) != start.fixed["reference"]:
+        if fingerprint(model) != start.fixed[FROZEN]:
             raise UserError(f"{origin} is no longer what this run began with, its reference; --overwrite starts afresh")
         return model
 
@@ -81,19 +86,17 @@ class Reference:
 
     def _cached(self, rows, world) -> np.ndarray:
         caches = [cache.folder.name for cache in rows.caches]
-        key = json.dumps([self.start.fixed["reference"], caches, rows.seq_len, str(world.dtype)]).encode()
+        key = json.dumps([self.start.fixed[FROZEN], caches, rows.seq_len, str(world.dtype)]).encode()
         digest = hashlib.blake2b(key + rows.documents.tobytes(), digest_size=8).hexdigest()
         path = Path(self.args.out_dir) / "cache" / f"reference-{digest}.npy"
         if world.gather(path.exists())[0]:
             try:
-                return np.load(path)
+                with usable(path):
+                    return np.load(path)
             except (OSError, ValueError, EOFError) as error:
                 raise UserError(f"{path} is damaged ({error}); delete it, and it is made again") from None
         values, _ = answers_of(self.model(), rows, world, self.args.batch_size)
-        if world.first:
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
-            np.save(temporary, values)
-            os.replace(temporary, path)
+        world.on_first(lambda: keep(path, values))
         return values
 
     @torch.no_grad()
@@ -113,6 +116,14 @@ class Reference:
             return preference_report(*(x[rows.documents] for x in (before, after, counts)))
 
         return figures
+
+
+def keep(path: Path, values: np.ndarray) -> None:
+    """Writes them as numpy's file."""
+    content = io.BytesIO()  # numpy itself tells no reason where a file takes no more
+    np.save(content, values)
+    with usable(path), replaced(path) as file:
+        file.write(content.getbuffer())
 
 
 # ------------------------------------------------------------------------------------------------------- what it did

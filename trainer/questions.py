@@ -13,7 +13,7 @@ import numpy as np
 
 from model.tokenizer import render
 from trainer.cli import UserError, note
-from trainer.read import BadRow, as_chat, parse_record, raw_rows
+from trainer.read import BadRow, as_chat, parse_record, raw_rows, with_beside
 from trainer.rewards import known_answer
 
 
@@ -59,7 +59,7 @@ def as_question(record: dict) -> tuple[list[dict], str]:
             raise BadRow('"question" must be a string that is not empty')
         if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
             raise BadRow('"answer" must be a string or a number')
-        return [{"role": "user", "content": question}], str(answer).strip()
+        return with_beside([{"role": "user", "content": question}], record), str(answer).strip()
     *messages, last = as_chat(record)
     answer = known_answer(last["content"]) if last["role"] == "assistant" else None
     if answer is None or not messages:

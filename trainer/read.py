@@ -15,6 +15,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,8 @@ MAX_HISTORY_CHARS = 2**20
 TXT_DOCUMENT_CHARS = 100_000  # a longer .txt file is cut at the next blank line
 ROLES = ("system", "user", "assistant", "tool")
 TOLD = ("role", "content", "reasoning_content", "tools", "tool_calls")
+DAMAGED = (OSError, EOFError, ValueError, zlib.error)  # what reading a damaged or cut-off file raises
+ZSTANDARD_BYTES = 2**14  # unpacked at a time; of a file made to harm they are 64 MB at most
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".txt", ".parquet")
 
 
@@ -88,10 +91,45 @@ def open_bytes(path):
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
     if path.suffix.lower() == ".zst":
+        return io.BufferedReader(_Zstandard(path), 2**20)
+    return open(path, "rb", buffering=2**20)
+
+
+class _Zstandard(io.RawIOBase):
+    """The content of a zstandard file, all its frames. (The library's own reader ends without a word behind the first
+    frame, and where a frame is cut off.)"""
+
+    def __init__(self, path):
         import zstandard
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True), 2**20)
-    return open(path, "rb", buffering=2**20)
+        self.new_frame, self.error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
+        self.file, self.frame = open(path, "rb"), None
+        self.packed, self.unpacked = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.unpacked:
+            packed = self.packed or self.file.read(ZSTANDARD_BYTES)
+            if not packed:
+                if self.frame is not None:
+                    raise EOFError("it is cut off: its last frame has no end")
+                return 0
+            self.frame = self.frame or self.new_frame()
+            try:
+                self.unpacked = memoryview(self.frame.decompress(packed))
+            except self.error as error:
+                raise OSError(str(error)) from None
+            self.packed = self.frame.unused_data
+            self.frame = None if self.frame.eof else self.frame
+        n = min(len(buffer), len(self.unpacked))
+        buffer[:n], self.unpacked = self.unpacked[:n], self.unpacked[n:]
+        return n
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def _lines(path) -> Iterator[tuple[int, bytes]]:
@@ -106,12 +144,8 @@ def _lines(path) -> Iterator[tuple[int, bytes]]:
                     )
                 if line.strip():
                     yield number, line
-        except (OSError, EOFError, ValueError) as error:  # a damaged or cut-off archive
+        except DAMAGED as error:
             raise UserError(f"{path}: cannot be read past line {number}: {error}") from None
-        except Exception as error:
-            if type(error).__name__ == "ZstdError":
-                raise UserError(f"{path}: cannot be read past line {number}: {error}") from None
-            raise
 
 
 def _csv_rows(path) -> Iterator[tuple[int, dict]]:
@@ -128,18 +162,31 @@ def _csv_rows(path) -> Iterator[tuple[int, dict]]:
 
 
 def _parquet_rows(path) -> Iterator[tuple[int, dict]]:
+    number = 0
+    try:
+        for number, row in parquet_rows(path):
+            yield number, row
+    except DAMAGED as error:
+        raise UserError(f"{path}: cannot be read past row {number}: {error}") from None
+
+
+def parquet_rows(path) -> Iterator[tuple[int, dict]]:
+    """(number, row) of each row; one of DAMAGED where the file is no Parquet file, or no whole one."""
     import pyarrow
     from pyarrow import parquet
 
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file: {error}") from None
     number = 0
-    for batch in file.iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+            wanted = file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:  # errors of pyarrow's own, some of several lines
+        raise OSError(str(error).partition("\n")[0]) from None
+    if number != wanted:
+        raise EOFError(f"it should have {wanted} rows")
 
 
 def _txt_documents(path) -> Iterator[tuple[int, dict]]:
@@ -206,25 +253,36 @@ def as_text(record: dict) -> str:
 
 
 def as_chat(record: dict) -> list[dict]:
-    """{"conversations": [...]} (or "messages"), or the columns history, q, a of MiniMind v1 -> messages."""
+    """{"conversations": [...]} (or "messages"), or the columns history, q, a of MiniMind v1 -> messages.
+
+    Tools and a system text may stand beside them, see with_beside.
+    """
     if "conversations" in record or "messages" in record:
-        return check_messages(record.get("conversations", record.get("messages")))
-    if "q" in record and "a" in record:
+        messages = record.get("conversations", record.get("messages"))
+    elif "q" in record and "a" in record:
         messages = []
         for question, answer in parse_history(record.get("history")):
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         messages += [{"role": "user", "content": record["q"]}, {"role": "assistant", "content": record["a"]}]
-        return check_messages(messages)
-    raise BadRow(f'no key "conversations" and no columns "q", "a" (found: {_keys(record)})')
+    else:
+        raise BadRow(f'no key "conversations" and no columns "q", "a" (found: {_keys(record)})')
+    return with_beside(check_messages(messages), record)
 
 
 def as_pair(record: dict) -> dict:
-    """{"chosen": [...], "rejected": [...]}: two conversations that differ in their last message only."""
+    """{"chosen": [...], "rejected": [...]}: two conversations that differ in their last message only.
+
+    Tools and a system text may stand beside them, see with_beside.
+    """
     if "chosen" not in record or "rejected" not in record:
         raise BadRow(f'no keys "chosen" and "rejected" (found: {_keys(record)})')
     chosen, rejected = check_messages(record["chosen"]), check_messages(record["rejected"])
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise BadRow("chosen and rejected must each end with an answer of the assistant")
+    if len(chosen) == 1 or len(rejected) == 1:
+        raise BadRow("chosen and rejected must be whole conversations: the answers stand without their prompt "
+                     "(`data_process.py clean --to dpo` joins a prompt that stands beside them)")  # fmt: skip
+    chosen, rejected = with_beside(chosen, record), with_beside(rejected, record)
     ours, theirs = ([_told(message) for message in messages] for messages in (chosen, rejected))
     if ours[:-1] != theirs[:-1]:
         raise BadRow("the prompts of chosen and rejected differ; they may differ in the last message only")
@@ -238,6 +296,34 @@ def _told(message: dict) -> dict:
     return {key: message[key] for key in TOLD if message.get(key) is not None}
 
 
+def with_beside(messages: list[dict], record: dict) -> list[dict]:
+    """The messages with what their row holds beside them: "tools" (OpenAI's fine-tuning rows, as the argument of its
+    API) and "system" (ShareGPT's) become part of the system message that comes first.
+
+    Raises BadRow where that message says otherwise, and for OpenAI's older "functions".
+    """
+    if not _nothing(record.get("functions")):
+        raise BadRow('"functions" is OpenAI\'s older form of "tools", and is not read; write them as "tools"')
+    beside = {key: record[key] for key in ("system", "tools") if not _nothing(record.get(key))}
+    if not beside:
+        return messages
+    if "system" in beside and not isinstance(beside["system"], str):
+        raise BadRow('"system" must be a string')
+    has_one = messages[0]["role"] == "system"
+    first = dict(messages[0]) if has_one else {"role": "system", "content": ""}
+    for name, value in beside.items():
+        key = "content" if name == "system" else name
+        if not _nothing(first.get(key)) and first[key] != value:
+            raise BadRow(f'"{name}" stands beside the messages, and their system message has {key} of its own')
+        first[key] = value
+    return [first, *messages[has_one:]]
+
+
+def _nothing(value) -> bool:
+    """Whether a key is as good as absent: what writers of tables put into cells without a value."""
+    return value is None or isinstance(value, str | list) and value in ("", "[]", [])
+
+
 def check_messages(messages) -> list[dict]:
     """Returns the messages if they can be rendered and hold at least one assistant turn, or raises BadRow."""
     if not isinstance(messages, list) or not messages:
@@ -247,27 +333,45 @@ def check_messages(messages) -> list[dict]:
             raise BadRow(f"message {i} is not an object")
         if message.get("role") not in ROLES:
             raise BadRow(f"message {i} has role {message.get('role')!r}; roles are {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
+        check_keys(i, message)
+        calls_only = message.get("content") is None and message.get("tool_calls")  # as OpenAI writes them
+        if not isinstance(message.get("content"), str) and not calls_only:
             raise BadRow(f'message {i} needs a string under "content"')
         if not isinstance(message.get("reasoning_content"), str | None):
             raise BadRow(f'message {i} needs a string under "reasoning_content"')
     if all(message["role"] != "assistant" for message in messages):
         raise BadRow("no assistant message: there is nothing to learn")
-    return messages
+    return [message | {"content": message.get("content") or ""} for message in messages]
+
+
+def check_keys(i: int, message: dict) -> None:
+    """Raises BadRow for keys of a message that would change what is learned, and that are not read."""
+    if message.get("function_call"):
+        raise BadRow(f'message {i} has a "function_call", OpenAI\'s older form; write it as "tool_calls"')
+    if message.get("role") == "assistant" and message.get("weight") not in (None, 1):
+        raise BadRow(f'message {i} has "weight" {message["weight"]}, but every answer is learned; leave the row out')
 
 
 def record_text(record: dict) -> str:
-    """All human text of a record of any schema, messages joined by newlines."""
+    """All human text of a record of any schema, messages joined by newlines; tools and calls as JSON."""
     if "text" in record:
         return as_text(record)
     if "chosen" in record:
         pair = as_pair(record)
-        return "\n".join(m["content"] for m in [*pair["chosen"], pair["rejected"][-1]])
-    parts = []
-    for message in as_chat(record):
-        parts += [message.get("reasoning_content") or "", message["content"]]
-        parts += [message[key] for key in ("tools", "tool_calls") if isinstance(message.get(key), str)]
-    return "\n".join(part for part in parts if part)
+        messages = [*pair["chosen"], pair["rejected"][-1]]
+    else:
+        messages = as_chat(record)
+    keys = ("reasoning_content", "content", "tools", "tool_calls")
+    parts = [message[key] for message in messages for key in keys if message.get(key)]
+    return "\n".join(part if isinstance(part, str) else as_json(part) for part in parts)
+
+
+def as_json(value) -> str:
+    """JSON text of tools or calls; raises BadRow for what has none, bytes or a date of a Parquet file."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(f"tools or calls cannot be written as JSON: {error}") from None
 
 
 def parse_history(cell) -> list:

@@ -1,7 +1,7 @@
 """What an answer is worth, where that can be checked: a function of two texts, no model.
 
-An answer is well-formed if it is one <think> block, one <answer> block and nothing else. It is right if, besides, what
-stands in the answer block is the known answer.
+An answer is well-formed if it is one <think> block, one <answer> block and nothing else: no special token either, such
+as the one that begins a turn. It is right if, besides, what stands in the answer block is the known answer.
 """
 
 import re
@@ -9,14 +9,24 @@ import unicodedata
 
 FORM = re.compile(r"\s*<think>(?P<thought>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>")
+# Full-width characters in their plain form, and the minus sign as what is typed for it. Not NFKC: it makes 102 of 10².
+PLAIN = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {ord("\N{MINUS SIGN}"): "-"}
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+MARKER = re.compile(r"<\|[^<>|]*\|>|</?s>|<unk>")  # special tokens: ours, and those of MiniMind's earlier vocabularies
 TAGS_IN_ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
+
+
+def generated_text(tokenizer, completion) -> str:
+    """All that the engine's completion says, special tokens spelled out, up to the token that ended it."""
+    ended = completion.finish_reason == "stop"
+    ids = completion.token_ids[:-1] if ended else completion.token_ids
+    return tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def final_answer(text: str) -> str | None:
     """What stands in the answer block of a well-formed text, None where the text is not well-formed."""
     match = FORM.fullmatch(text)
-    if match is None or TAG.findall(text) != TAGS_IN_ORDER or not match["answer"].strip():
+    if match is None or TAG.findall(text) != TAGS_IN_ORDER or MARKER.search(text) or not match["answer"].strip():
         return None
     return match["answer"].strip()
 
@@ -28,8 +38,9 @@ def known_answer(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """Answers that differ in this form only are the same: full-width characters, blanks, capitals, 1,000 and 1000."""
-    text = "".join(unicodedata.normalize("NFKC", answer).lower().split())
+    """Answers that differ in this form only are the same: full-width characters and the minus sign, blanks, capitals,
+    1,000 and 1000."""
+    text = "".join(unicodedata.normalize("NFC", answer).translate(PLAIN).lower().split())
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
 

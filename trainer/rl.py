@@ -7,7 +7,6 @@ on the process that gives it, nor on what was asked beside it. So a run that is 
 not, and the groups may be dealt out over processes in any way.
 """
 
-import math
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -18,13 +17,26 @@ from trainer.checkpoint import check_recipe
 from trainer.cli import UserError
 from trainer.data import IGNORED
 from trainer.dist import Engine, make_engine
-from trainer.loop import Plan, SaveTimes, StopSignals, announce, check_alike, end_run, finish_here, open_log, take_step
-from trainer.losses import group_advantages, grpo_loss, token_log_probs, with_balance
+from trainer.feed import amounts, ready_for, to_device
+from trainer.loop import (
+    Plan,
+    SaveTimes,
+    StopSignals,
+    add_gradients,
+    announce,
+    check_alike,
+    end_run,
+    finish_here,
+    move_weights,
+    open_log,
+)
+from trainer.losses import group_advantages, grpo_loss, inputs, token_log_probs, with_balance
 from trainer.optim import learning_rate_factor
 from trainer.preference import paired_bootstrap
 from trainer.rewards import final_answer, is_right, reward
 from trainer.track import new_run_id
 
+LENGTHS = 64  # rows are a multiple of it long: few shapes for --compile, and for a GPU's kernels
 CURVES = (("reward", "reward of sampled answers"), ("exact_match", "exact match, held out"))
 
 
@@ -50,9 +62,9 @@ def train(start, questions, held_out, reference, rollout, world) -> dict:
 
     questions: trainer.questions.Questions; held_out: a list of Question, maybe empty. reference: the frozen model, on
     world.device; None with --kl 0. rollout(model, prompts, seeds, temperature) -> for each prompt (token ids) an object
-    with token_ids, text and finish_reason ("stop" where the answer came to its end), sampled from
-    softmax(logits / temperature) by a generator of that seed; temperature 0: the best token. Raises RunFailed (NaN,
-    full disk); exits 130 or 143 when told to stop.
+    with token_ids, text (all that was generated before the token that ended it, special tokens too) and finish_reason
+    ("stop" where the answer came to its end), sampled from softmax(logits / temperature) by a generator of that seed;
+    temperature 0: the best token. Raises RunFailed (NaN, full disk); exits 130 or 143 when told to stop.
     """
     args, state = start.args, start.state
     plan = Plan(questions, args, world, state)
@@ -76,23 +88,25 @@ def train(start, questions, held_out, reference, rollout, world) -> dict:
         start.state = state = None
     record = start.record | {"recipe": recipe}
     log = open_log(start, world, plan, step, recipe, counters["run_id"])
-    stop, saves = StopSignals(), SaveTimes(args, world)
-    begin, loss = time.perf_counter() - counters["seconds"], math.nan
+    stop, saves = StopSignals(), SaveTimes(args)
+    begin, loss = time.perf_counter() - counters["seconds"], counters.get("loss")
     if counters["before"] is None:
         counters["before"], validation = evaluate(engine, rollout, held_out)
         log.validation(0, **validation)
-    while step < plan.steps and not world.sum(stop.signal)[0]:
+    stopping, overdue = world.sum(stop.signal, saves.overdue())
+    while step < plan.steps and not stopping:
         factor = learning_rate_factor(step, plan.steps, plan.warmup, args.schedule)
-        numbers, amounts = take_grpo_step(engine, rollout, questions, reference, step_indices(plan, step), factor, step)
+        numbers, totals = take_grpo_step(engine, rollout, questions, reference, plan, factor, step)
         step += 1
-        loss = numbers["loss"]
-        for name, amount in amounts.items():
+        loss = numbers.get("loss", loss)
+        for name, amount in totals.items():
             counters[name] += amount
-        log.step(step, amounts["tokens"], lr=args.learning_rate * factor, **numbers)
+        log.step(step, totals["tokens"], lr=args.learning_rate * factor, **numbers)
+        stopping, overdue = world.sum(stop.signal, saves.overdue())
         if args.eval_interval and step % args.eval_interval == 0 and step < plan.steps:
             log.validation(step, **evaluate(engine, rollout, held_out)[1])
-        if step < plan.steps and saves.due(step):
-            counters["seconds"] = time.perf_counter() - begin
+        if saves.due(step, overdue) or step == plan.steps:  # the last one before what else may fail
+            counters |= {"seconds": time.perf_counter() - begin, "loss": loss}
             log.flush()
             start.files.save(engine, start.tokenizer, record, step, counters)
 
@@ -123,24 +137,25 @@ def whole_groups(plan: Plan, group: int) -> None:
 
 def step_indices(plan: Plan, step: int) -> list[int]:
     """Places in the run of the answers that this process gives in a step."""
-    return [i for micro in range(plan.args.accumulation_steps) for i in plan.rows(step, micro) if i >= 0]
+    return [i for micro in range(plan.accumulation_steps) for i in plan.rows(step, micro) if i >= 0]
 
 
-def take_grpo_step(engine: Engine, rollout, questions, reference, indices, factor: float, step: int):
+def take_grpo_step(engine: Engine, rollout, questions, reference, plan: Plan, factor: float, step: int):
     """Answers, judged and learned from inner_steps times -> (numbers for the log, amounts of tokens of all processes:
     real ones, slots of the rows, learned ones)."""
     args, world = engine.args, engine.world
-    answers = sample(engine, rollout, questions, indices, args)
+    answers = sample(engine, rollout, questions, step_indices(plan, step), args)
     numbers = Counter(compare(answers, args.group, world))
-    micro_batches = deal(answers, args.batch_size, args.accumulation_steps)
+    micro_batches = deal(answers, plan.batch_size, plan.accumulation_steps, world.device)
+    slots = sum(batch["labels"].numel() for batch in micro_batches)
+    weight, tokens, slots = world.sum(*amounts(micro_batches), slots)
     add_log_probs(engine, micro_batches, reference, args)
     loss_fn = policy_loss(args)
     for _ in range(args.inner_steps):
-        learned, _ = take_step(engine, micro_batches, loss_fn, factor, step)
+        sums = add_gradients(engine, micro_batches, loss_fn, weight, tokens)
+        learned, _ = move_weights(engine, sums, weight, factor, step)
         numbers.update({name: value / args.inner_steps for name, value in learned.items()})
-    amounts = [(int(b["real_tokens"]), b["labels"].numel(), int(b["weight"])) for b in micro_batches]
-    totals = world.sum(*map(sum, zip(*amounts, strict=True)))
-    return numbers, dict(zip(("tokens", "slots", "learned"), map(int, totals), strict=True))
+    return numbers, {"tokens": int(tokens), "slots": int(slots), "learned": int(weight)}
 
 
 # ------------------------------------------------------------------------------------------------- what was sampled
@@ -191,19 +206,21 @@ def compare(answers: list[Answer], group: int, world) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------- what is learned
-def deal(answers: list[Answer], batch_size: int, micro_batches: int) -> list[dict[str, torch.Tensor]]:
-    """A process's answers as micro-batches; answers of like length stand together, which saves padding."""
+def deal(answers: list[Answer], batch_size: int, micro_batches: int, device) -> list[dict[str, torch.Tensor]]:
+    """A process's answers as micro-batches on its device, which stay there for all inner steps; answers of like length
+    stand together, which saves padding."""
     in_order = sorted(answers, key=len)
     parts = [in_order[i * batch_size : (i + 1) * batch_size] for i in range(micro_batches)]
-    return [as_tensors(part) for part in parts]
+    return [to_device(ready_for(device, as_tensors(part), most_documents=1), device) for part in parts]
 
 
 def as_tensors(answers: list[Answer]) -> dict[str, torch.Tensor]:
-    """Rows of prompt and answer, padded on the right; no answer at all: one empty row.
+    """Rows of prompt and answer, padded on the right to one of few lengths; no answer at all: one empty row.
 
     input_ids, labels, segment_ids (B, T) as in trainer/data.py, advantage (B,), weight: tokens of the answers.
     """
-    B, T = max(len(answers), 1), max(map(len, answers), default=2)
+    longest = max(map(len, answers), default=2)
+    B, T = max(len(answers), 1), -(-longest // LENGTHS) * LENGTHS
     ids, segments = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.long)
     labels, advantage = torch.full((B, T), IGNORED), torch.zeros(B)
     for row, answer in enumerate(answers):
@@ -227,11 +244,10 @@ def add_log_probs(engine: Engine, micro_batches, reference, args) -> None:
     """
     models = {"old": engine.module if args.inner_steps > 1 else None, "reference": reference}
     for batch in micro_batches:
-        inputs = {name: batch[name].to(engine.world.device) for name in ("input_ids", "segment_ids", "labels")}
         for name, model in models.items():
             if model is not None:
                 with engine.autocast():
-                    batch[name] = log_probs(model, inputs, args.temperature)[1]
+                    batch[name] = log_probs(model, batch, args.temperature)[1]
 
 
 def log_probs(model, batch, temperature: float):
@@ -240,7 +256,7 @@ def log_probs(model, batch, temperature: float):
     The ratios and the KL are of the distributions that were sampled from; at temperature T those are
     softmax(logits / T), since nothing else (top_k, top_p, penalties) bends them here.
     """
-    out = model(input_ids=batch["input_ids"], segment_ids=batch["segment_ids"])
+    out = model(**inputs(batch))
     return out, token_log_probs(out.logits, batch["labels"], temperature)
 
 

@@ -1,5 +1,6 @@
 """What a run starts from: its data files, its weights, its tokenizer. All mistakes are found here, before any work."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from trainer.cache import Cache, tokenised
 from trainer.checkpoint import AdapterFiles, Files, find_states, read_state
 from trainer.cli import SHAPE_FLAGS, UserError, note, user_errors
 from trainer.data import packed_splits, token_bytes
-from trainer.dist import pick_device, pick_dtype
+from trainer.dist import World, device_and_dtype
+from trainer.memory import rows_that_fit
 from trainer.read import check_file
 
 ROOT = Path(__file__).resolve().parent.parent
+ENOUGH_KEPT = 0.95  # of the tokens that could be learned: below it a run begins with a warning
 SAMPLE = ROOT / "dataset" / "sample"
 RECIPE_FLAGS = ("stage", "seq_len", "epochs", "max_steps", "learning_rate", "optimizer", "schedule", "warmup",
                 "weight_decay", "grad_clip", "seed", "dtype", "val_split")  # fmt: skip
@@ -55,7 +58,11 @@ class Start:
         """
         args, caches = self.args, self.caches(kind, world)
         val_caches = self.caches(kind, world, val_files) if val_files else None
-        return packed_splits(caches, kind.partition(":")[0], args.seq_len, args.seed, args.val_split, val_caches)
+        rows = packed_splits(caches, kind.partition(":")[0], args.seq_len, args.seed, args.val_split, val_caches)
+        if world.first and (kept := rows[0].learned_kept_share()) < ENOUGH_KEPT:
+            print(f"warning: answers longer than a row lose their end, {1 - kept:.1%} of what could be learned; "
+                  f"raise --seq_len {args.seq_len}", file=sys.stderr)  # fmt: skip
+        return rows
 
     def use_frozen(self, role: str, model, path) -> None:
         """Notes that the run depends on a second model that is not trained: it must be the same when resumed."""
@@ -83,7 +90,7 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
     random ones. make() -> (model, tokenizer, where from, record): what to start from in place of random weights of the
     default shape. adapt(model): adds adapters; then they alone are trained and written.
     """
-    pick_dtype(args.dtype, pick_device(args.device))
+    device_and_dtype(args)
     data_files = resolve_data(args, minimind_files, sample)
     args.save_weight = args.save_weight or data_files[0].name.split(".")[0]
     state = resumed_state(args) if args.resume else None
@@ -105,6 +112,8 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
         model, tokenizer, came_from, record = resolve_weights(args, before, required, make)
     files = Files(args, model.config) if adapt is None else AdapterFiles(args, model)
     files.check_writable()
+    if not args.dry_run:
+        files.lock()
     if not args.resume:
         files.check_apart(came_from)
     files.check_free(args)
@@ -112,8 +121,25 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
     if state is None:  # else it says what the run began with
         record |= {"came_from": came_from, "preset": args.preset}  # a state dict of MiniMind's may need both
     record.pop("result", None)
+    choose_rows(args, model, state)
+    record["batch_size"] = args.batch_size
     fixed = {"base": model.lora_base} if adapt is not None else {}
     return Start(args, model, tokenizer, data_files, came_from, files, state, record, token_bytes(tokenizer), fixed)
+
+
+def choose_rows(args, model, state: dict | None) -> None:
+    """Settles --batch_size and --accumulation_steps where no flag did: a resumed run's as they were; on a GPU as many
+    rows together as its memory takes."""
+    device, dtype = device_and_dtype(args)
+    if args.batch_given:
+        return
+    if state is not None:
+        args.batch_size = state["record"].get("batch_size", args.batch_size)
+    elif device.type == "cuda":
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        world = World(0, 1, device, dtype)
+        args.batch_size, args.accumulation_steps = rows_that_fit(model.config, args, world, trainable)
+        note(f"{args.batch_size} of a step's rows together, by the memory of {device}; --batch_size says otherwise")
 
 
 def resolve_data(args, minimind_files, sample: str) -> list[Path]:

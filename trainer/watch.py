@@ -7,17 +7,18 @@ the others wait for hours.
 """
 
 import os
+import socket
 import sys
 import threading
 import time
 from datetime import timedelta
 
 import torch.distributed as torch_dist
-from torch.distributed.rendezvous import rendezvous
 
 from trainer.cli import RunFailed, UserError
 
-START, PATIENCE = timedelta(minutes=10), timedelta(days=1)  # to find each other; of collectives after that
+START, PATIENCE = timedelta(minutes=5), timedelta(days=1)  # to find each other; of collectives after that
+TOLD = 20.0  # seconds of waiting for others until it is said for whom
 BEAT, SILENCE = 1.0, 20.0  # seconds: between counts; without one until a process is held for dead
 SUSPECT = 5.0  # the same, when a connection has broken already
 GRACE = 3.0  # for the main thread to leave by itself
@@ -28,13 +29,13 @@ class Watch:
 
     def __init__(self, rank: int, size: int):
         self.rank, self.others = rank, [r for r in range(size) if r != rank]
-        self.store, *_ = next(rendezvous("env://", rank, size, timeout=START))
+        self.store = meet(rank, size)
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.silence, self.words = SILENCE, ""
         self.lost, self.done = threading.Event(), threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
 
     def __enter__(self):
-        threading.Thread(target=self._listen, daemon=True).start()
         return self
 
     def __exit__(self, kind, error, trace):
@@ -75,6 +76,53 @@ class Watch:
         if not self.done.wait(GRACE):  # the main thread hangs, or has not noticed
             print(f"failed: {self.words}", file=sys.stderr, flush=True)
             os._exit(1)
+
+
+def meet(rank: int, size: int):
+    """The store through which the processes of the launcher's environment find each other, when all of them are there;
+    RunFailed names those who do not come."""
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        raise UserError(f"WORLD_SIZE is {size}, and MASTER_ADDR:MASTER_PORT no place to meet; use torchrun") from None
+    ours = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the launcher's, or rank 0's
+    waiting = Waiting(rank)
+    while not ours and not _answers(host, port):  # torch, when it waits itself, fills the screen with its sockets
+        waiting.for_ranks([0])
+    try:
+        store = torch_dist.TCPStore(host, port, size, ours, START, wait_for_workers=False, multi_tenant=True)
+        store.set(f"here/{rank}", "")
+        while not store.check([f"here/{r}" for r in range(size)]):
+            waiting.for_ranks([r for r in range(size) if not store.check([f"here/{r}"])])
+    except RuntimeError as error:  # torch's DistError
+        words = str(error).partition("\n")[0]
+        raise RunFailed(f"the processes cannot meet at {host}:{port}, or rank 0 has gone: {words}") from None
+    return store
+
+
+class Waiting:
+    """Until all are there: says once for whom, and ends in RunFailed when START has gone by."""
+
+    def __init__(self, rank: int):
+        self.rank, self.begin, self.told = rank, time.monotonic(), False
+
+    def for_ranks(self, missing: list[int]) -> None:
+        names, seconds = ", ".join(f"rank {rank}" for rank in missing), time.monotonic() - self.begin
+        if seconds > START.total_seconds():
+            minutes = START.total_seconds() / 60
+            raise RunFailed(f"{names} did not come within {minutes:g} minutes; see what it said, and start all again")
+        if seconds > TOLD and not self.told:
+            print(f"rank {self.rank} is waiting for {names}", file=sys.stderr, flush=True)
+            self.told = True
+        time.sleep(0.2)
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _is_broken_connection(error: BaseException) -> bool:
