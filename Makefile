@@ -28,7 +28,7 @@ lint: .venv/installed-dev
 # One solution for every system and for Python 3.11 and later. Where pip reads it as constraints it installs nothing of
 # its own: the CUDA packages that torch wants on Linux stand in it and are fetched only by a torch that wants them.
 COMPILE = .venv/bin/uv pip compile -q --upgrade --universal --python-version 3.11 --annotation-style line \
-	--custom-compile-command "make lock" requirements-dev.txt requirements-export.txt requirements-eval.txt
+	--custom-compile-command "make lock" requirements-dev.txt requirements-export.txt requirements-eval.txt requirements-ray.txt
 lock: | .venv/bin/python
 	$(PIP_INSTALL) --upgrade uv
 	$(COMPILE) -o constraints.txt
@@ -56,6 +56,6 @@ endif
 	$(PIP_INSTALL) -r requirements-dev.txt $(LOCKED)
 	touch $@
 
-.venv/installed-all: requirements-export.txt requirements-eval.txt .venv/installed-dev
-	$(PIP_INSTALL) -r requirements-export.txt -r requirements-eval.txt $(LOCKED)
+.venv/installed-all: requirements-export.txt requirements-eval.txt requirements-ray.txt .venv/installed-dev
+	$(PIP_INSTALL) -r requirements-export.txt -r requirements-eval.txt -r requirements-ray.txt $(LOCKED)
 	touch $@

@@ -30,6 +30,7 @@ def clean(args):
     from processing.clean import Settings, clean
     from processing.dedup import THRESHOLD
     from processing.filters import PROFILES
+    from trainer.workers import default_workers
 
     overrides = {name: getattr(args, name) for name in ("min_chars", "max_chars", "min_chinese", "languages",
                  "max_symbols", "max_repetition") if getattr(args, name) is not None}  # fmt: skip
@@ -45,13 +46,19 @@ def clean(args):
         heldout=args.heldout, weights=tuple(args.weights or ()),
         keep_dropped=args.keep_dropped, seed=args.seed,
     )  # fmt: skip
-    summary = clean(args.data_path, args.out_dir, settings, args.workers, args.overwrite)
+    engine = None
+    if args.engine == "ray":
+        from processing.cluster import Ray
+
+        engine = Ray(args.workers)
+    workers = args.workers or default_workers()
+    summary = clean(args.data_path, args.out_dir, settings, workers, args.overwrite, engine)
     for reason, count in [("kept", summary["kept"]), *summary["reasons"].items()]:
         print(f"{reason:<28}{count:>12,}{count / summary['rows']:>9.2%}")
     for name, count in summary["written"].items():
         print(f"{name:<28}{count:>12,} rows{summary['characters'][name]:>16,} characters")
     if "documents_per_second" in summary:
-        print(f"{summary['documents_per_second']:,.0f} documents a second with {args.workers} process(es)")
+        print(f"{summary['documents_per_second']:,.0f} documents a second with {summary['workers']} process(es)")
     return summary
 
 
@@ -106,7 +113,6 @@ def add_clean(commands):
     from processing.dedup import THRESHOLD
     from processing.filters import LANGUAGES, PROFILES
     from processing.read_raw import ENCODINGS
-    from trainer.workers import default_workers
 
     command = commands.add_parser("clean", help=clean.__doc__, description=clean.__doc__)
     command.add_argument("--data_path", nargs="+", required=True, metavar="PATH", help="raw files and folders of them")
@@ -132,7 +138,10 @@ def add_clean(commands):
                          help=f"similarity from which a text is a near copy ({THRESHOLD})")  # fmt: skip
     command.add_argument("--heldout", type=float, default=0.0, metavar="SHARE", help="share held out (%(default)s)")
     command.add_argument("--weights", nargs="+", type=float, metavar="W", help="copies of the rows of each path (1)")
-    command.add_argument("--workers", type=int, default=default_workers(), metavar="N", help="processes (%(default)s)")
+    command.add_argument("--engine", choices=("pool", "ray"), default="pool",
+                         help="processes of this machine, or of the cluster at RAY_ADDRESS (%(default)s)")  # fmt: skip
+    command.add_argument("--workers", type=int, metavar="N",
+                         help="processes (this machine's cores; a cluster has its own)")  # fmt: skip
     command.flag(command, "keep_dropped", False, "write the dropped rows with their reasons to dropped.jsonl")
     command.flag(command, "overwrite", False, "replace earlier output, discard an unfinished run of other settings")
     command.add_argument("--seed", type=int, default=42, help="of hold-out and mixing (%(default)s)")

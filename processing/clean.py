@@ -2,8 +2,9 @@
 
 The rows of a folder go through three steps, each of which a killed run takes up again where it was:
 
-  read    every row becomes a row of the wanted shape or is dropped with a reason (`clean_row`, on all cores); kept
-          rows and their fingerprints are appended to files in OUT.building, with a checkpoint every few batches
+  read    every row becomes a row of the wanted shape or is dropped with a reason (`clean_row`, on all cores or on a
+          cluster); kept rows and their fingerprints are appended to files in OUT.building, with a checkpoint every few
+          batches
   find    the copies among them (processing/dedup.py)
   write   the files of the stage, into a folder that is renamed to OUT when it is whole
 
@@ -38,7 +39,7 @@ from processing.read_raw import UNREADABLE, Dropped, RawRow, columns_of, find_fi
 from processing.shapes import check_rendering, knows, parse_record, to_row
 from processing.work import OURS, Cleaned, Work, foreign, locked, plan_of, remove
 from trainer.cli import UserError
-from trainer.workers import ordered_map
+from trainer.workers import Pool
 
 SHAPE = {"pretrain": "text", "sft": "chat", "dpo": "pair", "tokenizer": "any"}  # of a stage's rows
 BATCH_CHARS = 2**17  # handed to a worker at a time: large enough to hide the hand-over
@@ -118,9 +119,12 @@ def dropped_line(reason: str, detail: str, file: str, line: int, row) -> bytes:
 
 
 # -------------------------------------------------------------------------------------------------------- the command
-def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool = False) -> dict:
-    """Cleans files and folders into the new folder out_dir; returns the summary that is also written there."""
-    begin, out = time.time(), Path(out_dir)
+def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool = False, engine=None) -> dict:
+    """Cleans files and folders into the new folder out_dir; returns the summary that is also written there.
+
+    engine: what runs clean_batch in the place of a pool of `workers` processes, see processing/cluster.py.
+    """
+    begin, out, engine = time.time(), Path(out_dir), engine or Pool(workers)
     files, others, weights = _inputs(paths, settings)
     _check_places(paths, files, out)
     if others:
@@ -135,7 +139,7 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
         work = Work(_building(out), plan, settings.dedup == "near", overwrite)
         rows_before = sum(work.progress["counts"].values())
         try:
-            _read(work, files, settings, workers)
+            _read(work, files, settings, engine)
             for name, rows in _damaged(files, work.progress["counts"]).items():
                 print(f"warning: {name} cannot be read to its end, only {rows:,} rows of it", file=sys.stderr)
             read_seconds = time.time() - begin
@@ -151,8 +155,9 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
     rows = sum(work.progress["counts"].values()) - rows_before
     seconds = time.time() - begin
     return summary | {
-        "out_dir": str(out), "workers": workers, "seconds": round(seconds, 1), "read_seconds": round(read_seconds, 1),
-        "documents_per_second": round(rows / seconds, 1), "peak_memory_bytes": peak_memory(workers),
+        "out_dir": str(out), "workers": engine.workers, "seconds": round(seconds, 1),
+        "read_seconds": round(read_seconds, 1), "documents_per_second": round(rows / seconds, 1),
+        "peak_memory_bytes": peak_memory(engine.held_here),
     }  # fmt: skip
 
 
@@ -248,7 +253,7 @@ def _publish(building: Path, out: Path, overwrite: bool):
 
 
 def peak_memory(workers: int) -> int | None:
-    """Bytes this process and its workers held at most; shared pages are counted for each. None where nobody counts."""
+    """Bytes this process and so many workers held at most; shared pages are counted for each. None: nobody counts."""
     if resource is None:
         return None
     own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -256,15 +261,15 @@ def peak_memory(workers: int) -> int | None:
     if status.exists():  # Linux counts in ru_maxrss what the program that started this one held
         own = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     unit = 1 if sys.platform == "darwin" else 1024
-    return unit * (own + (workers * child if workers > 1 else 0))
+    return unit * (own + workers * child)
 
 
-def _read(work: Work, files: list[Path], settings: Settings, workers: int):
+def _read(work: Work, files: list[Path], settings: Settings, engine):
     batches = _batches(files, settings, work.progress["position"])
     names = [str(file) for file in files]
     done = sum(work.progress["counts"].values())
     with tqdm(desc="cleaning", unit=" rows", initial=done, disable=not sys.stderr.isatty(), leave=False) as bar:
-        for number, cleaned in enumerate(ordered_map(clean_batch, batches, workers, names, settings), start=1):
+        for number, cleaned in enumerate(engine.map(clean_batch, batches, names, settings), start=1):
             work.append(cleaned)
             bar.update(cleaned.counts.total())
             if number % CHECKPOINT_BATCHES == 0:

@@ -111,8 +111,8 @@ def is_one_sentence(text: str, *words: str) -> bool:
 def test_make_refuses_an_old_python_before_pip_runs(clone, tmp_path):
     old = fake_old_python(tmp_path / "python3.10")
     for target in ("demo", "test", "test-all", "lint", "lock", "test-matrix"):
-        for name in ("requirements-dev.txt", "requirements-export.txt", "requirements-eval.txt"):
-            (clone / name).touch()
+        for name in ("dev", "export", "eval", "ray"):
+            (clone / f"requirements-{name}.txt").touch()
         done = make(clone, target, f"PYTHON={old}")
         assert done.returncode == 2 and is_one_sentence(done.stderr, "3.10", "3.11 or later"), done.stderr
         assert not done.stdout and not (clone / ".venv").exists()

@@ -36,6 +36,7 @@ LAZY = (
     "tensorboard",
     "gguf",
     "huggingface_hub",
+    "ray",
 )
 
 

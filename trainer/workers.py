@@ -4,7 +4,8 @@ Why a pool of processes and not `datasets.map`: cleaning must go on after a kill
 keep a reason for every row it leaves out, and must hold a few batches in memory however large the collection is.
 `datasets.map` writes the whole table to its cache once per step, restarts an interrupted step from its beginning, and
 reads some of our files (a broken CSV, a line of 500 MB) whole or not at all. The steps themselves are plain functions
-over rows, so they run under `datasets`, datatrove or Ray Data too; docs/data.md shows how.
+over rows, so they run under `datasets`, datatrove or Ray Data too; docs/data.md shows how. processing/cluster.py has
+another class with Pool's map(), for a cluster.
 """
 
 import multiprocessing
@@ -26,6 +27,17 @@ _worker: dict = {}
 def default_workers() -> int:
     """The cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Pool:
+    """An engine: map() runs a function over batches, in order, on the cores of this machine."""
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self.held_here = workers if workers > 1 else 0  # workers whose memory counts as this machine's
+
+    def map(self, function: Callable, batches: Iterable, *context) -> Iterator:
+        return ordered_map(function, batches, self.workers, *context)
 
 
 def ordered_map(function: Callable, batches: Iterable, workers: int, *context) -> Iterator:
