@@ -23,7 +23,8 @@ from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_document, load_tokenizer, render
 from trainer import cache as cache_module
-from trainer.cache import tokenised
+from trainer import read
+from trainer.cache import encode_batch, tokenised
 from trainer.cli import UserError
 from trainer.data import IGNORED, PackedRows, packed_splits, split_documents, token_bytes
 from trainer.losses import learned_bytes, lm_loss
@@ -259,6 +260,44 @@ def test_minimind_v1_columns(tmp_path):
     first, second = iter_rows([file], "chat")
     assert [m["content"] for m in first] == ["你好", "你好！", "再见", "再见。"]
     assert [m["role"] for m in second] == ["user", "assistant"]
+
+
+def test_a_comma_without_quotes_cuts_no_text_short(tmp_path, capsys):
+    file = tmp_path / "a.csv"
+    file.write_text('text\nhello, world\n"hello, you"\n', encoding="utf-8")
+    with pytest.raises(UserError, match="a.csv:2: more fields than columns"):
+        tokenised(file, "text", TOKENIZER, tmp_path / "c")
+    assert list(iter_texts([file], skip_bad_lines=True)) == ["hello, you"]
+    cache = tokenised(file, "text", TOKENIZER, tmp_path / "c", skip_bad_lines=True)
+    assert len(cache) == cache.meta["bad_lines"] == 1
+
+
+def test_a_long_txt_file_without_blank_lines_is_cut_all_the_same(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    text = "\n" + "".join(f"第{i}行的文字\n" for i in range(60_000))
+    file.write_text(text, encoding="utf-8")
+    rows = list(iter_texts([file]))
+    assert "".join(rows) == text and max(map(len, rows)) < 2 * read.TXT_DOCUMENT_CHARS + 20
+    assert [line for line, _ in read.raw_rows(file)][:2] == [1, rows[0].count("\n") + 1]
+    monkeypatch.setattr(read, "MAX_ROW_BYTES", 1000)
+    file.write_text("一\n" + "字" * 1001, encoding="utf-8")
+    with pytest.raises(UserError, match="a.txt:2: a line longer than"):
+        list(iter_texts([file]))
+
+
+def test_a_file_of_the_longest_name_is_tokenised(tmp_path):
+    file = tmp_path / f"{'绿' * 80}.txt"
+    file.write_text("一", encoding="utf-8")
+    assert len(tokenised(file, "text", TOKENIZER, tmp_path / "c")) == 1
+
+
+def test_what_is_nested_deeper_than_it_can_be_written_is_a_bad_line(tmp_path):
+    answer = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": None}]}
+    row = json.dumps({"messages": [{"role": "user", "content": "q"}, answer]})
+    for depth in range(940, 1000):  # about the interpreter's limit, whatever calls stand above
+        text = json.dumps('{"a":' * depth + "1" + "}" * depth)
+        arrays, bad = encode_batch([(7, row.replace("null", text).encode())], "chat", TOKENIZER)
+        assert len(arrays["hashes"]) + len(bad) == 1 and all(line == 7 for line, _ in bad)
 
 
 def test_a_history_cell_is_never_executed(tmp_path):

@@ -42,9 +42,10 @@ from trainer.read import BadRow, check_file, parse, raw_rows
 from trainer.think import keep_thinking
 from trainer.workers import default_workers, ordered_map
 
-VERSION = 3  # of this layout; with another number old caches are not found
+VERSION = 4  # of this layout, and of how rows are read; with another number old caches are not found
 BATCH_BYTES = 2**19  # raw bytes handed to a worker at a time: large enough to hide the hand-over
 BAD_LINES_SHOWN = 5
+NAME_CHARS = 40  # of the data file's name in the folder's, which the key and a build's mark must fit into too
 ARRAYS = {"tokens": None, "learn": np.uint8, "turns": np.int32, "roles": np.uint8, "lengths": np.int64,
           "learned": np.int64, "hashes": np.uint64, "turn_counts": np.int32}  # fmt: skip
 
@@ -97,7 +98,7 @@ def tokenised(path, kind: str, tokenizer, folder, skip_bad_lines=False, workers=
     """
     path = check_file(path)
     key = cache_key(path, kind, tokenizer, skip_bad_lines)
-    final = Path(folder) / f"{path.name.split('.')[0]}-{key}"
+    final = Path(folder) / f"{path.name.split('.')[0][:NAME_CHARS]}-{key}"
     with usable(final):
         if not final.exists():
             _build(path, kind, tokenizer, final, skip_bad_lines, workers)
@@ -221,7 +222,8 @@ def encode_batch(batch, kind: str, tokenizer) -> tuple[dict, list]:
         try:
             row = parse(raw, kind)
             rows.append(row if kind == "text" else _documents(row, kind, think_share, tokenizer))
-        except (BadRow, ValueError, TypeError) as error:  # what render refuses; what has no JSON, a date of Parquet's
+        # What render refuses; what has no JSON, a date of Parquet's; what is nested too deep to be written again.
+        except (BadRow, ValueError, TypeError, RecursionError) as error:
             bad.append((line, str(error)))
     if kind == "text":
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
