@@ -5,6 +5,7 @@ judged twice with the order swapped; a model wins a prompt only if both verdicts
 often the two agree is reported beside the result: it says how far the judge is to be trusted.
 """
 
+import http.client
 import json
 import re
 import urllib.error
@@ -14,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
-from processing.distill import Teacher
+from processing.distill import Teacher, check_address, fetch
 from trainer.cli import RunFailed, UserError
 
 IN_FLIGHT = 4  # requests at a time
+LIST_SECONDS = 30.0  # for the server's list of its models
 ASK = """You compare two answers to the same question. Judge whether they are correct, helpful and to the point, in \
 the language of the question; length is no merit, and the order in which they stand means nothing.
 
@@ -56,19 +58,18 @@ class Verdict:
 
 def connect(address: str, model: str | None, key: str) -> Teacher:
     """The judge, once its server has answered; `model` None: the first one that the server names."""
-    if not address.startswith(("http://", "https://")):
-        raise UserError(f"--judge {address}: write it as http://HOST:PORT/v1")
+    check_address("--judge", address)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         request = urllib.request.Request(f"{address.rstrip('/')}/models", headers=headers)
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            model = model or json.load(reply)["data"][0]["id"]
+        models = json.loads(fetch(request, LIST_SECONDS))
+        model = model or models["data"][0]["id"]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise UserError(f"--judge {address} answers {error.code}: the key in OPENAI_API_KEY is not taken") from None
         if model is None:  # a server without a list of models may still judge
             raise UserError(f"--judge {address} does not name its models ({error.code}): add --judge_model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         raise UserError(f"--judge {address}: {getattr(error, 'reason', error)}; is the server running?") from None
     except (KeyError, IndexError, TypeError):
         raise UserError(f"--judge {address} names no model: add --judge_model NAME") from None

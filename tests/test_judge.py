@@ -1,8 +1,11 @@
 """A judge behind an API: both orders, agreement, scores by hand, and everything that can go wrong with it."""
 
+import contextlib
 import importlib
 import json
 import re
+import socket
+import threading
 
 import pytest
 import stage
@@ -79,11 +82,31 @@ def test_a_reply_without_scores_is_no_verdict(said):
         judged(lambda request: said)
 
 
+@contextlib.contextmanager
+def silent_server(said: bytes):
+    """A server that says this to whoever comes first, and no more -> its address."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(2**16)
+                connection.sendall(said)
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+
+
 def test_a_server_that_cannot_be_asked():
     with pytest.raises(UserError, match="is the server running"):
         judge.connect("http://127.0.0.1:9/v1", None, "")
     with pytest.raises(UserError, match="http://HOST:PORT"):
         judge.connect("127.0.0.1:9", None, "")
+    for address in ("http://127.0.0.1:8998x/v1", "http://[::1/v1", "http://"):
+        with pytest.raises(UserError, match="http://HOST:PORT"):
+            judge.connect(address, "m", "")
+    with silent_server(b"\0no HTTP at all\r\n\r\n") as address, pytest.raises(UserError, match="is the server running"):
+        judge.connect(address, None, "")
     with StubApi(lambda request: 401) as stub, pytest.raises(UserError, match="answers 401"):
         judge.judge(judge.connect(stub.address, "m", ""), QUESTIONS, COLUMNS, lambda *of: None)
     with StubApi(by_length) as stub:
