@@ -6,6 +6,7 @@ A row is {"question": ..., "answer": ...}, or a worked example {"conversations":
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,10 @@ def as_question(record: dict) -> tuple[list[dict], str]:
         question, answer = record["question"], record.get("answer")
         if not isinstance(question, str) or not question.strip():
             raise BadRow('"question" must be a string that is not empty')
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        if isinstance(answer, float) and answer.is_integer():
+            answer = int(answer)  # writers of tables make 2.0 of 2; nobody answers so
+        known = isinstance(answer, str | int) or isinstance(answer, float) and math.isfinite(answer)
+        if isinstance(answer, bool) or not known or not str(answer).strip():
             raise BadRow('"answer" must be a string or a number')
         return with_beside([{"role": "user", "content": question}], record), str(answer).strip()
     *messages, last = as_chat(record)
