@@ -251,7 +251,10 @@ def _documents(row, kind: str, think_share: str, tokenizer) -> list[Document]:
         row = keep_thinking(row, float(think_share)) if think_share else row
         return [_document(row, tokenizer, digest)]
     digest = chat_hash(row["chosen"][:-1])
-    return [_document(row[side], tokenizer, digest, last_only=True) for side in ("chosen", "rejected")]
+    pair = [_document(row[side], tokenizer, digest, last_only=True) for side in ("chosen", "rejected")]
+    if pair[0].ids == pair[1].ids:  # spelled otherwise, in blanks at an end or with thinking under its own key
+        raise BadRow("chosen and rejected are the same answer: there is nothing to prefer")
+    return pair
 
 
 def _document(messages, tokenizer, digest: int, last_only=False) -> Document:
