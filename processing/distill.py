@@ -114,8 +114,8 @@ OPENER = urllib.request.build_opener(_StayHere)
 
 
 def fetch(request: urllib.request.Request, seconds: float) -> bytes:
-    """What the server replies within so many seconds, as a whole: a socket's timeout is for each piece, and a reply that
-    drips would take for ever. OSError or HTTPException where nothing whole comes, ValueError above LONGEST_REPLY."""
+    """What the server replies within so many seconds, as a whole: a socket's timeout is for each piece, and a reply
+    that drips would take for ever. OSError or HTTPException where none comes, ValueError above LONGEST_REPLY."""
     end, content = time.monotonic() + seconds, bytearray()
     with OPENER.open(request, timeout=seconds) as reply:
         while piece := reply.read1(2**16):
