@@ -510,7 +510,7 @@ def test_validation_is_disjoint_also_for_copies_and_by_text_alone(tmp_path):
 
 
 def with_calls(i: int, spelling: int) -> list[dict]:
-    """One conversation with tools and thinking, in one of four ways to write it down."""
+    """One conversation with tools and thinking, in one of five ways to write it down."""
     call, tools = {"name": "f", "arguments": {"n": i, "unit": "米"}}, [{"name": "f"}]
     question = {"role": "user", "content": f"{i}是多少？"}
     answer = {"role": "assistant", "content": "", "reasoning_content": "想", "tool_calls": [call]}
@@ -523,17 +523,20 @@ def with_calls(i: int, spelling: int) -> list[dict]:
         question["score"] = 0.5
     if spelling == 3:
         answer = {"role": "assistant", "content": "<think>\n想\n</think>\n\n", "tool_calls": [call]}
+    if spelling == 4:
+        text = json.dumps({"arguments": call["arguments"], "name": "f"})
+        answer = {"role": "assistant", "content": f"<think>\n想\n</think>\n\n<tool_call>\n{text}\n</tool_call>"}
     return [{"role": "system", "content": "", "tools": tools}, question, answer]
 
 
 @pytest.mark.parametrize("kind", ["chat", "chat:0.5"])
 def test_validation_is_disjoint_also_for_copies_that_are_spelled_otherwise(kind, tmp_path):
-    chats = [with_calls(i, spelling) for spelling in range(4) for i in range(60)]
-    chats += [[m | {"id": n, "score": n} for m in exchange(i)] for n in range(4) for i in range(60)]
+    chats = [with_calls(i, spelling) for spelling in range(5) for i in range(60)]
+    chats += [[m | {"id": n, "score": n} for m in exchange(i)] for n in range(5) for i in range(60)]
     file = write_jsonl(tmp_path / "a.jsonl", [{"conversations": c} for c in chats])
     cache = tokenised(file, kind, TOKENIZER, tmp_path / "c")
     train, val = split_documents([cache], 0.2)
-    said = np.array([what * 1000 + i for what in range(2) for _ in range(4) for i in range(60)])
+    said = np.array([what * 1000 + i for what in range(2) for _ in range(5) for i in range(60)])
     assert not set(said[train]) & set(said[val])
     assert len(set(said[val])) > 10 and len(set(cache.hashes.tolist())) == 120
 

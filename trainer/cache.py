@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -46,6 +47,7 @@ VERSION = 4  # of this layout, and of how rows are read; with another number old
 BATCH_BYTES = 2**19  # raw bytes handed to a worker at a time: large enough to hide the hand-over
 BAD_LINES_SHOWN = 5
 NAME_CHARS = 40  # of the data file's name in the folder's, which the key and a build's mark must fit into too
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 ARRAYS = {"tokens": None, "learn": np.uint8, "turns": np.int32, "roles": np.uint8, "lengths": np.int64,
           "learned": np.int64, "hashes": np.uint64, "turn_counts": np.int32}  # fmt: skip
 
@@ -270,18 +272,20 @@ def chat_hash(messages) -> int:
     messages, tools = normalise_conversation(messages)
     told = [{"tools": tools}] if tools else []
     for message in messages:
-        calls = [call | {"arguments": _parsed(call["arguments"])} for call in message.pop("tool_calls", ())]
-        content = assistant_text(message).strip() if message["role"] == "assistant" else message["content"]
+        content, calls = message["content"], []
+        if message["role"] == "assistant":
+            text = assistant_text(message)
+            content, calls = CALL.sub("", text).strip(), [_one_spelling(call) for call in CALL.findall(text)]
         told.append({"role": message["role"], "content": content} | ({"tool_calls": calls} if calls else {}))
     return _hash(json.dumps(told, ensure_ascii=False, sort_keys=True))
 
 
-def _parsed(arguments):
-    """A call's arguments: OpenAI writes them as JSON text."""
+def _one_spelling(call: str) -> str:
+    """A call's JSON, which has many spellings: the order of its keys, blanks, escaped letters."""
     try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
+        return json.dumps(json.loads(call), ensure_ascii=False, sort_keys=True)
     except (ValueError, RecursionError):
-        return arguments
+        return call
 
 
 def _hash(text: str) -> int:
