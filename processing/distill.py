@@ -27,7 +27,7 @@ from tqdm import tqdm
 from model.files import named, replaced
 from trainer.cli import RunFailed, UserError
 from trainer.lock import lock
-from trainer.read import BadRow, parse_record, raw_rows, with_beside
+from trainer.read import UNUSABLE, BadRow, parse_record, raw_rows, with_beside
 
 MOVED = (301, 302, 303, 307, 308)
 WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -253,7 +253,7 @@ def read_prompts(path) -> list[list[dict]]:
             try:
                 prompts.append(_prompt(parse_record(raw)))
                 json.dumps(prompts[-1], ensure_ascii=False).encode()  # half a surrogate pair cannot be sent
-            except ValueError as error:
+            except UNUSABLE as error:
                 raise UserError(f"{path}:{line}: {error}") from None
     if not prompts:
         raise UserError(f"{path} holds no prompts")

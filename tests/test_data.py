@@ -22,12 +22,16 @@ from model.chat_template import ROLES
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_document, load_tokenizer, render
+from processing import report
+from processing.distill import read_prompts
+from processing.fill import fill
 from trainer import cache as cache_module
 from trainer import read
 from trainer.cache import encode_batch, tokenised
 from trainer.cli import UserError
 from trainer.data import IGNORED, PackedRows, packed_splits, split_documents, token_bytes
 from trainer.losses import learned_bytes, lm_loss
+from trainer.questions import read_questions
 from trainer.read import iter_rows, iter_texts
 
 TOKENIZER = load_tokenizer()
@@ -298,6 +302,33 @@ def test_what_is_nested_deeper_than_it_can_be_written_is_a_bad_line(tmp_path):
         text = json.dumps('{"a":' * depth + "1" + "}" * depth)
         arrays, bad = encode_batch([(7, row.replace("null", text).encode())], "chat", TOKENIZER)
         assert len(arrays["hashes"]) + len(bad) == 1 and all(line == 7 for line, _ in bad)
+
+
+def test_rows_that_cannot_be_written_as_json_are_bad_lines_to_every_reader(tmp_path):
+    import datetime
+
+    import pandas
+
+    day = {"name": "f", "since": datetime.date(2026, 1, 1)}
+    chats, dated = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    asked = [{"role": "user", "content": "q{{name}}"}, {"role": "assistant", "content": "<answer>1</answer>"}]
+    pandas.DataFrame({"messages": [asked], "tools": [[day]], "prompt": [None]}).to_parquet(chats)
+    pandas.DataFrame({"messages": [[{"role": "user", "content": b"q"}]]}).to_parquet(dated)
+    half = tmp_path / "c.jsonl"
+    half.write_text('{"text": "{{name}} \\ud83d"}\n')
+    refused = "parquet:1: .*JSON|jsonl:1: .*surrogates"
+    for read_file, file in (
+        (lambda f: tokenised(f, "chat", TOKENIZER, tmp_path / "c"), chats),
+        (lambda f: read_questions([f], TOKENIZER, 128), chats),
+        (lambda f: fill(f, tmp_path / "filled.jsonl", {"name": "x"}), chats),
+        (lambda f: fill(f, tmp_path / "filled.jsonl", {"name": "x"}), half),
+        (read_prompts, dated),
+    ):
+        with pytest.raises(UserError, match=refused):
+            read_file(file)
+    assert not (tmp_path / "filled.jsonl").exists()
+    with pytest.raises(UserError, match="holds no usable rows"):
+        report.describe(chats)
 
 
 def test_a_history_cell_is_never_executed(tmp_path):

@@ -39,7 +39,7 @@ from model.tokenizer import (
     tokenizer_to_dict,
 )
 from trainer.cli import UserError
-from trainer.read import BadRow, check_file, parse, raw_rows
+from trainer.read import UNUSABLE, BadRow, check_file, parse, raw_rows
 from trainer.think import keep_thinking
 from trainer.workers import default_workers, ordered_map
 
@@ -224,8 +224,7 @@ def encode_batch(batch, kind: str, tokenizer) -> tuple[dict, list]:
         try:
             row = parse(raw, kind)
             rows.append(row if kind == "text" else _documents(row, kind, think_share, tokenizer))
-        # What render refuses; what has no JSON, a date of Parquet's; what is nested too deep to be written again.
-        except (BadRow, ValueError, TypeError, RecursionError) as error:
+        except UNUSABLE as error:  # BadRow, and what render refuses
             bad.append((line, str(error)))
     if kind == "text":
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id

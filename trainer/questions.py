@@ -14,7 +14,7 @@ import numpy as np
 
 from model.tokenizer import render
 from trainer.cli import UserError, note
-from trainer.read import BadRow, as_chat, parse_record, raw_rows, with_beside
+from trainer.read import UNUSABLE, BadRow, as_chat, parse_record, raw_rows, with_beside
 from trainer.rewards import known_answer
 
 
@@ -82,7 +82,7 @@ def read_questions(paths, tokenizer, longest: int, skip_bad_lines=False) -> list
                 if len(prompt) > longest:
                     raise BadRow(f"the question has {len(prompt)} tokens, with --max_new_tokens more than --seq_len; "
                                  "raise --seq_len")  # fmt: skip
-            except ValueError as error:  # BadRow, or the chat template's complaint
+            except UNUSABLE as error:  # BadRow, and what render refuses
                 if not skip_bad_lines:
                     raise UserError(f"{path}:{line}: {error} (--skip_bad_lines leaves such lines out)") from None
                 skipped.append(f"{path}:{line}: {error}")

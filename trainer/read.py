@@ -27,6 +27,7 @@ TXT_DOCUMENT_CHARS = 100_000  # a longer .txt file is cut at the next blank line
 ROLES = ("system", "user", "assistant", "tool")
 TOLD = ("role", "content", "reasoning_content", "tools", "tool_calls")
 DAMAGED = (OSError, EOFError, ValueError, zlib.error)  # what reading a damaged or cut-off file raises
+UNUSABLE = (ValueError, TypeError, RecursionError)  # of a row that cannot be written: surrogates, dates, too deep
 ZSTANDARD_BYTES = 2**14  # unpacked at a time; of a file made to harm they are 64 MB at most
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".txt", ".parquet")
 
