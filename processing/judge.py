@@ -8,6 +8,7 @@ often the two agree is reported beside the result: it says how far the judge is 
 import http.client
 import json
 import re
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -86,12 +87,14 @@ def judge(teacher: Teacher, questions: list[str], columns: list[list[str]], tell
 
     tell(done, of) after each pair. RunFailed where there is not one verdict.
     """
+    stop = threading.Event()  # set where the run ends: nobody waits for another try then
     tasks = [(i, a, b) for i in range(len(questions)) for a, b in combinations(range(len(columns)), 2)]
 
     def compare(task) -> Verdict:
         i, a, b = task
         (here, said), (there, said_swapped) = (
-            _ask(teacher, questions[i], columns[first][i], columns[second][i]) for first, second in ((a, b), (b, a))
+            _ask(teacher, stop, questions[i], columns[first][i], columns[second][i])
+            for first, second in ((a, b), (b, a))
         )
         return Verdict(i, a, b, (here, there and there[::-1]), (said, said_swapped))
 
@@ -102,6 +105,7 @@ def judge(teacher: Teacher, questions: list[str], columns: list[list[str]], tell
                 verdicts.append(verdict)
                 tell(len(verdicts), len(tasks))
         except BaseException:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if all(scores is None for verdict in verdicts for scores in verdict.scores):
@@ -111,9 +115,10 @@ def judge(teacher: Teacher, questions: list[str], columns: list[list[str]], tell
     return verdicts
 
 
-def _ask(teacher: Teacher, question: str, first: str, second: str) -> tuple[tuple[float, float] | None, str]:
+def _ask(teacher: Teacher, stop, question: str, first: str, second: str) -> tuple[tuple[float, float] | None, str]:
     """-> (the scores of the first and the second answer, the reply); None where there are none from 1 to 10."""
-    reply = teacher.ask([{"role": "user", "content": ASK.format(question=question, first=first, second=second)}])
+    asked = [{"role": "user", "content": ASK.format(question=question, first=first, second=second)}]
+    reply = teacher.ask(asked, stop)
     text = reply.get("content") or reply["failed"]
     found = SCORES.findall(text)
     try:

@@ -6,6 +6,8 @@ import json
 import re
 import socket
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 import stage
@@ -120,6 +122,17 @@ def test_a_server_that_cannot_be_asked():
         stub.models = 401
         with pytest.raises(UserError, match="OPENAI_API_KEY"):
             judge.connect(stub.address, "mine", "")
+
+
+def test_the_pause_before_another_try_ends_with_the_run():
+    def reply(request):
+        return 500 if answers_of(request) == ["xx", "x"] else 401
+
+    with StubApi(reply) as stub, pytest.raises(UserError, match="answers 401"):
+        begin = time.monotonic()
+        teacher = replace(judge.connect(stub.address, "m", ""), first_wait=30.0)
+        judge.judge(teacher, QUESTIONS, [column[::-1] for column in COLUMNS], lambda *of: None)
+    assert time.monotonic() - begin < 20
 
 
 def test_the_program_judges_what_it_compares(tmp_path, monkeypatch, capsys):
