@@ -105,17 +105,27 @@ def keep(args, path, file, lines) -> Path:
     return target
 
 
+def check_question(row: dict, where: str) -> None:
+    """Raises UserError for a row that cannot be scored, before anything is generated."""
+    if not isinstance(row.get("answer"), str) or not row["answer"].strip():
+        raise UserError(f'{where}: no "answer", or an empty one')
+    rivals = row.get("rivals") or []
+    if not isinstance(rivals, list) or not all(isinstance(rival, str) for rival in rivals):
+        raise UserError(f'{where}: "rivals" must be a list of texts')
+    if not isinstance(row.get("kind"), str | None):
+        raise UserError(f'{where}: "kind" must be a text')
+
+
 def questions(args):
     rows = console.read_prompts(args.questions)
     for row in rows:
-        if not isinstance(row.get("answer"), str) or not row["answer"].strip():
-            raise UserError(f'{args.questions}:{row["line"]}: no "answer", or an empty one')
+        check_question(row, f"{args.questions}:{row['line']}")
     path = console.find_weight(args)
     answers = answer_all(args, open_chat(args, path), rows)
     kinds, lines = {}, []
     for row, answer in zip(rows, answers, strict=True):
         right = is_right(answer.text, row["answer"], row.get("rivals") or ())
-        kinds.setdefault(row.get("kind", "all"), []).append(right)
+        kinds.setdefault(row.get("kind") or "all", []).append(right)
         kept = {key: row[key] for key in ("question", "answer", "kind") if key in row}
         lines.append(json.dumps(kept | {"generated": answer.text, "right": right}, ensure_ascii=False) + "\n")
     for kind, rights in kinds.items():

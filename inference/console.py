@@ -162,17 +162,24 @@ def read_prompts(path) -> list[dict]:
 def _json_row(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: not a JSON object")
     for key in ("prompt", "question", "conversations"):
         if row.get(key) and isinstance(row[key], list if key == "conversations" else str):
-            messages = row[key]
-            if key == "conversations" and messages[-1].get("role") == "assistant":
-                messages = messages[:-1]
-            return row | {"prompt": messages}
+            return row | {"prompt": row[key] if isinstance(row[key], str) else _question_of(row[key], where)}
     raise ValueError(f'{where}: no "prompt" or "question" that is a text, no "conversations"')
+
+
+def _question_of(messages: list, where: str) -> list[dict]:
+    """A conversation without its last answer."""
+    if not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f'{where}: "conversations" must be a list of messages')
+    messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+    if not messages:
+        raise ValueError(f"{where}: the conversation asks nothing")
+    return messages
 
 
 def as_messages(prompt, system: str | None = None) -> list[dict]:

@@ -136,12 +136,14 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def _csv_questions(path, file):
-    reader = csv.DictReader(file)
+    reader = csv.DictReader(file, strict=True)  # else a quote that does not close hides the questions behind it
     columns = {(name or "").strip().lower(): name for name in reader.fieldnames or []}
     missing = [name for name in ("question", *LETTERS, "answer") if name.lower() not in columns]
     if missing:
         raise ValueError(f"{path}:1: no column {', '.join(missing)} (found: {', '.join(reader.fieldnames or [])})")
     for row in reader:
+        if None in row:  # where csv puts what is left over
+            raise ValueError(f"{path}:{reader.line_num}: more fields than columns: quote a field that holds a comma")
         text, *options, answer = (row[columns[name.lower()]] for name in ("question", *LETTERS, "answer"))
         yield _question(f"{path}:{reader.line_num}", text, options, answer)
 
@@ -158,7 +160,7 @@ def _json_questions(path, file):
             options = dict(zip(choices["label"], choices["text"], strict=True))
             text, answer = stem.get("stem") or stem["question_stem"], row["answerKey"]
             options = [options[letter] for letter in LETTERS]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{where}: not a question of OpenBookQA: {type(error).__name__} {error}") from None
         yield _question(where, text, options, answer)
 
@@ -166,6 +168,8 @@ def _json_questions(path, file):
 def _question(where: str, text, options, answer) -> Question:
     if None in (text, *options, answer):
         raise ValueError(f"{where}: the line is too short")
+    if not all(isinstance(part, str) for part in (text, *options, answer)):
+        raise ValueError(f"{where}: question, options and answer must be texts")
     if answer.strip() not in tuple(LETTERS):
         raise ValueError(f"{where}: the answer is {answer!r}, not one of A, B, C, D")
     return Question(text, tuple(options), answer.strip())

@@ -4,7 +4,8 @@ Right means: the gold answer stands in the text, and no rival does. A rival is a
 capital where a capital was asked), so a text that names three cities to be safe is wrong. How a value must stand in
 the text depends on its script:
 
-- digits as whole numbers: 12 is found neither in 312 nor in 12.5 nor in -12; 1,000 reads as 1000;
+- digits as whole numbers: 12 is found neither in 312 nor in 12.5, -12, 12² or 12/5, and -5 not in 10-5; 1,000 reads
+  as 1000;
 - Latin words as whole words, upper and lower case alike: "cat" is not found in "concatenate";
 - Chinese as a substring, since Chinese has no spaces between words.
 """
@@ -43,11 +44,13 @@ def value_pattern(value):
     # Guards stand only at those ends of the value that are digits or Latin letters: "5月1日" must not follow a digit.
     before = after = ""
     if re.match(r"\d", value):
-        before = r"(?<!\d)(?<!\d\.)(?<!(?<![\d)a-z])-)"  # the last one: a minus sign that subtracts nothing
+        before = r"(?<!\d)(?<!\d[./])(?<!(?<![\d)a-z])-)"  # the last one: a minus sign that subtracts nothing
+    elif re.match(r"-\d", value):
+        before = r"(?<![\d)a-z])"  # there it would be one that subtracts
     elif re.match(r"[a-z]", value):
         before = r"(?<![a-z\d])"
     if re.search(r"\d$", value):
-        after = r"(?!\d)(?!\.\d)"
+        after = r"(?!\d)(?![./]\d)(?![⁰¹²³⁴-⁹^])"
     elif re.search(r"[a-z]$", value):
         after = r"(?![a-z\d])"
     if re.search(r"[a-z]", value):  # h2o: a formula is one word, digits and letters together

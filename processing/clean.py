@@ -129,7 +129,7 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
     _check_places(paths, files, out)
     if others:
         first = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
-        print(f"{len(others):,} files of other kinds not read: {first}")
+        print(f"{len(others):,} files of other kinds, or links, not read: {first}")
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     plan = json.loads(json.dumps({"settings": asdict(settings), "paths": [str(p) for p in paths], "files": stats}))
     _put_back(out)

@@ -27,10 +27,15 @@ from tqdm import tqdm
 from model.files import named, replaced
 from trainer.cli import RunFailed, UserError
 from trainer.lock import lock
-from trainer.read import BadRow, parse_record, raw_rows, with_beside
+from trainer.read import UNUSABLE, BadRow, parse_record, raw_rows, with_beside
 
+MOVED = (301, 302, 303, 307, 308)
 WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries; doubled each time
+LONGEST_REPLY = 2**26  # bytes; more is no answer
+# Why an answer is not whole, by the server's finish_reason (OpenAI's, DeepSeek's); others name a natural end.
+CUT_SHORT = {"length": "cut at max_tokens", "content_filter": "cut by the server's filter",
+             "insufficient_system_resource": "cut off by the server"}  # fmt: skip
 REFUSED_IN_A_ROW = 20  # so many failed prompts one after another end the run: the server is gone
 
 
@@ -51,7 +56,7 @@ class Teacher:
         """One request with its retries -> {"content", "reasoning_content", "tokens"} or {"failed": reason, "tokens"}.
 
         stop: set where the run ends; no retry is made then. Raises UserError where no request can succeed: a wrong
-        key, address or model (403 can be one prompt's fault, with a server that judges them).
+        key, address or model, a server that has moved (403 can be one prompt's fault, with a server that judges them).
         """
         pause, stop = self.first_wait, stop or threading.Event()
         for attempt in range(self.retries + 1):
@@ -59,6 +64,9 @@ class Teacher:
                 return self._ask_once(messages)
             except urllib.error.HTTPError as error:
                 said = _body(error)
+                if error.code in MOVED:
+                    to = error.headers.get("Location", "elsewhere")
+                    raise UserError(f"{self.base_url} answers {error.code}: moved to {to}; name where it is") from None
                 if error.code in (401, 404):
                     raise UserError(f"{self.base_url} answers {error.code}: {said.strip()[:300]}") from None
                 if error.code not in WORTH_ANOTHER_TRY:
@@ -82,18 +90,43 @@ class Teacher:
             headers["Authorization"] = f"Bearer {self.api_key}"
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-            completion = json.load(reply)
+        completion = json.loads(fetch(request, self.timeout))
         choice = completion["choices"][0]
         tokens = max(0, int((completion.get("usage") or {}).get("total_tokens") or 0))
         content = (choice["message"].get("content") or "").strip()
-        if choice.get("finish_reason") == "length":
-            return {"failed": "cut at max_tokens", "tokens": tokens}
+        if choice.get("finish_reason") in CUT_SHORT:
+            return {"failed": CUT_SHORT[choice["finish_reason"]], "tokens": tokens}
         if not content:
             return {"failed": "empty answer", "tokens": tokens}
         thinking = (choice["message"].get("reasoning_content") or "").strip()
         (content + thinking).encode()  # half a surrogate pair cannot be written down
         return {"content": content, "tokens": tokens} | ({"reasoning_content": thinking} if thinking else {})
+
+
+class _StayHere(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: the key would go along to whatever server the reply names, the question would not."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+OPENER = urllib.request.build_opener(_StayHere)
+
+
+def fetch(request: urllib.request.Request, seconds: float) -> bytes:
+    """What the server replies within so many seconds, as a whole: a socket's timeout is for each piece, and a reply
+    that drips would take for ever. OSError or HTTPException where none comes, ValueError above LONGEST_REPLY."""
+    end, content = time.monotonic() + seconds, bytearray()
+    with OPENER.open(request, timeout=seconds) as reply:
+        while piece := reply.read1(2**16):
+            content += piece
+            if len(content) > LONGEST_REPLY:
+                raise ValueError(f"a reply of more than {LONGEST_REPLY // 2**20} MB")
+            if time.monotonic() > end:
+                raise TimeoutError(f"no whole reply in {seconds:g} seconds")
+        if reply.length:  # what the server announced and did not send
+            raise http.client.IncompleteRead(bytes(content), reply.length)
+    return bytes(content)
 
 
 def _body(error: urllib.error.HTTPError) -> str:
@@ -103,15 +136,20 @@ def _body(error: urllib.error.HTTPError) -> str:
         return ""
 
 
-def check_asking(teacher: Teacher, in_flight: int, max_requests: int | None, token_budget: int | None) -> None:
-    """Raises UserError for what no request can be made of."""
+def check_address(flag: str, url: str) -> None:
+    """Raises UserError for what is no address of a server."""
     try:
-        address = urllib.parse.urlsplit(teacher.base_url)
+        address = urllib.parse.urlsplit(url)
         whole = address.scheme in ("http", "https") and address.hostname and address.port != 0
     except ValueError:  # a port that is no number
         whole = False
     if not whole:
-        raise UserError(f"--base_url {teacher.base_url}: write it as http://HOST:PORT/v1")
+        raise UserError(f"{flag} {url}: write it as http://HOST:PORT/v1")
+
+
+def check_asking(teacher: Teacher, in_flight: int, max_requests: int | None, token_budget: int | None) -> None:
+    """Raises UserError for what no request can be made of."""
+    check_address("--base_url", teacher.base_url)
     if not (teacher.api_key.isascii() and teacher.api_key.isprintable()):
         raise UserError("--api_key: a key has no line breaks and no letters outside ASCII")
     if not math.isfinite(teacher.temperature) or teacher.temperature < 0:
@@ -180,6 +218,9 @@ def _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests
                     answer = done.result()
                     journal.append(under_way.pop(done), answer)
                     bar.update()
+                    if token_budget is not None and "content" in answer and not answer["tokens"]:
+                        raise UserError("--token_budget: the server does not say how many tokens an answer took; "
+                                        "--max_requests limits it")  # fmt: skip
                     failures = failures + 1 if answer.get("failed") and not answer["tokens"] else 0
                     if failures >= REFUSED_IN_A_ROW:
                         said = f"{answer['failed']} {answer.get('detail', '')}".strip()
@@ -212,7 +253,7 @@ def read_prompts(path) -> list[list[dict]]:
             try:
                 prompts.append(_prompt(parse_record(raw)))
                 json.dumps(prompts[-1], ensure_ascii=False).encode()  # half a surrogate pair cannot be sent
-            except ValueError as error:
+            except UNUSABLE as error:
                 raise UserError(f"{path}:{line}: {error}") from None
     if not prompts:
         raise UserError(f"{path} holds no prompts")

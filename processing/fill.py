@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model.files import replaced
 from trainer.cli import UserError
-from trainer.read import BadRow, parse_record, raw_rows
+from trainer.read import UNUSABLE, parse_record, raw_rows
 
 PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
 
@@ -45,9 +45,11 @@ def _written(names: list[str]) -> str:
 
 def _record(path, line, raw) -> dict:
     try:
-        return parse_record(raw)
-    except BadRow as error:
+        record = parse_record(raw)
+        json.dumps(record, ensure_ascii=False).encode()  # as it will be written
+    except UNUSABLE as error:
         raise UserError(f"{path}:{line}: {error}") from None
+    return record
 
 
 def _filled(value, values: dict[str, str]):

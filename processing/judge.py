@@ -5,8 +5,10 @@ judged twice with the order swapped; a model wins a prompt only if both verdicts
 often the two agree is reported beside the result: it says how far the judge is to be trusted.
 """
 
+import http.client
 import json
 import re
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -14,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
-from processing.distill import Teacher
+from processing.distill import Teacher, check_address, fetch
 from trainer.cli import RunFailed, UserError
 
 IN_FLIGHT = 4  # requests at a time
+LIST_SECONDS = 30.0  # for the server's list of its models
 ASK = """You compare two answers to the same question. Judge whether they are correct, helpful and to the point, in \
 the language of the question; length is no merit, and the order in which they stand means nothing.
 
@@ -56,19 +59,18 @@ class Verdict:
 
 def connect(address: str, model: str | None, key: str) -> Teacher:
     """The judge, once its server has answered; `model` None: the first one that the server names."""
-    if not address.startswith(("http://", "https://")):
-        raise UserError(f"--judge {address}: write it as http://HOST:PORT/v1")
+    check_address("--judge", address)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         request = urllib.request.Request(f"{address.rstrip('/')}/models", headers=headers)
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            model = model or json.load(reply)["data"][0]["id"]
+        models = json.loads(fetch(request, LIST_SECONDS))
+        model = model or models["data"][0]["id"]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise UserError(f"--judge {address} answers {error.code}: the key in OPENAI_API_KEY is not taken") from None
         if model is None:  # a server without a list of models may still judge
             raise UserError(f"--judge {address} does not name its models ({error.code}): add --judge_model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         raise UserError(f"--judge {address}: {getattr(error, 'reason', error)}; is the server running?") from None
     except (KeyError, IndexError, TypeError):
         raise UserError(f"--judge {address} names no model: add --judge_model NAME") from None
@@ -85,12 +87,14 @@ def judge(teacher: Teacher, questions: list[str], columns: list[list[str]], tell
 
     tell(done, of) after each pair. RunFailed where there is not one verdict.
     """
+    stop = threading.Event()  # set where the run ends: nobody waits for another try then
     tasks = [(i, a, b) for i in range(len(questions)) for a, b in combinations(range(len(columns)), 2)]
 
     def compare(task) -> Verdict:
         i, a, b = task
         (here, said), (there, said_swapped) = (
-            _ask(teacher, questions[i], columns[first][i], columns[second][i]) for first, second in ((a, b), (b, a))
+            _ask(teacher, stop, questions[i], columns[first][i], columns[second][i])
+            for first, second in ((a, b), (b, a))
         )
         return Verdict(i, a, b, (here, there and there[::-1]), (said, said_swapped))
 
@@ -101,6 +105,7 @@ def judge(teacher: Teacher, questions: list[str], columns: list[list[str]], tell
                 verdicts.append(verdict)
                 tell(len(verdicts), len(tasks))
         except BaseException:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if all(scores is None for verdict in verdicts for scores in verdict.scores):
@@ -110,9 +115,10 @@ def judge(teacher: Teacher, questions: list[str], columns: list[list[str]], tell
     return verdicts
 
 
-def _ask(teacher: Teacher, question: str, first: str, second: str) -> tuple[tuple[float, float] | None, str]:
+def _ask(teacher: Teacher, stop, question: str, first: str, second: str) -> tuple[tuple[float, float] | None, str]:
     """-> (the scores of the first and the second answer, the reply); None where there are none from 1 to 10."""
-    reply = teacher.ask([{"role": "user", "content": ASK.format(question=question, first=first, second=second)}])
+    asked = [{"role": "user", "content": ASK.format(question=question, first=first, second=second)}]
+    reply = teacher.ask(asked, stop)
     text = reply.get("content") or reply["failed"]
     found = SCORES.findall(text)
     try:

@@ -50,27 +50,30 @@ class RawRow(NamedTuple):
 
 
 def find_files(path) -> tuple[list[Path], list[Path]]:
-    """(data files, files of other kinds): the file itself, or a folder walked in the order of its names."""
+    """(data files, what else there is: files of other kinds, links to folders and to nothing): the file itself, or a
+    folder walked in the order of its names."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"no such file or folder: {path}")
     if path.is_file() and kind_of(path) is None:
         raise UserError(f"{path}: unknown kind of file; data files end in {', '.join(KINDS)} (.gz, .zst)")
     inside = [path] if path.is_file() else sorted(_walk(path))
-    files = [file for file in inside if kind_of(file)]
+    files = {file: None for file in inside if kind_of(file) and file.is_file()}  # in their order
     if not files:
         raise UserError(f"no data files in {path}; they end in {', '.join(KINDS)}")
-    return files, [file for file in inside if not kind_of(file)]
+    return list(files), [file for file in inside if file not in files]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files in a folder and those in it (pathlib passes over one that cannot be read without a word)."""
+    """All files in a folder and those in it (pathlib passes over one that cannot be read without a word), and links to
+    folders, which may lead in a circle and are not followed."""
 
     def refuse(error: OSError):
         raise UserError(f"{error.filename} cannot be read: {error.strerror}")
 
-    for place, _, names in os.walk(folder, onerror=refuse):
-        yield from (path for name in names if (path := Path(place) / name).is_file())
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        links = (name for name in folders if os.path.islink(os.path.join(place, name)))
+        yield from (Path(place) / name for name in (*links, *names))
 
 
 def kind_of(path: Path) -> str | None:

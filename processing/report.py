@@ -22,7 +22,7 @@ from processing.clean import row_text
 from processing.dedup import Fingerprints, exact_key, find_copies, signature
 from processing.filters import language_of
 from trainer.cli import UserError, user_errors
-from trainer.read import BadRow, check_file, parse, parse_record, raw_rows
+from trainer.read import UNUSABLE, BadRow, check_file, parse, parse_record, raw_rows
 from trainer.workers import ordered_map
 
 KINDS = {"text": "pretraining text", "chat": "conversations", "pair": "preference pairs"}
@@ -124,7 +124,7 @@ def measure(batch, kind: str, tokenizer_files: dict, seed: int, samples: int) ->
             row = {"text": row} if kind == "text" else {"conversations": row} if kind == "chat" else row
             counts += [_tokens(tokenizer, row)] if kind != "text" else []
             rows.append(row)
-        except (BadRow, ValueError) as error:  # ValueError: what the stages cannot render either
+        except UNUSABLE as error:  # BadRow, and what the stages cannot render either
             bad.append((line, str(error)))
     texts = [row_text(row) for row in rows]
     if kind == "text":  # with the marks of begin and end

@@ -52,7 +52,7 @@ def write(name, text):
 def test_questions_are_scored_and_every_text_is_kept(capsys):
     rows = [
         {"question": "天空是什么颜色？", "answer": "蓝", "kind": "a"},
-        {"question": "1+1=?", "answer": "2", "rivals": ["3"]},
+        {"question": "1+1=?", "answer": "2", "rivals": ["3"], "kind": None},
     ]
     chat.main(["--questions", write("q.jsonl", "\n".join(map(json.dumps, rows))), *SHORT])
     captured = capsys.readouterr()
@@ -187,6 +187,12 @@ def test_mistakes_are_one_line(program, arguments, message, monkeypatch):
         ('{"text": "x"}\n', ':1: no "prompt"'),
         ('{"question": "x"}\n', ':1: no "answer"'),
         ("\udcff", "not UTF-8"),
+        ('{"question": "x", "answer": "y", "rivals": "abc"}\n', ':1: "rivals" must be a list of texts'),
+        ('{"question": "x", "answer": "y", "rivals": [5]}\n', ':1: "rivals" must be a list of texts'),
+        ('{"question": "x", "answer": "y", "kind": ["a"]}\n', ':1: "kind" must be a text'),
+        ('{"conversations": [1], "answer": "y"}\n', ':1: "conversations" must be a list of messages'),
+        ('{"conversations": [{"role": "assistant"}], "answer": "y"}\n', ":1: the conversation asks nothing"),
+        ("[" * 100_000, ":1: not JSON"),
     ],
 )
 def test_bad_question_files(content, message):

@@ -378,6 +378,21 @@ def test_a_line_of_500_mb_is_passed_over_in_little_memory(tmp_path, name):
     assert not isinstance(good.raw, Dropped) and peak < 200 * 2**20
 
 
+def test_links_that_are_not_followed_are_named(tmp_path, capsys):
+    raw, far = tmp_path / "raw", tmp_path / "far"
+    raw.mkdir()
+    far.mkdir()
+    write_rows(far / "c.jsonl", [{"text": PROSE + "三"}])
+    write_rows(raw / "a.jsonl", [{"text": PROSE}])
+    for name, to in (("circle", ".."), ("itself", "itself"), ("far", "../far"), ("gone.jsonl", "nowhere.jsonl")):
+        (raw / name).symlink_to(to)
+    (raw / "b.jsonl").symlink_to("../far/c.jsonl")  # a file, wherever it lies
+    summary = clean([raw], tmp_path / "out", Settings(dedup="none"))
+    assert summary["kept"] == 2
+    assert [os.path.basename(name) for name in summary["files_not_read"]] == ["circle", "far", "gone.jsonl", "itself"]
+    assert "4 files of other kinds, or links, not read: circle, far, gone.jsonl" in capsys.readouterr().out
+
+
 def test_whole_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "picture.txt").write_bytes(b"\x89PNG\0\0\0\rIHDR" * 50)
     (tmp_path / "utf16.txt").write_bytes("中文".encode("utf-16"))
@@ -396,7 +411,7 @@ def test_whole_files_that_cannot_be_read(tmp_path, capsys):
     write_rows(tmp_path / "z.jsonl", [{"text": PROSE}])
     summary = clean([tmp_path], tmp_path.parent / "dirt", Settings())
     assert summary["kept"] == 1 and summary["files_not_read"][0] == str(tmp_path / "a.pdf")
-    assert "4 files of other kinds not read: a.pdf, b.PDF, c.doc, ..." in capsys.readouterr().out
+    assert "4 files of other kinds, or links, not read: a.pdf, b.PDF, c.doc, ..." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "parquet"])

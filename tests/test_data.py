@@ -22,11 +22,16 @@ from model.chat_template import ROLES
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_document, load_tokenizer, render
+from processing import report
+from processing.distill import read_prompts
+from processing.fill import fill
 from trainer import cache as cache_module
-from trainer.cache import tokenised
+from trainer import read
+from trainer.cache import encode_batch, tokenised
 from trainer.cli import UserError
 from trainer.data import IGNORED, PackedRows, packed_splits, split_documents, token_bytes
 from trainer.losses import learned_bytes, lm_loss
+from trainer.questions import read_questions
 from trainer.read import iter_rows, iter_texts
 
 TOKENIZER = load_tokenizer()
@@ -261,6 +266,71 @@ def test_minimind_v1_columns(tmp_path):
     assert [m["role"] for m in second] == ["user", "assistant"]
 
 
+def test_a_comma_without_quotes_cuts_no_text_short(tmp_path, capsys):
+    file = tmp_path / "a.csv"
+    file.write_text('text\nhello, world\n"hello, you"\n', encoding="utf-8")
+    with pytest.raises(UserError, match="a.csv:2: more fields than columns"):
+        tokenised(file, "text", TOKENIZER, tmp_path / "c")
+    assert list(iter_texts([file], skip_bad_lines=True)) == ["hello, you"]
+    cache = tokenised(file, "text", TOKENIZER, tmp_path / "c", skip_bad_lines=True)
+    assert len(cache) == cache.meta["bad_lines"] == 1
+
+
+def test_a_long_txt_file_without_blank_lines_is_cut_all_the_same(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    text = "\n" + "".join(f"第{i}行的文字\n" for i in range(60_000))
+    file.write_text(text, encoding="utf-8")
+    rows = list(iter_texts([file]))
+    assert "".join(rows) == text and max(map(len, rows)) < 2 * read.TXT_DOCUMENT_CHARS + 20
+    assert [line for line, _ in read.raw_rows(file)][:2] == [1, rows[0].count("\n") + 1]
+    monkeypatch.setattr(read, "MAX_ROW_BYTES", 1000)
+    file.write_text("一\n" + "字" * 1001, encoding="utf-8")
+    with pytest.raises(UserError, match="a.txt:2: a line longer than"):
+        list(iter_texts([file]))
+
+
+def test_a_file_of_the_longest_name_is_tokenised(tmp_path):
+    file = tmp_path / f"{'绿' * 80}.txt"
+    file.write_text("一", encoding="utf-8")
+    assert len(tokenised(file, "text", TOKENIZER, tmp_path / "c")) == 1
+
+
+def test_what_is_nested_deeper_than_it_can_be_written_is_a_bad_line(tmp_path):
+    answer = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": None}]}
+    row = json.dumps({"messages": [{"role": "user", "content": "q"}, answer]})
+    for depth in range(940, 1000):  # about the interpreter's limit, whatever calls stand above
+        text = json.dumps('{"a":' * depth + "1" + "}" * depth)
+        arrays, bad = encode_batch([(7, row.replace("null", text).encode())], "chat", TOKENIZER)
+        assert len(arrays["hashes"]) + len(bad) == 1 and all(line == 7 for line, _ in bad)
+
+
+def test_rows_that_cannot_be_written_as_json_are_bad_lines_to_every_reader(tmp_path):
+    import datetime
+
+    import pandas
+
+    day = {"name": "f", "since": datetime.date(2026, 1, 1)}
+    chats, dated = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    asked = [{"role": "user", "content": "q{{name}}"}, {"role": "assistant", "content": "<answer>1</answer>"}]
+    pandas.DataFrame({"messages": [asked], "tools": [[day]], "prompt": [None]}).to_parquet(chats)
+    pandas.DataFrame({"messages": [[{"role": "user", "content": b"q"}]]}).to_parquet(dated)
+    half = tmp_path / "c.jsonl"
+    half.write_text('{"text": "{{name}} \\ud83d"}\n')
+    refused = "parquet:1: .*JSON|jsonl:1: .*surrogates"
+    for read_file, file in (
+        (lambda f: tokenised(f, "chat", TOKENIZER, tmp_path / "c"), chats),
+        (lambda f: read_questions([f], TOKENIZER, 128), chats),
+        (lambda f: fill(f, tmp_path / "filled.jsonl", {"name": "x"}), chats),
+        (lambda f: fill(f, tmp_path / "filled.jsonl", {"name": "x"}), half),
+        (read_prompts, dated),
+    ):
+        with pytest.raises(UserError, match=refused):
+            read_file(file)
+    assert not (tmp_path / "filled.jsonl").exists()
+    with pytest.raises(UserError, match="holds no usable rows"):
+        report.describe(chats)
+
+
 def test_a_history_cell_is_never_executed(tmp_path):
     file = tmp_path / "v1.csv"
     file.write_text(f"history,q,a\n\"__import__('os').system('touch {tmp_path}/owned')\",一,二\n", encoding="utf-8")
@@ -471,7 +541,7 @@ def test_validation_is_disjoint_also_for_copies_and_by_text_alone(tmp_path):
 
 
 def with_calls(i: int, spelling: int) -> list[dict]:
-    """One conversation with tools and thinking, in one of four ways to write it down."""
+    """One conversation with tools and thinking, in one of five ways to write it down."""
     call, tools = {"name": "f", "arguments": {"n": i, "unit": "米"}}, [{"name": "f"}]
     question = {"role": "user", "content": f"{i}是多少？"}
     answer = {"role": "assistant", "content": "", "reasoning_content": "想", "tool_calls": [call]}
@@ -484,17 +554,20 @@ def with_calls(i: int, spelling: int) -> list[dict]:
         question["score"] = 0.5
     if spelling == 3:
         answer = {"role": "assistant", "content": "<think>\n想\n</think>\n\n", "tool_calls": [call]}
+    if spelling == 4:
+        text = json.dumps({"arguments": call["arguments"], "name": "f"})
+        answer = {"role": "assistant", "content": f"<think>\n想\n</think>\n\n<tool_call>\n{text}\n</tool_call>"}
     return [{"role": "system", "content": "", "tools": tools}, question, answer]
 
 
 @pytest.mark.parametrize("kind", ["chat", "chat:0.5"])
 def test_validation_is_disjoint_also_for_copies_that_are_spelled_otherwise(kind, tmp_path):
-    chats = [with_calls(i, spelling) for spelling in range(4) for i in range(60)]
-    chats += [[m | {"id": n, "score": n} for m in exchange(i)] for n in range(4) for i in range(60)]
+    chats = [with_calls(i, spelling) for spelling in range(5) for i in range(60)]
+    chats += [[m | {"id": n, "score": n} for m in exchange(i)] for n in range(5) for i in range(60)]
     file = write_jsonl(tmp_path / "a.jsonl", [{"conversations": c} for c in chats])
     cache = tokenised(file, kind, TOKENIZER, tmp_path / "c")
     train, val = split_documents([cache], 0.2)
-    said = np.array([what * 1000 + i for what in range(2) for _ in range(4) for i in range(60)])
+    said = np.array([what * 1000 + i for what in range(2) for _ in range(5) for i in range(60)])
     assert not set(said[train]) & set(said[val])
     assert len(set(said[val])) > 10 and len(set(cache.hashes.tolist())) == 120
 

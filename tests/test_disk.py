@@ -89,6 +89,12 @@ def test_run_main_tells_of_a_full_disk_in_one_line(capsys):
     assert left.value.code == 1 and capsys.readouterr().err == told
 
 
+def test_run_main_tells_of_a_name_that_no_disk_takes_in_one_line(capsys):
+    with pytest.raises(SystemExit) as left:
+        run_main(lambda argv: open("n" * 300).close())
+    assert left.value.code == 2 and capsys.readouterr().err == f"error: {'n' * 300}: File name too long\n"
+
+
 def flags_of(stage, folder, disk) -> list[str]:
     return [*run_flags(stage, folder, steps=8), "--out_dir", str(disk.place / "out")]
 

@@ -1,5 +1,6 @@
 """Answers from a teacher behind HTTP: a stub server speaks the protocol, fails in every way, and counts."""
 
+import contextlib
 import json
 import threading
 import time
@@ -62,14 +63,26 @@ class Handler(BaseHTTPRequestHandler):
             message = ODD[how]
         if how == "thinks":
             message["reasoning_content"] = "想一想"
-        choice = {"index": 0, "message": message, "finish_reason": "length" if how == "long" else "stop"}
-        reply = {"object": "chat.completion", "choices": [choice], "usage": {"total_tokens": 10}}
+        reason = {"long": "length", "filtered": "content_filter"}.get(how, "stop")
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+        reply = {"object": "chat.completion", "choices": [choice]}
+        reply |= {} if how == "uncounted" else {"usage": {"total_tokens": 10}}
         body = b"<html>" if how == "nonsense" else json.dumps(reply if status == 200 else {"error": "no"}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Retry-After", "0")
+        if status in (301, 302, 303, 307, 308):
+            self.send_header("Location", self.server.moved_to)
         self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(OSError):
+            for piece in [b" "] * 100 * (how == "drips"):  # of the length that was announced
+                self.wfile.write(piece)
+                time.sleep(0.1)
+            self.wfile.write(body)
+
+    def do_GET(self):
+        self.server.requests.append((self.path, self.headers.get("Authorization"), None))
+        self.answer("", "well")
 
     def log_message(self, *args):
         pass
@@ -135,13 +148,44 @@ def test_limits_stop_a_run_and_the_next_goes_on_without_asking_twice(prompts, tm
 
 def test_answers_that_are_no_good_are_counted_and_asked_again_later(prompts, tmp_path):
     stub = Stub({"问题0": ["long"], "问题1": ["empty"], "问题2": [403], "问题3": ["parts"],
-                 "问题4": ["no object"], "问题6": ["half a character"]})  # fmt: skip
+                 "问题4": ["no object"], "问题6": ["half a character"], "问题7": ["filtered"]})  # fmt: skip
     out = tmp_path / "out.jsonl"
     result = distill(prompts, out, stub.teacher(retries=0), in_flight=1)
-    wrong = {"cut at max_tokens": 1, "empty answer": 1, "status 403": 1, "no chat completion in the reply": 3}
-    assert result["failed"] == wrong and result["rows"] == 6 and not result["complete"]
+    wrong = {"cut at max_tokens": 1, "empty answer": 1, "status 403": 1, "no chat completion in the reply": 3,
+             "cut by the server's filter": 1}  # fmt: skip
+    assert result["failed"] == wrong and result["rows"] == 5 and not result["complete"]
     result = distill(prompts, out, stub.teacher(), in_flight=1)
     assert result["failed"] == {} and len(answers(out)) == 12 and stub.asked["问题5"] == 1
+
+
+def test_a_reply_that_drips_takes_no_longer_than_a_request_may(prompts, tmp_path):
+    stub, out = Stub({"问题0": ["drips"]}), tmp_path / "out.jsonl"
+    begin = time.monotonic()
+    assert distill(prompts, out, stub.teacher(timeout=0.3, retries=1))["complete"]
+    assert time.monotonic() - begin < 5 and stub.asked["问题0"] == 2
+
+
+def test_a_reply_without_end_is_no_answer(prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("processing.distill.LONGEST_REPLY", 100)
+    result = distill(prompts, tmp_path / "out.jsonl", Stub().teacher(retries=0))
+    assert result["failed"] == {"no chat completion in the reply": 12}
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_goes_to_no_other_server(status, prompts, tmp_path):
+    stub, other = Stub({None: [status]}), Stub()
+    stub.moved_to = f"{other.teacher().base_url}/chat/completions"
+    with pytest.raises(UserError, match=f"answers {status}: moved to {stub.moved_to}"):
+        distill(prompts, tmp_path / "out.jsonl", stub.teacher(api_key="secret"))
+    assert not other.requests
+
+
+def test_a_budget_that_the_server_does_not_count_is_refused_and_what_was_paid_is_kept(prompts, tmp_path):
+    stub, out = Stub({None: ["uncounted"]}), tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match="--token_budget: the server does not say"):
+        distill(prompts, out, stub.teacher(), in_flight=1, token_budget=10_000)
+    assert stub.asked.total() == len(answers(out)) == 1
+    assert distill(prompts, out, stub.teacher())["complete"] and stub.asked.total() == 12
 
 
 def test_a_finished_file_is_not_asked_for_again_nor_lost(prompts, tmp_path):

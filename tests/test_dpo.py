@@ -254,6 +254,7 @@ def test_a_note_beside_a_message_does_not_part_a_pair():
         (pair("ab", "xy"), "d.jsonl:1: the prompts of chosen and rejected differ"),
         (pair("aa", "xx"), "d.jsonl:1: chosen and rejected are the same answer"),
         (scored(pair("aa", "xx")), "d.jsonl:1: chosen and rejected are the same answer"),
+        (pair("aa", ["x", "x\n"]), "d.jsonl:1: chosen and rejected are the same answer"),
         ({k: v * 2 for k, v in pair("aa", "xy").items()}, "d.jsonl:1: the prompts of chosen and rejected differ"),
         ({k: v + v[:1] for k, v in pair("aa", "xy").items()}, "d.jsonl:1: .* must each end with an answer"),
         ({k: v[1:] for k, v in pair("aa", "xy").items()}, "d.jsonl:1: .* the answers stand without their prompt"),

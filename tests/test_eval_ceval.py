@@ -207,6 +207,8 @@ def test_summary_by_hand():
         ("question,A,B,C,D,answer\nq,1,2,3,4,A\nq,1,2,3,4,E\n", "3: the answer is 'E', not one of A, B, C, D"),
         ("question,A,B,C,D,answer\nq,1,2,3\n", "2: the line is too short"),
         ("question,A,B,C,D,answer\n", "has no questions"),
+        ("question,A,B,C,D,answer\nq 1, 2,b,c,d,A,A\n", "2: more fields than columns"),
+        ('question,A,B,C,D,answer,why\nq,1,2,3,4,A,"so\nq,1,2,3,4,B,x\n', "is not CSV: unexpected end of data"),
         (b"question,A,B,C,D,answer\n\xff\xfe,1,2,3,4,A\n", "not UTF-8"),
     ],
 )
@@ -216,6 +218,23 @@ def test_bad_files_are_named_with_their_line(content, message, tmp_path):
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=r"law_val\.csv.*" + message):
         exam.read_exam(tmp_path, "ceval")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[1]", "not a question of OpenBookQA"),
+        ("[" * 100_000, "not a question of OpenBookQA"),
+        ('{"question_stem": "s", "choices": {"label": ["A","B","C","D"], "text": [1, 2, 3, 4]}, "answerKey": "A"}',
+         "must be texts"),
+        ('{"question_stem": "s", "choices": {"label": ["A","B","C","D"], "text": ["1","2","3","4"]}, "answerKey": 1}',
+         "must be texts"),
+    ],
+)  # fmt: skip
+def test_bad_json_lines_are_named(line, message, tmp_path):
+    (tmp_path / "test.jsonl").write_text(line, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"test\.jsonl:1: .*" + message):
+        exam.read_questions(tmp_path / "test.jsonl")
 
 
 def test_other_layouts(tmp_path):

@@ -129,10 +129,11 @@ def test_rewards():
     assert reward(good.format(" 1200 "), "1,200", 0.2) == 1.2
     assert reward(good.format("１２００"), "1200", 0.2) == 1.2
     assert reward(good.format("12001"), "1200", 0.2) == reward(good.format("不是1200"), "1200", 0.2) == 0.2
-    for said, known in (("10²", "102"), ("102", "10²"), ("①", "1"), ("1½", "11⁄2"), ("10₂", "102"), ("5", "-5")):
+    for said, known in (("10²", "102"), ("102", "10²"), ("①", "1"), ("1½", "11⁄2"), ("10₂", "102"), ("5", "-5"),
+                        ("1 2", "12"), ("12, 345", "12345"), ("3\n4", "34")):  # fmt: skip
         assert reward(good.format(said), known, 0.2) == 0.2, said
     for said, known in (("−5", "-5"), ("-5", "−5"), ("－５", "-5"), ("（３，４）", "(3,4)"), ("10²", "10²"),
-                        ("ＡＢ", "ab"), ("1\u3000200", "1200")):  # fmt: skip
+                        ("ＡＢ", "ab"), ("1\u3000200", "1200"), ("x = 1 , 2", "x=1,2"), ("1\n2", "1 2")):  # fmt: skip
         assert reward(good.format(said), known, 0.2) == 1.2, said
     assert reward("1200", "1200", 0.2) == 0 and not is_right("1200", "1200")
 
@@ -143,6 +144,8 @@ def test_questions_come_as_pairs_or_from_worked_examples(tmp_path):
     chat = [{"role": "user", "content": "1+1=？"}, {"role": "assistant", "content": worked}]
     assert as_question({"conversations": chat}) == (chat[:1], "2")
     assert as_question({"question": "1+1=？", "answer": 2}) == (chat[:1], "2")
+    assert as_question({"question": "1+1=？", "answer": 2.0}) == (chat[:1], "2")  # as pandas writes it
+    assert as_question({"question": "1+1=？", "answer": 2.5}) == (chat[:1], "2.5")
     tools = [{"name": "f"}]
     first = {"role": "system", "content": "短", "tools": tools}
     assert as_question({"question": "1+1=？", "answer": 2, "system": "短", "tools": tools}) == ([first, *chat[:1]], "2")
@@ -158,6 +161,7 @@ def test_questions_come_as_pairs_or_from_worked_examples(tmp_path):
     ("row", "message"),
     [
         ({"question": "", "answer": "1"}, '"question" must be a string'),
+        ({"question": "1/0", "answer": float("nan")}, '"answer" must be a string or a number'),
         ({"question": "a"}, '"answer" must be a string or a number'),
         ({"question": "a", "answer": True}, '"answer" must be'),
         ({"text": "a"}, 'no key "conversations"'),

@@ -1,8 +1,13 @@
 """A judge behind an API: both orders, agreement, scores by hand, and everything that can go wrong with it."""
 
+import contextlib
 import importlib
 import json
 import re
+import socket
+import threading
+import time
+from dataclasses import replace
 
 import pytest
 import stage
@@ -79,11 +84,31 @@ def test_a_reply_without_scores_is_no_verdict(said):
         judged(lambda request: said)
 
 
+@contextlib.contextmanager
+def silent_server(said: bytes):
+    """A server that says this to whoever comes first, and no more -> its address."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(2**16)
+                connection.sendall(said)
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+
+
 def test_a_server_that_cannot_be_asked():
     with pytest.raises(UserError, match="is the server running"):
         judge.connect("http://127.0.0.1:9/v1", None, "")
     with pytest.raises(UserError, match="http://HOST:PORT"):
         judge.connect("127.0.0.1:9", None, "")
+    for address in ("http://127.0.0.1:8998x/v1", "http://[::1/v1", "http://"):
+        with pytest.raises(UserError, match="http://HOST:PORT"):
+            judge.connect(address, "m", "")
+    with silent_server(b"\0no HTTP at all\r\n\r\n") as address, pytest.raises(UserError, match="is the server running"):
+        judge.connect(address, None, "")
     with StubApi(lambda request: 401) as stub, pytest.raises(UserError, match="answers 401"):
         judge.judge(judge.connect(stub.address, "m", ""), QUESTIONS, COLUMNS, lambda *of: None)
     with StubApi(by_length) as stub:
@@ -97,6 +122,17 @@ def test_a_server_that_cannot_be_asked():
         stub.models = 401
         with pytest.raises(UserError, match="OPENAI_API_KEY"):
             judge.connect(stub.address, "mine", "")
+
+
+def test_the_pause_before_another_try_ends_with_the_run():
+    def reply(request):
+        return 500 if answers_of(request) == ["xx", "x"] else 401
+
+    with StubApi(reply) as stub, pytest.raises(UserError, match="answers 401"):
+        begin = time.monotonic()
+        teacher = replace(judge.connect(stub.address, "m", ""), first_wait=30.0)
+        judge.judge(teacher, QUESTIONS, [column[::-1] for column in COLUMNS], lambda *of: None)
+    assert time.monotonic() - begin < 20
 
 
 def test_the_program_judges_what_it_compares(tmp_path, monkeypatch, capsys):

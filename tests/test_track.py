@@ -5,12 +5,16 @@ import signal
 import struct
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from stage import TINY, last_json, load, run, write_texts
 
 from trainer import loop, track
 from trainer.cli import UserError, parse, stage_parser
+from trainer.dist import World
+from trainer.log import Log
 
 FLAGS = [*TINY, "--max_steps", "6", "--save_interval", "2", "--eval_interval", "3", "--val_split", "0.1"]
 
@@ -166,3 +170,20 @@ def test_a_key_without_a_network_stops_no_run(offline, tmp_path):
     assert last_json(done.stdout)["steps"] == 6 and time.monotonic() - begin < 120
     assert done.stdout.count("wandb: offline (") == 1
     assert len(told_to_wandb(next((tmp_path / "out" / "wandb").glob("offline-run-*")))) == 6
+
+
+def test_the_time_left_is_told_by_the_steps_that_the_clock_saw(tmp_path, monkeypatch, capsys):
+    world, now = World(0, 1, torch.device("cpu"), torch.float32), [0.0]
+    log = Log(SimpleNamespace(log=tmp_path / "a.jsonl"), world, 40, 1.0, log_interval=10, start_step=7)  # resumed
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    log.clock = 0.0
+    for step in range(8, 31):
+        now[0] += 2
+        log.step(step, 100, lr=1e-3, loss=1.0)
+        if step == 25:
+            now[0] += 1000
+            log.validation(step, val_loss=1.0)
+    log.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left" in line]
+    assert [line.split("left ")[1] for line in lines] == ["1m00s", "40s", "20s"]
+    assert all(" 50 tok/s" in line for line in lines)

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -38,13 +39,15 @@ from model.tokenizer import (
     tokenizer_to_dict,
 )
 from trainer.cli import UserError
-from trainer.read import BadRow, check_file, parse, raw_rows
+from trainer.read import UNUSABLE, BadRow, check_file, parse, raw_rows
 from trainer.think import keep_thinking
 from trainer.workers import default_workers, ordered_map
 
-VERSION = 3  # of this layout; with another number old caches are not found
+VERSION = 4  # of this layout, and of how rows are read; with another number old caches are not found
 BATCH_BYTES = 2**19  # raw bytes handed to a worker at a time: large enough to hide the hand-over
 BAD_LINES_SHOWN = 5
+NAME_CHARS = 40  # of the data file's name in the folder's, which the key and a build's mark must fit into too
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 ARRAYS = {"tokens": None, "learn": np.uint8, "turns": np.int32, "roles": np.uint8, "lengths": np.int64,
           "learned": np.int64, "hashes": np.uint64, "turn_counts": np.int32}  # fmt: skip
 
@@ -97,7 +100,7 @@ def tokenised(path, kind: str, tokenizer, folder, skip_bad_lines=False, workers=
     """
     path = check_file(path)
     key = cache_key(path, kind, tokenizer, skip_bad_lines)
-    final = Path(folder) / f"{path.name.split('.')[0]}-{key}"
+    final = Path(folder) / f"{path.name.split('.')[0][:NAME_CHARS]}-{key}"
     with usable(final):
         if not final.exists():
             _build(path, kind, tokenizer, final, skip_bad_lines, workers)
@@ -221,7 +224,7 @@ def encode_batch(batch, kind: str, tokenizer) -> tuple[dict, list]:
         try:
             row = parse(raw, kind)
             rows.append(row if kind == "text" else _documents(row, kind, think_share, tokenizer))
-        except (BadRow, ValueError, TypeError) as error:  # what render refuses; what has no JSON, a date of Parquet's
+        except UNUSABLE as error:  # BadRow, and what render refuses
             bad.append((line, str(error)))
     if kind == "text":
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -249,7 +252,10 @@ def _documents(row, kind: str, think_share: str, tokenizer) -> list[Document]:
         row = keep_thinking(row, float(think_share)) if think_share else row
         return [_document(row, tokenizer, digest)]
     digest = chat_hash(row["chosen"][:-1])
-    return [_document(row[side], tokenizer, digest, last_only=True) for side in ("chosen", "rejected")]
+    pair = [_document(row[side], tokenizer, digest, last_only=True) for side in ("chosen", "rejected")]
+    if pair[0].ids == pair[1].ids:  # spelled otherwise, in blanks at an end or with thinking under its own key
+        raise BadRow("chosen and rejected are the same answer: there is nothing to prefer")
+    return pair
 
 
 def _document(messages, tokenizer, digest: int, last_only=False) -> Document:
@@ -265,18 +271,20 @@ def chat_hash(messages) -> int:
     messages, tools = normalise_conversation(messages)
     told = [{"tools": tools}] if tools else []
     for message in messages:
-        calls = [call | {"arguments": _parsed(call["arguments"])} for call in message.pop("tool_calls", ())]
-        content = assistant_text(message).strip() if message["role"] == "assistant" else message["content"]
+        content, calls = message["content"], []
+        if message["role"] == "assistant":
+            text = assistant_text(message)
+            content, calls = CALL.sub("", text).strip(), [_one_spelling(call) for call in CALL.findall(text)]
         told.append({"role": message["role"], "content": content} | ({"tool_calls": calls} if calls else {}))
     return _hash(json.dumps(told, ensure_ascii=False, sort_keys=True))
 
 
-def _parsed(arguments):
-    """A call's arguments: OpenAI writes them as JSON text."""
+def _one_spelling(call: str) -> str:
+    """A call's JSON, which has many spellings: the order of its keys, blanks, escaped letters."""
     try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
+        return json.dumps(json.loads(call), ensure_ascii=False, sort_keys=True)
     except (ValueError, RecursionError):
-        return arguments
+        return call
 
 
 def _hash(text: str) -> int:

@@ -97,7 +97,8 @@ def run_main(main, argv=None) -> None:
         if (words := disk_fault(error)) is not None:
             print(f"failed: {words}; see to it and give the same command again", file=sys.stderr)
             sys.exit(1)
-        if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and error.filename is not None:
+        refused = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError)
+        if (refused or error.errno == errno.ENAMETOOLONG) and error.filename is not None:
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             sys.exit(2)
         raise

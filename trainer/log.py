@@ -40,7 +40,7 @@ class Log:
         self.files, self.world, self.total, self.interval = files, world, total_steps, log_interval
         self.flops_per_token, self.peak_flops = flops_per_token, device_flops(world) if world.first else 0.0
         self.trackers = list(trackers)
-        self.history, self.clock, self.since = [], time.perf_counter(), [0, 0.0]
+        self.history, self.clock, self.since = [], time.perf_counter(), [0, 0]  # tokens and steps since that time
         if world.first:
             self.file = self._open(start_step)
             show = sys.stderr.isatty()
@@ -72,12 +72,12 @@ class Log:
             return
         self._write({"step": step, "tokens": tokens, **numbers})
         self.bar.update()
-        self.since[0] += tokens
+        self.since = [self.since[0] + tokens, self.since[1] + 1]
         if step % self.interval == 0 or step == self.total:
             now = time.perf_counter()
             speed = self.since[0] / max(now - self.clock, 1e-9)
-            left = (self.total - step) * (now - self.clock) / max(1, step % self.interval or self.interval)
-            self.clock, self.since[0] = now, 0
+            left = (self.total - step) * (now - self.clock) / self.since[1]
+            self.clock, self.since = now, [0, 0]
             mfu = f"{speed * self.flops_per_token / self.peak_flops:.0%}" if self.peak_flops else "unknown"
             shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name != "lr")
             memory = peak_memory(self.world.device) / 2**30
@@ -91,7 +91,7 @@ class Log:
             self._write({"step": step, **numbers})
             shown = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items() if value is not None)
             self.say(f"step {step}/{self.total}  {shown}")
-        self.clock, self.since[0] = time.perf_counter(), 0  # validation is not training time
+        self.clock, self.since = time.perf_counter(), [0, 0]  # validation is not training time
 
     def say(self, text: str) -> None:
         if self.world.first:

@@ -6,6 +6,7 @@ A row is {"question": ..., "answer": ...}, or a worked example {"conversations":
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from model.tokenizer import render
 from trainer.cli import UserError, note
-from trainer.read import BadRow, as_chat, parse_record, raw_rows, with_beside
+from trainer.read import UNUSABLE, BadRow, as_chat, parse_record, raw_rows, with_beside
 from trainer.rewards import known_answer
 
 
@@ -57,7 +58,10 @@ def as_question(record: dict) -> tuple[list[dict], str]:
         question, answer = record["question"], record.get("answer")
         if not isinstance(question, str) or not question.strip():
             raise BadRow('"question" must be a string that is not empty')
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        if isinstance(answer, float) and answer.is_integer():
+            answer = int(answer)  # writers of tables make 2.0 of 2; nobody answers so
+        known = isinstance(answer, str | int) or isinstance(answer, float) and math.isfinite(answer)
+        if isinstance(answer, bool) or not known or not str(answer).strip():
             raise BadRow('"answer" must be a string or a number')
         return with_beside([{"role": "user", "content": question}], record), str(answer).strip()
     *messages, last = as_chat(record)
@@ -78,7 +82,7 @@ def read_questions(paths, tokenizer, longest: int, skip_bad_lines=False) -> list
                 if len(prompt) > longest:
                     raise BadRow(f"the question has {len(prompt)} tokens, with --max_new_tokens more than --seq_len; "
                                  "raise --seq_len")  # fmt: skip
-            except ValueError as error:  # BadRow, or the chat template's complaint
+            except UNUSABLE as error:  # BadRow, and what render refuses
                 if not skip_bad_lines:
                     raise UserError(f"{path}:{line}: {error} (--skip_bad_lines leaves such lines out)") from None
                 skipped.append(f"{path}:{line}: {error}")

@@ -23,10 +23,11 @@ from trainer.cli import UserError
 
 MAX_ROW_BYTES = 64 * 2**20  # a longer "line" is a binary file or a file without line ends, not a document
 MAX_HISTORY_CHARS = 2**20
-TXT_DOCUMENT_CHARS = 100_000  # a longer .txt file is cut at the next blank line
+TXT_DOCUMENT_CHARS = 100_000  # a longer .txt file is cut at the next blank line, at twice this at the next line end
 ROLES = ("system", "user", "assistant", "tool")
 TOLD = ("role", "content", "reasoning_content", "tools", "tool_calls")
 DAMAGED = (OSError, EOFError, ValueError, zlib.error)  # what reading a damaged or cut-off file raises
+UNUSABLE = (ValueError, TypeError, RecursionError)  # of a row that cannot be written: surrogates, dates, too deep
 ZSTANDARD_BYTES = 2**14  # unpacked at a time; of a file made to harm they are 64 MB at most
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".txt", ".parquet")
 
@@ -194,13 +195,16 @@ def parquet_rows(path) -> Iterator[tuple[int, dict]]:
 
 
 def _txt_documents(path) -> Iterator[tuple[int, dict]]:
-    """A .txt file is one document; a long one is cut at the first blank line after TXT_DOCUMENT_CHARS."""
+    """A .txt file is one document; a long one is cut at the first blank line after TXT_DOCUMENT_CHARS, and one without
+    blank lines at the first line end after twice as many."""
     piece, size, first = [], 0, 1
     for number, line in enumerate(_txt_lines(path), start=1):
-        if size > TXT_DOCUMENT_CHARS and not line.strip():
+        blank = not line.strip()
+        if size > 2 * TXT_DOCUMENT_CHARS or (size > TXT_DOCUMENT_CHARS and blank):
             yield first, {"text": "".join(piece)}
-            piece, size, first = [], 0, number + 1
-            continue
+            piece, size, first = [], 0, number + blank
+            if blank:
+                continue
         piece.append(line)
         size += len(line)
     if "".join(piece).strip():
@@ -213,6 +217,8 @@ def _txt_lines(path) -> Iterator[str]:
         try:
             while line := file.readline(MAX_ROW_BYTES):
                 number += 1
+                if len(line) == MAX_ROW_BYTES and not line.endswith("\n"):
+                    raise UserError(f"{path}:{number}: a line longer than {MAX_ROW_BYTES // 2**20} MB; is it text?")
                 yield line
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 after line {number} ({error.reason})") from None
@@ -228,6 +234,8 @@ def parse(raw, kind: str):
 def parse_record(raw) -> dict:
     """A raw row as a dict."""
     if isinstance(raw, dict):
+        if None in raw:  # where csv puts what is left over
+            raise BadRow("more fields than columns: quote a field that holds a comma")
         return raw
     try:
         record = json.loads(raw.decode("utf-8-sig"))

@@ -38,10 +38,11 @@ def known_answer(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """Answers that differ in this form only are the same: full-width characters and the minus sign, blanks, capitals,
-    1,000 and 1000."""
-    text = "".join(unicodedata.normalize("NFC", answer).translate(PLAIN).lower().split())
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    """Answers that differ in this form only are the same: full-width characters and the minus sign, capitals, blanks
+    (but 1 2 is not 12), 1,000 or 1 000 and 1000."""
+    text = " ".join(unicodedata.normalize("NFC", answer).translate(PLAIN).lower().split())
+    text = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", text)
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
 def is_right(text: str, answer: str) -> bool:

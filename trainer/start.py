@@ -1,5 +1,6 @@
 """What a run starts from: its data files, its weights, its tokenizer. All mistakes are found here, before any work."""
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainer.memory import rows_that_fit
 from trainer.read import check_file
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST_NAME = 160  # bytes; of 255 that a disk takes, the rest is for what a temporary file's name has besides
 ENOUGH_KEPT = 0.95  # of the tokens that could be learned: below it a run begins with a warning
 SAMPLE = ROOT / "dataset" / "sample"
 RECIPE_FLAGS = ("stage", "seq_len", "epochs", "max_steps", "learning_rate", "optimizer", "schedule", "warmup",
@@ -93,6 +95,8 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
     device_and_dtype(args)
     data_files = resolve_data(args, minimind_files, sample)
     args.save_weight = args.save_weight or data_files[0].name.split(".")[0]
+    if len(os.fsencode(args.save_weight)) > LONGEST_NAME:
+        raise UserError(f"{args.save_weight} is too long a name for the run's files; give a shorter --save_weight")
     state = resumed_state(args) if args.resume else None
     if adapt is not None:
         if state is not None:  # it holds adapters; the weights under them are where they were
