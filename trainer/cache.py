@@ -43,7 +43,8 @@ from trainer.read import UNUSABLE, BadRow, check_file, parse, raw_rows
 from trainer.think import keep_thinking
 from trainer.workers import default_workers, ordered_map
 
-VERSION = 4  # of this layout, and of how rows are read; with another number old caches are not found
+# Of this layout and of how rows are read: with another number old caches are not found, and runs on them not resumed.
+VERSION, TEXT_VERSION = 4, 3  # the second of texts in .jsonl and .parquet files, which are read as they were
 BATCH_BYTES = 2**19  # raw bytes handed to a worker at a time: large enough to hide the hand-over
 BAD_LINES_SHOWN = 5
 NAME_CHARS = 40  # of the data file's name in the folder's, which the key and a build's mark must fit into too
@@ -131,7 +132,9 @@ def usable(path: Path):
 def cache_key(path, kind: str, tokenizer, skip_bad_lines: bool) -> str:
     """16 hex digits of everything that decides the content of a cache."""
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(f"{VERSION} {kind} {tokenizer_hash(tokenizer)} {skip_bad_lines} {Path(path).suffixes}".encode())
+    suffixes = Path(path).suffixes
+    version = TEXT_VERSION if kind == "text" and not {".csv", ".txt"} & set(suffixes) else VERSION
+    digest.update(f"{version} {kind} {tokenizer_hash(tokenizer)} {skip_bad_lines} {suffixes}".encode())
     with open(path, "rb") as file:
         while block := file.read(2**22):
             digest.update(block)
