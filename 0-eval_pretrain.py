@@ -10,10 +10,11 @@ A base model continues text; it does not answer. Chat with a model that went on 
 
 import json
 
-from inference import console
-from inference.console import note
-from trainer.cli import Parser, run_main, user_errors
-from trainer.read import iter_rows
+from chat.terminal import note
+from common.errors import run_main, user_errors
+from common.flags import Parser
+from data.reading import iter_rows
+from inference import open_model
 
 BEGINNINGS = (
     "中国的首都是", "一年有四个季节，", "水烧到一百度就会", "从前有一只小狐狸，",
@@ -27,24 +28,24 @@ def parse(argv):
     parser.add_argument("--prompts", metavar="FILE", help="beginnings from a file")
     parser.add_argument("--score", nargs="+", metavar="FILE", help="bits per byte of {'text'} rows, held out by you")
     parser.add_argument("--score_length", type=int, metavar="TOKENS", help="read at once (what it was trained on)")
-    console.add_model_flags(parser)
-    console.add_sampling_flags(parser, temperature=0.85, max_new_tokens=128)
+    open_model.add_model_flags(parser)
+    open_model.add_sampling_flags(parser, temperature=0.85, max_new_tokens=128)
     return parser.parse_args(argv)
 
 
 def run(args):
-    params = console.sampling(args)
+    params = open_model.sampling(args)
     texts = list(args.texts)
     if args.prompts:
-        texts += [row["prompt"] for row in console.read_prompts(args.prompts)]
-    path = console.find_weight(args, base=True)
-    engine, record = console.open_engine(args, path)
+        texts += [row["prompt"] for row in open_model.read_prompts(args.prompts)]
+    path = open_model.find_weight(args, base=True)
+    engine, record = open_model.open_engine(args, path)
     note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")
     if args.score:
         return score(engine, args.score, args.score_length or record.get("seq_len", 512))
     for text in texts or BEGINNINGS:
         print(f"\n{text}", end="", flush=True)
-        console.print_stream(engine.stream(text, params))
+        open_model.print_stream(engine.stream(text, params))
         note(f"[{engine.speed}]")
 
 

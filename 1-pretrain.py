@@ -11,11 +11,12 @@ do not see each other.
   torchrun --nproc_per_node 2 1-pretrain.py --batch_size 32   two GPUs
 """
 
-from trainer import dist
-from trainer.cli import parse, run_main, stage_parser
+from common.errors import run_main
+from trainer import engine
 from trainer.loop import train
 from trainer.losses import language_model
-from trainer.start import prepare
+from trainer.setup import prepare
+from trainer.stage_flags import parse, stage_parser
 
 MINIMIND_FILES = ("pretrain_hq.jsonl", "pretrain_t2t_mini.jsonl", "pretrain_t2t.jsonl", "pretrain_data.csv")
 
@@ -25,7 +26,7 @@ def main(argv=None) -> dict:
     parser = stage_parser("pretrain", __doc__, learning_rate=rates, optimizer="muon", from_weight="none")
     args = parse(parser, argv)
     start = prepare(args, MINIMIND_FILES, sample="pretrain.jsonl")
-    with dist.join(args) as world:
+    with engine.join(args) as world:
         return train(start, start.packed("text", world), language_model, world)
 
 

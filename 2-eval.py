@@ -15,13 +15,14 @@ import os
 import time
 from pathlib import Path
 
-from inference import console
-from inference.console import as_messages, note
-from inference.scoring import is_right
-from inference.text import split_thinking
-from model.files import replaced
-from processing import judge
-from trainer.cli import Parser, UserError, disk_fault, run_main, user_errors
+from chat.terminal import as_messages, note
+from common.errors import UserError, disk_fault, run_main, user_errors
+from common.files import replaced
+from common.flags import Parser
+from data.answer_match import is_right
+from exams import judge
+from inference import open_model
+from inference.stream_text import split_thinking
 
 
 def parse(argv):
@@ -40,8 +41,8 @@ def parse(argv):
     parser.flag(
         parser, "thinking", None, "open a think block (--no-thinking: an empty one); default: as the model likes"
     )
-    console.add_model_flags(parser)
-    console.add_sampling_flags(parser, temperature=None, max_new_tokens=512)
+    open_model.add_model_flags(parser)
+    open_model.add_sampling_flags(parser, temperature=None, max_new_tokens=512)
     args = parser.parse_args(argv)
     if args.compare and not args.prompts:
         raise UserError("--compare needs --prompts FILE, the questions to compare on")
@@ -53,18 +54,18 @@ def parse(argv):
 
 
 def open_chat(args, path):
-    engine, record = console.open_engine(args, path, foreign=True, enable_thinking=args.thinking)
+    engine, record = open_model.open_engine(args, path, foreign=True, enable_thinking=args.thinking)
     note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")
     return engine
 
 
 def chat(args):
-    params = console.sampling(args, temperature=0.85)
-    engine = open_chat(args, console.find_weight(args))
+    params = open_model.sampling(args, temperature=0.85)
+    engine = open_chat(args, open_model.find_weight(args))
     exchanges: list[tuple[str, str]] = []
-    for question in console.typed(forget=exchanges.clear):
+    for question in open_model.typed(forget=exchanges.clear):
         messages, exchanges[:] = fitting(engine, args, exchanges, question)
-        text = console.print_stream(engine.stream(messages, params), thinking=args.thinking is True)
+        text = open_model.print_stream(engine.stream(messages, params), thinking=args.thinking is True)
         note(f"[{engine.speed}]")
         _, answer = split_thinking(text, thinking=args.thinking is True)
         exchanges.append((question, answer))
@@ -87,7 +88,7 @@ def answer_all(args, engine, rows):
     """Generates an answer to every row, side by side, and prints the speed."""
     prompts = [as_messages(row["prompt"], row.get("system", args.system)) for row in rows]
     begin = time.perf_counter()
-    answers = engine.generate(prompts, console.sampling(args, temperature=0))
+    answers = engine.generate(prompts, open_model.sampling(args, temperature=0))
     note(f"[{len(rows)} answers in {time.perf_counter() - begin:.1f} s: {engine.speed}]")
     return answers
 
@@ -117,10 +118,10 @@ def check_question(row: dict, where: str) -> None:
 
 
 def questions(args):
-    rows = console.read_prompts(args.questions)
+    rows = open_model.read_prompts(args.questions)
     for row in rows:
         check_question(row, f"{args.questions}:{row['line']}")
-    path = console.find_weight(args)
+    path = open_model.find_weight(args)
     answers = answer_all(args, open_chat(args, path), rows)
     kinds, lines = {}, []
     for row, answer in zip(rows, answers, strict=True):
@@ -145,7 +146,7 @@ def asked(row: dict) -> str:
 
 
 def prompts(args):
-    rows, path = console.read_prompts(args.prompts), console.find_weight(args)
+    rows, path = open_model.read_prompts(args.prompts), open_model.find_weight(args)
     answers = answer_all(args, open_chat(args, path), rows)
     lines = []
     for row, answer in zip(rows, answers, strict=True):
@@ -156,7 +157,7 @@ def prompts(args):
 
 
 def compare(args):
-    rows, columns = console.read_prompts(args.prompts), []
+    rows, columns = open_model.read_prompts(args.prompts), []
     teacher = judge.connect(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY", "")) if args.judge else None
     for path in map(Path, args.compare):
         columns.append([answer.text for answer in answer_all(args, open_chat(args, path), rows)])

@@ -14,11 +14,12 @@ MiniMind v1's two steps, short questions first:
   python 3-full_sft.py --data_path multi.csv --from_weight out/single_chat/full_sft_512.pth
 """
 
-from trainer import dist
-from trainer.cli import parse, run_main, stage_parser
+from common.errors import run_main
+from trainer import engine
 from trainer.loop import train
 from trainer.losses import language_model
-from trainer.start import prepare
+from trainer.setup import prepare
+from trainer.stage_flags import parse, stage_parser
 
 MINIMIND_FILES = ("sft_mini_512.jsonl", "sft_t2t_mini.jsonl", "sft_512.jsonl", "sft_data_single.csv", "sft_data.csv")
 
@@ -27,7 +28,7 @@ def main(argv=None) -> dict:
     parser = stage_parser("full_sft", __doc__, learning_rate=5e-4, epochs=2.0, weight_decay=0.01)
     args = parse(parser, argv)
     start = prepare(args, MINIMIND_FILES, sample="sft.jsonl", before=("pretrain",))
-    with dist.join(args) as world:
+    with engine.join(args) as world:
         return train(start, start.packed("chat", world), language_model, world)
 
 

@@ -18,17 +18,18 @@ are trained. See model/lora.py. The adapter's file is given to other programs li
 import re
 from pathlib import Path
 
-from trainer import dist  # before torch, see there
+from trainer import engine  # before torch, see there
 
 # isort: split
+from common.errors import UserError, run_main
+from data.reading import raw_rows
 from model.lora import PROJECTIONS, LoraConfig, add_lora, load_lora
 from model.peft_folder import check_peft, save_peft
 from model.weights import load_model
-from trainer.cli import UserError, parse, run_main, stage_parser
 from trainer.loop import train
 from trainer.losses import language_model
-from trainer.read import raw_rows
-from trainer.start import prepare
+from trainer.setup import prepare
+from trainer.stage_flags import parse, stage_parser
 
 MINIMIND_FILES = ("lora_identity.jsonl", "lora_medical.jsonl")
 PLACEHOLDER = re.compile(rb"\{\{(name|author)\}\}")
@@ -85,7 +86,7 @@ def main(argv=None) -> dict:
     start = prepare(args, MINIMIND_FILES, "lora_domain.jsonl", before=("full_sft",), required=True, adapt=adapt)
     for path in start.data_files:
         refuse_placeholders(path)
-    with dist.join(args) as world:
+    with engine.join(args) as world:
         result = train(start, start.packed("chat", world), language_model, world)
         if args.peft_dir and world.first and not args.dry_run:
             model = load_model(start.came_from, args.preset)[0]  # a fresh one: ZeRO 3 spreads the trained one

@@ -35,7 +35,7 @@ lock: | .venv/bin/python
 	$(COMPILE) -o constraints-lowest.txt --resolution lowest-direct
 
 test-matrix:
-	@$(PYTHON) trainer/needs.py
+	@$(PYTHON) common/needs.py
 	$(PYTHON) tests/matrix.py $(VERSIONS)
 
 # A .venv of an older Python, of one that is gone, or half made (pip's own record is written last) is made anew.
@@ -45,7 +45,7 @@ ifneq ($(shell .venv/bin/python -c "import sys; from importlib.metadata import v
 endif
 
 .venv/bin/python:
-	@$(PYTHON) trainer/needs.py
+	@$(PYTHON) common/needs.py
 	$(PYTHON) -m venv --clear .venv
 
 .venv/installed: requirements.txt constraints.txt | .venv/bin/python

@@ -9,12 +9,13 @@ import math
 import os
 import sys
 
-from trainer.cli import Parser, UserError, run_main
+from common.errors import UserError, run_main
+from common.flags import Parser
 
 
 def sample(args):
     """Write the embedded sample (dataset/sample) from the facts in dataset/world."""
-    from processing.sample import make_sample
+    from sample.make_sample import make_sample
 
     try:
         counts = make_sample(args.out_dir, args.seed)
@@ -27,10 +28,10 @@ def sample(args):
 
 def clean(args):
     """Bring raw collections into a stage's file: read, normalise, filter, drop copies, hold out, mix."""
-    from processing.clean import Settings, clean
-    from processing.dedup import THRESHOLD
-    from processing.filters import PROFILES
-    from trainer.workers import default_workers
+    from cleaning.clean import Settings, clean
+    from cleaning.dedup import THRESHOLD
+    from cleaning.filters import PROFILES
+    from common.workers import default_workers
 
     overrides = {name: getattr(args, name) for name in ("min_chars", "max_chars", "min_chinese", "languages",
                  "max_symbols", "max_repetition") if getattr(args, name) is not None}  # fmt: skip
@@ -48,7 +49,7 @@ def clean(args):
     )  # fmt: skip
     engine = None
     if args.engine == "ray":
-        from processing.cluster import Ray
+        from cleaning.cluster import Ray
 
         engine = Ray(args.workers)
     workers = args.workers or default_workers()
@@ -78,7 +79,7 @@ def _refuse_idle_flags(args, chat_text: bool):
 
 def report(args):
     """Describe a stage file: rows, tokens, lengths, languages, copies, turns, samples, a plot."""
-    from processing.report import describe, print_report
+    from cleaning.report import describe, print_report
 
     found = describe(args.file, args.tokenizer, args.samples, args.seed, args.plot, args.workers)
     print_report(found)
@@ -87,7 +88,7 @@ def report(args):
 
 def fill(args):
     """Fill {{name}}, {{author}} and other placeholders in a file of rows."""
-    from processing.fill import fill
+    from cleaning.fill import fill
 
     values = {}
     for pair in args.set:
@@ -102,7 +103,7 @@ def fill(args):
 
 def distill(args):
     """Ask a model behind an OpenAI-compatible API for answers to a file of prompts, as rows for SFT."""
-    from processing.distill import Teacher, distill
+    from cleaning.distill import Teacher, distill
 
     key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
     teacher = Teacher(args.base_url, args.model, key, args.max_tokens, args.temperature, args.timeout, args.retries)
@@ -110,9 +111,9 @@ def distill(args):
 
 
 def add_clean(commands):
-    from processing.dedup import THRESHOLD
-    from processing.filters import LANGUAGES, PROFILES
-    from processing.read_raw import ENCODINGS
+    from cleaning.dedup import THRESHOLD
+    from cleaning.filters import LANGUAGES, PROFILES
+    from data.raw_reading import ENCODINGS
 
     command = commands.add_parser("clean", help=clean.__doc__, description=clean.__doc__)
     command.add_argument("--data_path", nargs="+", required=True, metavar="PATH", help="raw files and folders of them")
@@ -149,7 +150,7 @@ def add_clean(commands):
 
 
 def add_report(commands):
-    from trainer.workers import default_workers
+    from common.workers import default_workers
 
     command = commands.add_parser("report", help=report.__doc__, description=report.__doc__)
     command.add_argument("file", metavar="FILE")

@@ -16,13 +16,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from chat.terminal import note
+from common.errors import UserError, run_main, user_errors
+from common.files import replaced
+from common.flags import Parser
+from data.reading import check_file
+from exams import exam, harness, report
+from exams.contamination import search
 from export.transformers_folder import write_transformers_folder
-from inference import console, exam, exam_report, harness
-from inference.console import note
-from model.files import replaced
-from processing.contamination import search
-from trainer.cli import Parser, UserError, run_main, user_errors
-from trainer.read import check_file
+from inference import open_model
 
 SAMPLE = Path("dataset/sample/exam")
 
@@ -43,7 +45,7 @@ def parse(argv):
     parser.add_argument("--out_dir", default="ceval/ceval_result", metavar="FOLDER", help="(ceval/ceval_result)")
     parser.flag(parser, "lm_eval", False, "let lm-evaluation-harness ask and score, through transformers")
     parser.add_argument("--contamination", nargs="+", metavar="FILE", help="training files to search for the questions")
-    console.add_model_flags(parser)
+    open_model.add_model_flags(parser)
     args = parser.parse_args(argv)
     if args.lm_eval and args.format in ("chat", "text"):
         raise UserError(f"--lm_eval asks as --format completion does; --format {args.format} is not the harness's")
@@ -93,22 +95,22 @@ def run(args):
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {out_dir}: {error.strerror}") from None
-    path = console.find_weight(args)
+    path = open_model.find_weight(args)
     harness_version = harness.version() if args.lm_eval else None
     overlap = None
     if args.contamination:
         overlap = search(args.contamination, subjects, out_dir / "contamination.csv")
         note(f"{overlap['rows_overlapping']} of {overlap['rows']} training rows hold "
              f"{overlap['questions_overlapping']} of the questions; see {out_dir / 'contamination.csv'}")  # fmt: skip
-    engine, record = console.open_engine(args, path, foreign=True, max_batch=args.max_batch)
+    engine, record = open_model.open_engine(args, path, foreign=True, max_batch=args.max_batch)
     note(f"{path}: {sum(len(s.questions) for s in subjects)} questions of {len(subjects)} subjects in {folder}/{split}")
     if args.lm_eval:
         graded = ask_harness(args, path, engine, record, subjects)
     else:
         graded = exam.take_exam(engine, subjects, asker(engine, args))
 
-    summary = exam_report.summarise(graded.answers)
-    report = exam_report.lines(subjects, graded.answers, summary)
+    summary = report.summarise(graded.answers)
+    report = report.lines(subjects, graded.answers, summary)
     print("\n".join(report))
     result = {
         "benchmark": args.benchmark, "data_dir": str(folder), "split": split, "format": args.format,
@@ -116,13 +118,13 @@ def run(args):
         "weights": str(path), "out_dir": str(out_dir), "lm_eval": harness_version, "contamination": overlap,
         "seconds": round(time.perf_counter() - begin, 2),
     }  # fmt: skip
-    exam_report.write_answers(out_dir, split, graded.answers)
+    report.write_answers(out_dir, split, graded.answers)
     with replaced(out_dir / "test.log", text=True) as file:
         file.write("\n".join(report) + "\n")
     with replaced(out_dir / "summary.json", text=True) as file:
         file.write(json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     try:
-        exam_report.plot(out_dir / "accuracy.png", graded.answers, summary)
+        report.plot(out_dir / "accuracy.png", graded.answers, summary)
     except ImportError:
         note("no picture: it needs matplotlib (pip install matplotlib)")
     print(json.dumps(result, ensure_ascii=False))

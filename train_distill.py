@@ -15,19 +15,20 @@ al. 2015); other divergences by --kl, see trainer.losses.kd_loss. Black-box dist
   python train_distill.py --teacher big.pth --rows text --data_path corpus.jsonl --kl reverse
 """
 
-from trainer import dist  # before torch, see there
+from trainer import engine  # before torch, see there
 
 # isort: split
 import torch
 
+from common.errors import UserError, run_main
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, tokenizer_hash
-from model.weights import FREE_FIELDS
-from trainer.cli import UserError, parse, run_main, stage_parser
+from model.weights_file import FREE_FIELDS
 from trainer.loop import train
 from trainer.losses import distillation_sums, inputs, with_balance
-from trainer.start import find_frozen, load_weights, prepare, random_model, shape_flags
+from trainer.setup import find_frozen, load_weights, prepare, random_model, shape_flags
+from trainer.stage_flags import parse, stage_parser
 
 MINIMIND_FILES = ("sft_mini_512.jsonl", "sft_t2t_mini.jsonl", "sft_512.jsonl")
 
@@ -104,7 +105,7 @@ def main(argv=None) -> dict:
     if tokenizer_hash(start.tokenizer) != tokenizer_hash(tokenizer) or widths[0] != widths[1]:
         raise UserError(f"the teacher {path} has another vocabulary than the student: their words cannot be compared")
     start.use_frozen("teacher", teacher, path)
-    with dist.join(args) as world:
+    with engine.join(args) as world:
         teacher.requires_grad_(False).to(world.device)
         return train(start, start.packed(args.rows, world), distillation(args, teacher), world)
 

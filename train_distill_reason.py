@@ -14,16 +14,17 @@ thinking as well, when it is told to. Printed: ce, the loss without weights.
   python train_distill_reason.py --data_path traces.jsonl --think_ratio 0.8
 """
 
-from trainer import dist  # before torch, see there
+from trainer import engine  # before torch, see there
 
 # isort: split
 import torch
 
-from trainer.cli import UserError, parse, run_main, stage_parser
+from common.errors import UserError, run_main
+from data.thinking import REASONING_TAGS
 from trainer.loop import train
 from trainer.losses import inputs, learned_targets, weighted_sum, with_balance
-from trainer.start import prepare
-from trainer.think import REASONING_TAGS
+from trainer.setup import prepare
+from trainer.stage_flags import parse, stage_parser
 
 
 def parser():
@@ -75,7 +76,7 @@ def main(argv=None) -> dict:
     start = prepare(args, files, sample="reason.jsonl", before=("full_sft", "dpo"), required=True)
     weights = token_weights(start.tokenizer, start.model.config.vocab_size, args.tag_weight)
     kind = "chat" if args.think_ratio == 1 else f"chat:{args.think_ratio}"
-    with dist.join(args) as world:
+    with engine.join(args) as world:
         loss_fn = tagged_language_model(weights.to(world.device))
         return train(start, start.packed(kind, world), loss_fn, world)
 

@@ -20,19 +20,20 @@ match of greedy answers to held-out questions.
 
 import copy
 
-from trainer import dist  # before torch, see there
+from trainer import engine  # before torch, see there
 
 # isort: split
+from common.errors import UserError, run_main
+from data.reading import check_file
 from inference.engine import Engine
 from inference.sampling import SamplingParams
-from trainer import rl
-from trainer.cli import UserError, parse, run_main, stage_parser
+from trainer import grpo
 from trainer.deepspeed_config import get, read_config
 from trainer.preference import Reference
-from trainer.questions import load_questions
-from trainer.read import check_file
+from trainer.problems import load_questions
 from trainer.rewards import generated_text
-from trainer.start import SAMPLE, prepare
+from trainer.setup import SAMPLE, prepare
+from trainer.stage_flags import parse, stage_parser
 
 FLAGS = ("group", "temperature", "max_new_tokens", "kl", "clip", "inner_steps", "format_reward")
 
@@ -78,7 +79,7 @@ def check(args) -> None:
 
 
 def sampler(tokenizer, max_new_tokens: int):
-    """The engine's rollout, as trainer.rl.train asks for it."""
+    """The engine's rollout, as trainer.grpo.train asks for it."""
 
     def rollout(model, prompts, seeds, temperature):
         params = [SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed) for seed in seeds]
@@ -99,11 +100,11 @@ def main(argv=None) -> dict:
     val_files = [check_file(f) for f in args.val_path or ([SAMPLE / "reason_heldout.jsonl"] if sampled else [])]
     questions, held_out = load_questions(start, val_files)
     origin = Reference(start).model() if args.kl else None
-    with dist.join(args) as world:
+    with engine.join(args) as world:
         if origin is not None:
             origin = copy.deepcopy(origin).to(world.device).requires_grad_(False).eval()
             start.other_parameters = origin.num_parameters()
-        return rl.train(start, questions, held_out, origin, sampler(start.tokenizer, args.max_new_tokens), world)
+        return grpo.train(start, questions, held_out, origin, sampler(start.tokenizer, args.max_new_tokens), world)
 
 
 if __name__ == "__main__":

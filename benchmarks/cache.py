@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from trainer.read import parse_record, raw_rows
+from data.reading import raw_rows
+from data.row_shapes import parse_record
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENISE = """

@@ -17,14 +17,14 @@ import numpy as np
 
 from benchmarks.report import spread
 from benchmarks.stages import read_lines, stage
+from cleaning.clean import Settings, clean, row_text
+from cleaning.dedup import Fingerprints, exact_key, find_copies, signature
+from cleaning.filters import PROFILES
+from cleaning.normalise import normalise_row
+from cleaning.published_shapes import parse_record, to_row
+from data.raw_reading import Dropped, find_files, raw_rows
 from inference.engine import Engine
 from model.weights import load_model
-from processing.clean import Settings, clean, row_text
-from processing.dedup import Fingerprints, exact_key, find_copies, signature
-from processing.filters import PROFILES
-from processing.normalise import normalise_row
-from processing.read_raw import Dropped, find_files, raw_rows
-from processing.shapes import parse_record, to_row
 
 
 def add_flags(parser) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from inference.console import stretch
+from data.rows import token_bytes
+from inference.open_model import stretch
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_document
-from model.weights import load_model, newest_weights
-from trainer.data import token_bytes
+from model.weights import load_model
+from model.weights_file import newest_weights
 from trainer.losses import learned_bytes
 
 FACTORS = (1, 2, 4)

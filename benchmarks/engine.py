@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.report import spread
 from benchmarks.step import counterpart
+from data.reading import iter_rows
 from export.gguf_file import write_gguf
 from inference.engine import Engine
 from inference.sampling import SamplingParams
@@ -28,7 +29,6 @@ from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
 from model.weights import load_model
-from trainer.read import iter_rows
 
 STREAMS = 16
 PROMPT_TOKENS = 16

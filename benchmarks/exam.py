@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from inference import exam
+from exams import exam
 from inference.engine import Engine
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM

@@ -9,8 +9,8 @@ takes the other one, and everything after it differs. From these answers both le
 import torch
 
 import train_grpo
+from common.errors import run_main
 from inference.engine import Completion
-from trainer.cli import run_main
 
 
 def same_answers(model, prompts, seeds, temperature) -> list[Completion]:

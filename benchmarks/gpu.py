@@ -30,10 +30,10 @@ import transformers
 
 from benchmarks import gpu_speed, gpu_stages
 from benchmarks.parts import Results, tables
-from model.device import pick_device
-from model.files import replaced
+from common.device import pick_device
+from common.errors import RunFailed, UserError, user_errors
+from common.files import replaced
 from model.LMConfig import PRESETS
-from trainer.cli import RunFailed, UserError, user_errors
 
 EVERY = gpu_stages.PARTS | gpu_speed.PARTS
 PARTS = {name: EVERY[name] for name in ("stages", "speed", "decode", "kills", "dtypes", "exams", "compiled")}

@@ -18,22 +18,23 @@ from benchmarks.parts import Case, Part
 from benchmarks.report import spread
 from benchmarks.stages import SAMPLE
 from benchmarks.step import SEQ_LEN, counterpart
-from inference import exam
+from common.device import device_and_dtype, pick_device, pick_dtype
+from common.errors import out_of_memory
+from exams import exam
 from inference.engine import Engine
 from inference.sampling import SamplingParams
-from model.device import pick_device, pick_dtype
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
-from trainer.cli import out_of_memory, parse, stage_parser
-from trainer.dist import Engine as TrainingEngine
-from trainer.dist import World, device_and_dtype
-from trainer.feed import ready_for
+from trainer.engine import Engine as TrainingEngine
 from trainer.log import device_flops, flops_per_token
 from trainer.loop import take_step
 from trainer.losses import language_model
 from trainer.memory import training_bytes
-from trainer.optim import make_optimizers
+from trainer.optimizers import make_optimizers
+from trainer.prefetch import ready_for
+from trainer.stage_flags import parse, stage_parser
+from trainer.world import World
 
 WARM_UP, STRETCHES = 3, 3  # steps before the first measured one; measurements, whose median is given
 STREAMS = ("1", "16", "64")
@@ -46,7 +47,7 @@ EXAMS = {"letters": exam.AskByChat, "text": exam.AskByText}
 # -------------------------------------------------------------------------------------------------------- common ground
 @contextmanager
 def as_in_training():
-    """float32 products in TF32, as trainer.dist.join lets them; afterwards as before."""
+    """float32 products in TF32, as trainer.world.join lets them; afterwards as before."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:

@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.parts import Case, Part
 from benchmarks.stages import ROOT, SAMPLE, read_lines
-from model.files import replaced
-from trainer.cli import RunFailed, UserError
+from common.errors import RunFailed, UserError
+from common.files import replaced
 
 ROWS = 300  # of each of the sample's files, taken evenly
 LIMIT_SECONDS = 540  # of one run: one that hangs must not hold the rest

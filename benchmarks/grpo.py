@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.stages import stage
 from model.tokenizer import save_tokenizer, train_tokenizer
-from processing.arithmetic import compute, reason_messages, same_sum, worked_sums
+from sample.arithmetic import compute, reason_messages, same_sum, worked_sums
 
 LIMIT_MINUTES = 30
 # At temperature 1 the start's samples are right half as often as its greedy answers (17% and 45%): learning would first

@@ -13,8 +13,8 @@ trained: time and memory.
 from pathlib import Path
 
 from benchmarks.stages import SAMPLE, ask, chat_weights, held_out, read_lines, stage
-from inference.scoring import is_right
-from processing.fill import fill
+from cleaning.fill import fill
+from data.answer_match import is_right
 
 RECIPE = ["--seq_len", 256, "--batch_size", 4, "--accumulation_steps", 1, "--log_interval", 20, "--eval_interval", 0]
 

@@ -14,7 +14,7 @@ from benchmarks.report import paired_ratios, spread
 from benchmarks.stages import add_run_flags, stage
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from trainer.optim import make_optimizers
+from trainer.optimizers import make_optimizers
 
 MODEL = {"dim": 192, "n_layers": 6, "n_heads": 6, "n_kv_heads": 2}
 RATES = {"muon": (1e-3, 2e-3, 4e-3, 8e-3), "adamw": (5e-4, 1e-3, 2e-3, 4e-3)}

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.files import replaced
-from trainer.cli import UserError
+from common.errors import UserError
+from common.files import replaced
 
 Case = tuple[str, ...]
 

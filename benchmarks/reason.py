@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.stages import SAMPLE, ask, chat_weights, read_lines, stage
-from inference.scoring import is_right as stands_in
+from data.answer_match import is_right as stands_in
 from trainer.rewards import TAG, TAGS_IN_ORDER, final_answer, is_right
 
 

@@ -21,14 +21,14 @@ from pathlib import Path
 import httpx2
 import torch
 
-from inference import console
+from common.errors import RunFailed
+from inference import open_model
 from inference.engine import Completion, Engine
 from inference.sampling import SamplingParams
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
 from model.weights import save_weights
-from trainer.cli import RunFailed
 
 QUESTIONS = Path("dataset/sample/heldout.jsonl")
 SHORT, LONG = 8, 96  # tokens of an answer at most: question by question something between
@@ -157,7 +157,7 @@ def prepare(args, folder: str) -> tuple[Path, Engine, list[dict]]:
         config = LMConfig.from_preset(args.preset, initializer_range=0.1)
         save_weights(path, MiniMindForCausalLM(config), load_tokenizer(), {"stage": "none, random weights"})
     flags = Namespace(preset=None, tokenizer=None, rope_scaling=None, device="cpu", dtype="auto", quantize="none")
-    engine, _ = console.open_engine(flags, path)
+    engine, _ = open_model.open_engine(flags, path)
     rows = QUESTIONS.read_text(encoding="utf-8").splitlines()
     step = max(len(rows) // args.questions, 1)
     asked = [json.loads(row)["question"] for row in rows[::step]][: args.questions]

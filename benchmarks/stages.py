@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from common.errors import UserError
+from data.rows import packed_splits, token_bytes
+from data.token_cache import tokenised
 from inference.engine import Completion, Engine
 from inference.sampling import SamplingParams
-from model.weights import load_model, newest_weights
-from trainer.cache import tokenised
-from trainer.cli import UserError
-from trainer.data import packed_splits, token_bytes
+from model.weights import load_model
+from model.weights_file import newest_weights
 from trainer.losses import learned_bytes, lm_loss
 from trainer.rewards import generated_text
 

@@ -30,7 +30,7 @@ from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_document, load_tokenizer
 from model.weights import save_weights
-from trainer.dist import make_engine
+from trainer.engine import make_engine
 from trainer.log import flops_per_token
 from trainer.loop import take_step
 

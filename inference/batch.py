@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from common.device import upload
 from inference.cache import StaticCache
 from inference.sampling import Sampler, SamplingParams, choose
-from inference.text import TextStream
+from inference.stream_text import TextStream
 from model.compat import CACHE
-from model.device import upload
 
 CHUNK = 512  # tokens of one prompt in one pass: bounds the mask's memory and the wait of those who decode meanwhile
 PREFILL_TOKENS = 1024  # tokens of one pass over several short prompts, padding included

@@ -18,10 +18,10 @@ from itertools import islice
 import torch
 
 from inference.batch import Batch, Piece, Sequence, TokenLogprob
-from inference.prepare import prepared
+from inference.cpu_kernels import prepared
+from inference.log_probs import Score, score_sequences
 from inference.sampling import Sampler, SamplingParams
-from inference.score import Score, score_sequences
-from inference.text import TextStream
+from inference.stream_text import TextStream
 from model.tokenizer import encode_document, encode_text, render
 
 COMPILED = {"capacity": 1024, "compiled": {"mode": "reduce-overhead"}}  # few sizes of the cache: few graphs

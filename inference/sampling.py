@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.device import upload
+from common.device import upload
 
 
 @dataclass

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from model.model import MiniMindForCausalLM
 from model.moe import Experts
-from model.weights import FREE_FIELDS, LORA_FORMAT, describe, fingerprint, load_model, read_file, save_atomically
+from model.weights import load_model
+from model.weights_file import FREE_FIELDS, LORA_FORMAT, describe, fingerprint, read_file, save_atomically
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

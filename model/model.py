@@ -19,8 +19,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
+from common.device import compute_dtype
 from model.compat import CACHE, check_keywords
-from model.device import compute_dtype
 from model.LMConfig import LMConfig
 from model.moe import Experts, FeedForward, MoEFeedForward
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save
 
-from model.files import replaced
+from common.files import replaced
 from model.lora import LoraConfig, active_lora, adapter_tensors, add_lora, fill, targeted
 
 PREFIX = "base_model.model."

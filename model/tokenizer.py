@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from common.files import named
 from model.chat_template import (
     CHAT_TEMPLATE,
     TOOLS_EXAMPLE,
@@ -36,7 +37,6 @@ from model.chat_template import (
     normalise_conversation,
     to_json,
 )
-from model.files import named
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0 (padding, unknown), 1, 2
 # Ids 3-10. Not "special", so that decoding with skip_special_tokens=True keeps them: they carry meaning.

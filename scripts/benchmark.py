@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import importlib
 import json
 
-from trainer.cli import Parser, UserError, run_main
+from common.errors import UserError, run_main
+from common.flags import Parser
 
 MEASUREMENTS = {
     "step": "a training step against transformers and a matrix product",

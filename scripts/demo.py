@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trainer import needs
+from common import needs
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "tqdm", "jinja2", "matplotlib")
 needs.python_or_exit()  # an old Python can read this file so far, and no further
@@ -25,7 +25,8 @@ import shlex
 import subprocess
 import time
 
-from trainer.cli import Parser, RunFailed, UserError, run_main
+from common.errors import RunFailed, UserError, run_main
+from common.flags import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = "dataset/sample"

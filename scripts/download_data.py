@@ -24,9 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from processing.exams import arrange
-from trainer.cli import Parser, RunFailed, UserError, disk_fault, run_main
-from trainer.lock import lock
+from common.errors import RunFailed, UserError, disk_fault, run_main
+from common.files import lock
+from common.flags import Parser
+from exams.published import arrange
 
 
 @dataclass(frozen=True)

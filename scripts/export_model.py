@@ -17,17 +17,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors import SafetensorError
 
+from common.errors import RunFailed, UserError, disk_fault, run_main
+from common.flags import Parser
 from export.gguf_file import STORED, write_gguf
 from export.hub import check_push, push
 from export.ollama import modelfile
 from export.output import check_folder, publish_files, publish_folder, stage_beside
 from export.transformers_folder import FILES, cast, write_transformers_folder
-from inference.console import find_weight
+from inference.open_model import find_weight
 from model.LMConfig import PRESETS
 from model.lora import load_lora, merge_lora
 from model.tokenizer import load_tokenizer
 from model.weights import load_model, save_weights
-from trainer.cli import Parser, RunFailed, UserError, disk_fault, run_main
 
 SHORT_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as llama.cpp's users write them
 

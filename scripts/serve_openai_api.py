@@ -18,13 +18,14 @@ import os
 import signal
 from math import inf
 
-from inference import console
-from inference.console import note
+from chat.terminal import note
+from common.errors import UserError, run_main, user_errors
+from common.flags import Parser
+from inference import open_model
 from inference.scheduler import Scheduler
 from serving.app import create_app
-from serving.gate import MEGABYTE, Limits
+from serving.middleware import MEGABYTE, Limits
 from serving.process import Server, listen
-from trainer.cli import Parser, UserError, run_main, user_errors
 
 KEY = "MINIMIND_API_KEY"
 
@@ -50,7 +51,7 @@ def parse(argv):
     g.add_argument("--top_p", type=float, default=0.85, metavar="X", help="(0.85)")
     parser.flag(parser, "thinking", None, "open a think block (--no-thinking: an empty one), where a request says "
                 "nothing; default: as the model likes")  # fmt: skip
-    console.add_model_flags(parser)
+    open_model.add_model_flags(parser)
     parser.flag(parser, "compile", False, "CUDA: decode steps as graphs; faster, after a minute for the first ones")
     args = parser.parse_args(argv)
     faults = [
@@ -83,8 +84,8 @@ def main(argv=None):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     with user_errors():
-        path = console.find_weight(args)
-        engine, record = console.open_engine(args, path, enable_thinking=args.thinking)
+        path = open_model.find_weight(args)
+        engine, record = open_model.open_engine(args, path, enable_thinking=args.thinking)
     names = args.model_name or list(dict.fromkeys([Path(path).stem, "minimind"]))
     limits = Limits(
         int(args.max_body * MEGABYTE), messages=args.max_messages, max_tokens=args.max_tokens, timeout=args.timeout

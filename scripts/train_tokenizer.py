@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
+from common.errors import UserError, run_main
+from data.reading import check_file, iter_texts
 from model.tokenizer import (
     DEFAULT_VOCAB_SIZE,
     MIN_VOCAB_SIZE,
@@ -27,8 +29,6 @@ from model.tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
-from trainer.cli import UserError, run_main
-from trainer.read import check_file, iter_texts
 
 DEFAULT_FILES = ("dataset/tokenizer_train.jsonl", "dataset/pretrain_hq.jsonl")  # MiniMind's names
 SAMPLE_FILES = ("dataset/sample/pretrain.jsonl", "dataset/sample/sft.jsonl")

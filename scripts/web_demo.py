@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import streamlit as st
 
-from inference import console
-from model.weights import all_weights
-from serving import demo_tools, page
-from trainer.cli import Parser
+from chat import demo_tools, page
+from common.flags import Parser
+from inference import open_model
+from model.weights_file import all_weights
 
 REDRAW = 0.05  # seconds between two drawings of a growing answer
 ROUNDS = 4  # answers in a row that may call tools
@@ -119,8 +119,8 @@ def local_source(words):
 def engine_of(path: Path, changed: int):
     """All visitors share an engine. `changed`: when the file was written; a newer one is read again."""
     parser = Parser()
-    console.add_model_flags(parser)
-    return console.open_engine(parser.parse_args([]), path)[0]
+    open_model.add_model_flags(parser)
+    return open_model.open_engine(parser.parse_args([]), path)[0]
 
 
 def remote_source(words):

@@ -14,17 +14,17 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 
+from inference.answer_reader import OPEN, AnswerReader, begun_call
 from inference.sampling import SamplingParams
 from inference.scheduler import Closed, Handle, QueueFull, Scheduler
 from model.tokenizer import encode_text, render
 from serving import errors
-from serving.answers import DONE, Answer, ChatChoice, TextChoice, Tokens, event
 from serving.errors import ApiError
-from serving.gate import Gate, Limits
 from serving.metrics import Metrics
-from serving.running import CLIENT_GONE, EventStream, Run
+from serving.middleware import Gate, Limits
+from serving.request_run import CLIENT_GONE, EventStream, Run
+from serving.responses import DONE, Answer, ChatChoice, TextChoice, Tokens, event
 from serving.schema import ChatRequest, CompletionRequest, ErrorBody, NamedTool, Sampling
-from serving.tools import OPEN, AnswerReader, begun_call
 
 REFUSALS = {status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 429, 503, 504)}
 

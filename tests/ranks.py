@@ -18,17 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stage import load
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from trainer import dist
-from trainer.cli import run_main
-from trainer.data import PackedRows
+from common.errors import run_main
+from data.rows import PackedRows
+from trainer import engine
 
 
 def watched(job: dict) -> dict:
     """Runs the job, with notes of what happens in it."""
     notes = {"rows": [], "exchanged": [], "code": 0}
     rank = int(os.environ["RANK"])
-    batch, init, micro_batch = PackedRows.batch, dist.DistributedDataParallel.__init__, dist.Engine.micro_batch
-    meet = dist.torch_dist.init_process_group
+    batch, init, micro_batch = PackedRows.batch, engine.DistributedDataParallel.__init__, engine.Engine.micro_batch
+    meet = engine.torch_dist.init_process_group
 
     def lose_this_process():
         for way in ("kill", "fail"):
@@ -59,15 +59,15 @@ def watched(job: dict) -> dict:
         init(self, *args, **kwargs)
         self.register_comm_hook(None, count)
 
-    PackedRows.batch, dist.Engine.micro_batch = noted_batch, noted_micro_batch
-    dist.DistributedDataParallel.__init__, dist.torch_dist.init_process_group = noted_init, noted_meeting
+    PackedRows.batch, engine.Engine.micro_batch = noted_batch, noted_micro_batch
+    engine.DistributedDataParallel.__init__, engine.torch_dist.init_process_group = noted_init, noted_meeting
     try:
         run_main(load(job["script"]).main, job["flags"] + (job.get("more", []) if rank == 1 else []))
     except SystemExit as end:
         notes["code"] = end.code
     finally:
-        PackedRows.batch, dist.Engine.micro_batch = batch, micro_batch
-        dist.DistributedDataParallel.__init__, dist.torch_dist.init_process_group = init, meet
+        PackedRows.batch, engine.Engine.micro_batch = batch, micro_batch
+        engine.DistributedDataParallel.__init__, engine.torch_dist.init_process_group = init, meet
     return notes
 
 

@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 from stage import last_json, load
 
 from benchmarks.parts import Part, Results, tables
+from common.errors import UserError
 from model.LMConfig import LMConfig
-from trainer.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ["--presets", "tiny", "--rows", "1", "--new_tokens", "2"]

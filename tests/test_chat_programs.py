@@ -9,13 +9,13 @@ import os
 import pytest
 import torch
 
-from inference import console
-from inference.text import ThinkingStream, split_thinking
+from common.errors import UserError
+from inference import open_model
+from inference.stream_text import ThinkingStream, split_thinking
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
 from model.weights import load_model, save_weights
-from trainer.cli import UserError
 
 chat = importlib.import_module("2-eval")
 continue_texts = importlib.import_module("0-eval_pretrain")
@@ -101,7 +101,7 @@ def test_a_chat_remembers_and_forgets(capsys, monkeypatch):
 
 def test_history_gives_way_to_the_context():
     args = chat.parse(["--max_new_tokens", "60"])
-    engine, _ = console.open_engine(args, "out/full_sft_32.pth")
+    engine, _ = open_model.open_engine(args, "out/full_sft_32.pth")
     said = [(f"问题{i}" * 4, "回答" * 4) for i in range(9)]
     messages, kept = chat.fitting(engine, args, said, "最后")
     assert len(engine.encode(messages)) + 60 <= 128 and 0 < len(kept) < 4 and kept == said[-len(kept) :]
@@ -149,13 +149,13 @@ def test_thinking_is_told_apart_whole_and_in_pieces(text, opened, thought, said)
 # ------------------------------------------------------------------------------------------- flags, files, mistakes
 def test_rope_scaling_takes_the_trained_length_from_the_record():
     args = chat.parse(["--rope_scaling", "yarn:4"])
-    engine, _ = console.open_engine(args, "out/full_sft_32.pth")
+    engine, _ = open_model.open_engine(args, "out/full_sft_32.pth")
     rope = engine.source.config.rope_parameters
     assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 64)
     assert engine.context == 256
     for wrong in ("yarn", "yarn:0.5", "ntk:2", "linear:x"):
         with pytest.raises(argparse.ArgumentTypeError):
-            console.rope_scaling(wrong)
+            open_model.rope_scaling(wrong)
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from cleaning.clean import Settings, clean, clean_row
+from cleaning.filters import PROFILES, Profile, check_row, language_of, lost_share, repetition, symbol_share
+from cleaning.normalise import normalise_text
+from cleaning.published_shapes import parse_record, to_row
+from common.errors import UserError, run_main
+from data.raw_reading import Dropped, find_files, raw_rows
+from data.reading import iter_rows
+from data.row_shapes import BadRow, parse, record_text
 from data_process import main
 from model.tokenizer import load_tokenizer, render
-from processing.clean import Settings, clean, clean_row
-from processing.filters import PROFILES, Profile, check_row, language_of, lost_share, repetition, symbol_share
-from processing.normalise import normalise_text
-from processing.read_raw import Dropped, find_files, raw_rows
-from processing.shapes import parse_record, to_row
-from trainer.cli import UserError, run_main
-from trainer.read import BadRow, iter_rows, parse, record_text
 
 PROSE = "学而时习之，不亦说乎？有朋自远方来，不亦乐乎？人不知而不愠，不亦君子乎？"
 

@@ -11,9 +11,9 @@ import sys
 import pytest
 from stage import ROOT, last_json
 
+from cleaning.cluster import Ray
+from common.errors import RunFailed, run_main
 from data_process import main
-from processing.cluster import Ray
-from trainer.cli import RunFailed, run_main
 
 with_ray = pytest.mark.skipif(
     sys.platform != "linux" or importlib.util.find_spec("ray") is None,

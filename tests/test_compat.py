@@ -9,15 +9,15 @@ import pytest
 import torch
 from test_structure import CODE, ROOT
 
-from inference.prepare import has_packed
+from inference.cpu_kernels import has_packed
 
 # file: private names of libraries used in it. A new one wants a line here and a test below; the best is to do without.
 PRIVATE = {
     "inference/batch.py": {"_dynamo"},
-    "inference/prepare.py": {"_linear_pointwise", "_reorder_linear_weight"},
+    "inference/cpu_kernels.py": {"_linear_pointwise", "_reorder_linear_weight"},
     "trainer/deepspeed_config.py": {"__compatible_ops__"},
     "trainer/deepspeed_engine.py": {"_config"},
-    "trainer/optim.py": {"_foreach_add_", "_foreach_lerp_", "_foreach_mul_"},
+    "trainer/optimizers.py": {"_foreach_add_", "_foreach_lerp_", "_foreach_mul_"},
 }
 # What a class derived from transformers' PreTrainedModel says of itself; transformers reads these by name.
 DECLARED = {"_no_split_modules", "_supports_sdpa", "_can_compile_fullgraph", "_tied_weights_keys"}
@@ -67,7 +67,7 @@ def test_without_this_function_a_compiled_decode_step_is_no_cuda_graph():
 
 def test_without_these_functions_muon_takes_no_step():
     """One operation on a list of tensors, as torch's own optimizers do them."""
-    assert all(callable(getattr(torch, name)) for name in PRIVATE["trainer/optim.py"])
+    assert all(callable(getattr(torch, name)) for name in PRIVATE["trainer/optimizers.py"])
 
 
 def test_transformers_still_reads_what_the_model_declares():

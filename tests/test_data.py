@@ -17,22 +17,23 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.cleaning import read
+from cleaning import report
+from cleaning.distill import read_prompts
+from cleaning.fill import fill
+from common.errors import UserError
+from data import reading
+from data import token_cache as cache_module
+from data.reading import iter_rows, iter_texts
+from data.rows import IGNORED, PackedRows, packed_splits, split_documents, token_bytes
+from data.token_cache import encode_batch, tokenised
 from inference.engine import Engine
 from model.chat_template import ROLES
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_document, load_tokenizer, render
-from processing import report
-from processing.distill import read_prompts
-from processing.fill import fill
-from trainer import cache as cache_module
-from trainer import read
-from trainer.cache import encode_batch, tokenised
-from trainer.cli import UserError
-from trainer.data import IGNORED, PackedRows, packed_splits, split_documents, token_bytes
 from trainer.losses import learned_bytes, lm_loss
-from trainer.questions import read_questions
-from trainer.read import iter_rows, iter_texts
+from trainer.problems import read_questions
 
 TOKENIZER = load_tokenizer()
 TEXTS = [f"第{i}篇。" + "春天来了，花儿开了。" * (i % 23 + 1) + f" The end of no. {i}." for i in range(120)]
@@ -281,8 +282,8 @@ def test_a_long_txt_file_without_blank_lines_is_cut_all_the_same(tmp_path, monke
     text = "\n" + "".join(f"第{i}行的文字\n" for i in range(60_000))
     file.write_text(text, encoding="utf-8")
     rows = list(iter_texts([file]))
-    assert "".join(rows) == text and max(map(len, rows)) < 2 * read.TXT_DOCUMENT_CHARS + 20
-    assert [line for line, _ in read.raw_rows(file)][:2] == [1, rows[0].count("\n") + 1]
+    assert "".join(rows) == text and max(map(len, rows)) < 2 * reading.TXT_DOCUMENT_CHARS + 20
+    assert [line for line, _ in reading.raw_rows(file)][:2] == [1, rows[0].count("\n") + 1]
     monkeypatch.setattr(read, "MAX_ROW_BYTES", 1000)
     file.write_text("一\n" + "字" * 1001, encoding="utf-8")
     with pytest.raises(UserError, match="a.txt:2: a line longer than"):

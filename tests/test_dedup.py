@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from processing.clean import Settings, clean
-from processing.dedup import (
+from cleaning.clean import Settings, clean
+from cleaning.dedup import (
     BANDS,
     NEAR_UNITS,
     PLACES,
@@ -27,8 +27,8 @@ from processing.dedup import (
     shingles,
     signature,
 )
-from processing.filters import PROFILES
-from trainer.cli import UserError
+from cleaning.filters import PROFILES
+from common.errors import UserError
 
 CHARACTERS = [chr(0x4E00 + i) for i in range(3000)]
 WORDS = [f"{a}{b}{c}" for a in "bcdfg" for b in ("ar", "en", "il") for c in ("", "s", "ed", "ing", "tion", "ly")]
@@ -184,8 +184,8 @@ def progress_of(building):
 @pytest.fixture
 def many_checkpoints(monkeypatch):
     """A checkpoint every 30 rows or so; children and workers inherit it."""
-    monkeypatch.setattr("processing.clean.CHECKPOINT_BATCHES", 1)
-    monkeypatch.setattr("processing.clean.BATCH_CHARS", 2**12)
+    monkeypatch.setattr("cleaning.clean.CHECKPOINT_BATCHES", 1)
+    monkeypatch.setattr("cleaning.clean.BATCH_CHARS", 2**12)
 
 
 def test_any_number_of_workers_gives_the_same_files(raw, whole, tmp_path):
@@ -289,7 +289,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(raw, tmp_path, monkeypa
         (out / "mine.txt").write_text("mine", encoding="utf-8")
         return find_copies(*args)
 
-    monkeypatch.setattr("processing.clean.find_copies", copies)
+    monkeypatch.setattr("cleaning.clean.find_copies", copies)
     with pytest.raises(UserError, match="appeared during this run"):
         clean([raw / "c.jsonl"], out, EXACT)
     (out / "mine.txt").rename(tmp_path / "mine.txt")
@@ -340,8 +340,8 @@ def test_the_row_functions_run_under_datasets_too(raw, tmp_path):
     """What docs/data.md shows: the same function over rows, `datasets` doing the processes."""
     import datasets
 
-    from processing.clean import clean_row
-    from processing.read_raw import Dropped
+    from cleaning.clean import clean_row
+    from data.raw_reading import Dropped
 
     settings = Settings(dedup="none")
 

@@ -12,9 +12,10 @@ import torch
 from stage import ROOT, STAGES, last_json, load, run, run_flags
 from test_dist import TORCHRUN, assert_same_losses, flags_of, free_port
 
+from common.errors import UserError
 from model.weights import load_model
-from trainer.cli import DEEPSPEED_CONFIG, UserError, parse, stage_parser
 from trainer.deepspeed_config import fill, get, read_config
+from trainer.stage_flags import DEEPSPEED_CONFIG, parse, stage_parser
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 pytest.importorskip("deepspeed", reason="deepspeed cannot be imported here", exc_type=ImportError)

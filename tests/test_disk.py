@@ -13,12 +13,12 @@ import pytest
 import torch
 from stage import STAGES, load, run_flags, write_texts
 
-from model.files import named, replaced
-from model.weights import save_atomically
-from trainer.cli import RunFailed, disk_fault, run_main
-from trainer.dist import World
+from common.errors import RunFailed, disk_fault, run_main
+from common.files import named, replaced
+from model.weights_file import save_atomically
 from trainer.log import Log
 from trainer.preference import Reference
+from trainer.world import World
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 

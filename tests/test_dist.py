@@ -18,10 +18,10 @@ import pytest
 import torch
 from stage import ROOT, STAGES, TINY, load, run_flags, write_chats, write_texts
 
-from trainer import dist, watch
-from trainer.cli import RunFailed, UserError
-from trainer.dist import World
+from common.errors import RunFailed, UserError
+from trainer import engine, heartbeat
 from trainer.loop import Plan
+from trainer.world import World
 
 SCRIPTS = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -124,7 +124,7 @@ def test_restarts_want_a_new_meeting_place_for_each_attempt(monkeypatch):
         monkeypatch.setenv(name, str(value))
     with (
         pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
-        dist.join(SimpleNamespace(device="cpu", dtype="auto")),
+        engine.join(SimpleNamespace(device="cpu", dtype="auto")),
     ):
         pass
 
@@ -146,7 +146,7 @@ def test_a_process_that_does_not_come_is_named_by_those_who_wait(ranks, missing,
 
     def come(rank):
         with pytest.raises(RunFailed) as failed:
-            watch.Watch(rank, 3)
+            heartbeat.Watch(rank, 3)
         said.append(str(failed.value))
 
     threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
@@ -163,7 +163,7 @@ def test_several_processes_without_a_place_to_meet_are_the_users_mistake(monkeyp
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="use torchrun"):
-        watch.Watch(0, 2)
+        heartbeat.Watch(0, 2)
 
 
 def test_one_process_with_another_micro_batch_goes_on_where_two_were(job):

@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from stage import STAGES, catch_gradients, chat_weights, load, run_flags, write_texts
 
+from common.errors import UserError
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, train_tokenizer
 from model.weights import load_model, save_weights
-from trainer.cli import UserError, parse
-from trainer.dist import Engine, World
+from trainer.engine import Engine
 from trainer.loop import take_step
 from trainer.losses import distillation_sums, kd_loss, language_model, lm_loss
+from trainer.stage_flags import parse
+from trainer.world import World
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 STAGE = load(STAGES["full_dist"])

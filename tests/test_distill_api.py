@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from processing.distill import Teacher, distill, read_prompts
-from trainer.cli import RunFailed, UserError
-from trainer.read import iter_rows
+from cleaning.distill import Teacher, distill, read_prompts
+from common.errors import RunFailed, UserError
+from data.reading import iter_rows
 
 
 class Stub(ThreadingHTTPServer):
@@ -166,7 +166,7 @@ def test_a_reply_that_drips_takes_no_longer_than_a_request_may(prompts, tmp_path
 
 
 def test_a_reply_without_end_is_no_answer(prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr("processing.distill.LONGEST_REPLY", 100)
+    monkeypatch.setattr("cleaning.distill.LONGEST_REPLY", 100)
     result = distill(prompts, tmp_path / "out.jsonl", Stub().teacher(retries=0))
     assert result["failed"] == {"no chat completion in the reply": 12}
 

@@ -15,10 +15,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from inference.exam import read_exam
-from processing.exams import arrange
+from common.errors import RunFailed, run_main
+from exams.exam import read_exam
+from exams.published import arrange
 from scripts.download_data import HuggingFace, Remote, download, main
-from trainer.cli import RunFailed, run_main
 
 REPO = "/datasets/jingyaogong/minimind_dataset"
 CONTENT = b'{"text": "12345"}\n' * 2_700_000  # 49 MB: the client keeps what came in whole blocks of 10 MB

@@ -18,17 +18,20 @@ from stage import (
     write_pairs,
 )
 
+from common.errors import UserError
+from data.packing import pair_items
+from data.row_shapes import as_pair
 from model.tokenizer import render
-from model.weights import fingerprint, load_model
+from model.weights import load_model
+from model.weights_file import fingerprint
 from trainer.checkpoint import check_recipe
-from trainer.cli import UserError, parse
-from trainer.dist import Engine, World
+from trainer.engine import Engine
 from trainer.loop import evaluate, take_step
 from trainer.losses import dpo_loss, lm_loss, orpo_loss, simpo_loss
-from trainer.pack import pair_items
 from trainer.preference import Reference, answers_of, paired_bootstrap, preference_report
-from trainer.read import as_pair
-from trainer.start import prepare
+from trainer.setup import prepare
+from trainer.stage_flags import parse
+from trainer.world import World
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 STAGE = load(STAGES["dpo"])

@@ -7,9 +7,9 @@ import torch
 
 from inference.batch import Batch
 from inference.cache import StaticCache
+from inference.cpu_kernels import MIN_ROWS, Int8Product, has_int8, has_packed, prepared
 from inference.engine import Engine, SamplingParams
-from inference.prepare import MIN_ROWS, Int8Product, has_int8, has_packed, prepared
-from inference.text import TextStream
+from inference.stream_text import TextStream
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_document, load_tokenizer

@@ -14,17 +14,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from common.errors import UserError
+from exams import exam, harness, report
+from exams.contamination import Contamination, strings
+from exams.exam import LETTERS, Question
+from exams.published import arrange
 from export.transformers_folder import write_transformers_folder
-from inference import console, exam, exam_report, harness
+from inference import open_model
 from inference.engine import Engine
-from inference.exam import LETTERS, Question
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_text, load_tokenizer
 from model.weights import save_weights
-from processing.contamination import Contamination, strings
-from processing.exams import arrange
-from trainer.cli import UserError
 
 eval_ceval = importlib.import_module("eval_ceval")
 ROOT = Path(__file__).parent.parent
@@ -92,7 +93,7 @@ def test_a_model_that_knows_and_one_that_never_does(form, knows, accuracy, littl
     engine = Engine(Rigged(tokenizer, knows), tokenizer)
     ask = exam.AskByChat(engine) if form == "chat" else exam.AskByCompletion(engine, "ceval", shots=3)
     graded = exam.take_exam(engine, exam.read_exam(little_exam, "ceval"), ask)
-    summary = exam_report.summarise(graded.answers)
+    summary = report.summarise(graded.answers)
     assert (summary["accuracy_micro"], summary["accuracy_macro"], summary["n"]) == (accuracy, accuracy, 20)
     assert all(max(a.probabilities) > 0.99 for answers in graded.answers.values() for a in answers)
 
@@ -179,10 +180,10 @@ def test_context_and_choice_are_encoded_together(tokenizer):
 
 # ------------------------------------------------------------------------------------------------------- statistics
 def test_intervals_against_published_values():
-    low, high = exam_report.wilson(81, 263)  # Newcombe 1998 (Statistics in Medicine 17), table I: 0.2553 to 0.3662
+    low, high = report.wilson(81, 263)  # Newcombe 1998 (Statistics in Medicine 17), table I: 0.2553 to 0.3662
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert exam_report.wilson(0, 20)[0] == 0.0 and exam_report.wilson(20, 20)[1] == 1.0
-    low, high = exam_report.macro_interval([(50, 96), (50, 96)])  # p = 0.52 of 100, twice
+    assert report.wilson(0, 20)[0] == 0.0 and report.wilson(20, 20)[1] == 1.0
+    low, high = report.macro_interval([(50, 96), (50, 96)])  # p = 0.52 of 100, twice
     half = 1.959964 * math.sqrt(2 * 0.52 * 0.48 / 100) / 2
     assert high - low == pytest.approx(2 * half)
 
@@ -193,10 +194,10 @@ def test_summary_by_hand():
             exam.answer_of(Question("", ("",) * 4, gold), [float(x == said) for x in LETTERS]) for gold, said in pairs
         ]
 
-    summary = exam_report.summarise({"x": answers([("A", "A"), ("A", "B"), ("B", "B")]), "y": answers([("D", "A")])})
+    summary = report.summarise({"x": answers([("A", "A"), ("A", "B"), ("B", "B")]), "y": answers([("D", "A")])})
     assert summary["accuracy_micro"] == 0.5 and summary["accuracy_macro"] == pytest.approx(1 / 3)
     assert summary["letters"] == {"A": 2, "B": 2, "C": 0, "D": 0} and summary["majority_letter_accuracy"] == 0.5
-    assert f"  A      2   50.0%  {'#' * 25}" in exam_report.lines([], {}, summary)
+    assert f"  A      2   50.0%  {'#' * 25}" in report.lines([], {}, summary)
 
 
 # ---------------------------------------------------------------------------------------------------- reading files
@@ -451,7 +452,7 @@ def test_any_transformers_model_can_be_examined(foreign, little_exam, tmp_path, 
     flags = ["--weight", str(foreign), "--data_dir", str(little_exam), "--out_dir", str(tmp_path / "out")]
     eval_ceval.main([*flags, "--format", "completion", "--shots", "2"])
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["n"] == 20
-    engine, record = console.open_engine(eval_ceval.parse(flags), foreign, foreign=True)
+    engine, record = open_model.open_engine(eval_ceval.parse(flags), foreign, foreign=True)
     model, tokenizer = GPT2LMHeadModel.from_pretrained(foreign).eval(), AutoTokenizer.from_pretrained(foreign)
     prompt, choices, _ = exam.AskByCompletion(engine, "ceval", 1)(*first_question(little_exam))
     for choice, score in zip(choices, engine.score([prompt] * 4, choices), strict=True):

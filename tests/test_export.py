@@ -12,6 +12,7 @@ import torch
 from stage import ROOT, last_json, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.errors import RunFailed, UserError, run_main
 from export.counterpart import model_type, transformers_config
 from export.transformers_folder import FILES, write_transformers_folder
 from model.LMConfig import LMConfig
@@ -19,7 +20,6 @@ from model.lora import add_lora, save_lora
 from model.model import MiniMindForCausalLM
 from model.tokenizer import CHAT_TEMPLATE, load_tokenizer, render
 from model.weights import load_model, save_weights
-from trainer.cli import RunFailed, UserError, run_main
 
 spec = importlib.util.spec_from_file_location("export_model", ROOT / "scripts/export_model.py")
 export_model = importlib.util.module_from_spec(spec)

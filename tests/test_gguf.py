@@ -10,6 +10,7 @@ import torch
 from test_export import SHAPE, build, export, here, logits, some_ids  # noqa: F401  (here is a fixture)
 from tokenizers import pre_tokenizers
 
+from common.errors import UserError
 from export.gguf_file import gguf_tensors, halves_to_interleaved, splitter_name, write_gguf
 from export.ollama import modelfile
 from model.chat_template import CHAT_TEMPLATE
@@ -17,7 +18,6 @@ from model.convert import interleaved_to_halves
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import ADDED_TOKENS, load_tokenizer, render
-from trainer.cli import UserError
 
 WANTED = "needs requirements-export.txt"
 gguf = pytest.importorskip("gguf", reason=WANTED)

@@ -17,20 +17,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.model as model_file
+from common.device import pick_dtype
+from common.errors import RunFailed
 from inference.engine import Engine as Speaker
 from inference.sampling import SamplingParams
-from model.device import pick_dtype
 from model.LMConfig import LMConfig
 from model.model import DocumentLengths, MiniMindForCausalLM, document_ends, next_token_losses, repeat_heads
 from model.moe import experts_kind
 from model.tokenizer import load_tokenizer
-from trainer.cli import RunFailed, parse, stage_parser
-from trainer.dist import MOST_IN_A_ROW, Engine, World
+from trainer.engine import MOST_IN_A_ROW, Engine
 from trainer.log import device_flops
 from trainer.loop import take_step
 from trainer.losses import language_model, lm_loss
 from trainer.memory import rows_that_fit
-from trainer.optim import Muon, orthogonalise
+from trainer.optimizers import Muon, orthogonalise
+from trainer.stage_flags import parse, stage_parser
+from trainer.world import World
 
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 64, "vocab_size": 320}
 CPU = torch.device("cpu")

@@ -20,21 +20,23 @@ from stage import (
     write_questions,
 )
 
+from common.errors import UserError
+from data.row_shapes import BadRow
 from inference.engine import Engine as Speaker
 from inference.sampling import SamplingParams
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, render
 from model.weights import load_model
-from trainer import rl
-from trainer.cli import UserError, parse
-from trainer.dist import Engine, World
+from trainer import grpo
+from trainer.engine import Engine
 from trainer.loop import Plan, take_step
 from trainer.losses import group_advantages, grpo_loss, token_log_probs
-from trainer.questions import Question, Questions, as_question, load_questions, read_questions, split_questions
-from trainer.read import BadRow
+from trainer.problems import Question, Questions, as_question, load_questions, read_questions, split_questions
 from trainer.rewards import final_answer, is_right, reward
-from trainer.start import prepare
+from trainer.setup import prepare
+from trainer.stage_flags import parse
+from trainer.world import World
 
 STAGE = load(STAGES["grpo"])
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
@@ -231,10 +233,12 @@ def test_what_is_learned_from_has_the_probabilities_it_was_sampled_with(temperat
     asked = [questions[i] for i in (0, 8)]
     params = SamplingParams(max_tokens=12, temperature=temperature, seed=3, logprobs=6400)
     said = Speaker(start.model, start.tokenizer).generate([q.prompt for q in asked], params)
-    answers = [rl.Answer(i, q.prompt, c.token_ids, 0, False, False, False) for i, (q, c) in enumerate(zip(asked, said))]
+    answers = [
+        grpo.Answer(i, q.prompt, c.token_ids, 0, False, False, False) for i, (q, c) in enumerate(zip(asked, said))
+    ]
     engine = Engine(start.model, args, WORLD)
-    (batch,) = rl.deal(answers, 8, 1, WORLD.device)
-    rl.add_log_probs(engine, [batch], None, args)
+    (batch,) = grpo.deal(answers, 8, 1, WORLD.device)
+    grpo.add_log_probs(engine, [batch], None, args)
     for row, answer in enumerate(sorted(answers, key=len)):
         model = torch.full((len(answer.tokens), 6400), -torch.inf)  # the engine's log-probabilities at temperature 1
         for t, place in enumerate(said[answer.index].logprobs):
@@ -243,7 +247,7 @@ def test_what_is_learned_from_has_the_probabilities_it_was_sampled_with(temperat
         sampled = (model / temperature).log_softmax(-1).gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
         learned = batch["old"][row, len(answer.prompt) - 1 : len(answer) - 1]
         torch.testing.assert_close(learned, sampled, rtol=1e-4, atol=2e-5)
-    _, count, numbers = rl.policy_loss(args)(start.model, batch)
+    _, count, numbers = grpo.policy_loss(args)(start.model, batch)
     assert numbers["clip_share"] == 0 and count == sum(len(a.tokens) for a in answers)
 
 
@@ -253,7 +257,7 @@ def some_answers(n=8):
     def tokens(length):
         return torch.randint(3, 6400, (length,), generator=generator).tolist()
 
-    return [rl.Answer(i, tokens(4 + i % 3), tokens(3 + 5 * i % 7), 0, True, True, False, (-1) ** i * (i + 1) / 4)
+    return [grpo.Answer(i, tokens(4 + i % 3), tokens(3 + 5 * i % 7), 0, True, True, False, (-1) ** i * (i + 1) / 4)
             for i in range(n)]  # fmt: skip
 
 
@@ -266,12 +270,12 @@ def gradients(args, use_moe, batch_size, accumulation):
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.mul_(4)
     engine = Engine(model, args, WORLD)
-    batches = rl.deal(some_answers(), batch_size, accumulation, WORLD.device)
-    rl.add_log_probs(engine, batches, reference, args)
+    batches = grpo.deal(some_answers(), batch_size, accumulation, WORLD.device)
+    grpo.add_log_probs(engine, batches, reference, args)
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.mul_(3)
     caught = catch_gradients(engine)
-    numbers, _ = take_step(engine, batches, rl.policy_loss(args), 1.0, 0)
+    numbers, _ = take_step(engine, batches, grpo.policy_loss(args), 1.0, 0)
     return caught, numbers, (model, reference, batches)
 
 
@@ -289,8 +293,10 @@ def test_gradients_do_not_depend_on_how_the_answers_are_dealt_out(use_moe, folde
 
 
 def test_a_group_is_compared_as_a_whole():
-    answers = [rl.Answer(i, [1], [2], r, r > 0, r == 1, False) for i, r in enumerate((1, 0, 0, 1, 0.2, 0.2, 0.2, 0.2))]
-    numbers = rl.compare(answers[::-1], 4, WORLD)
+    answers = [
+        grpo.Answer(i, [1], [2], r, r > 0, r == 1, False) for i, r in enumerate((1, 0, 0, 1, 0.2, 0.2, 0.2, 0.2))
+    ]
+    numbers = grpo.compare(answers[::-1], 4, WORLD)
     a = 0.5 / (math.sqrt(1 / 3) + 1e-4)
     assert [x.advantage for x in answers] == pytest.approx([a, -a, -a, a, 0, 0, 0, 0])
     assert numbers == pytest.approx(
@@ -323,10 +329,10 @@ def test_what_is_judged_is_what_was_generated(marker, place, folder, tmp_path):
     tokens = TOKENIZER.convert_tokens_to_ids(words)
     asked = Questions([Question(questions.questions[0].prompt, "7")], 8, 0)
     engine = Engine(a_model_that_says(tokens), args, WORLD)
-    (answer,) = rl.sample(engine, STAGE.sampler(TOKENIZER, 16), asked, [0], args)
+    (answer,) = grpo.sample(engine, STAGE.sampler(TOKENIZER, 16), asked, [0], args)
     assert answer.tokens == tokens and not answer.truncated
     assert answer.reward == (0 if marker else 1.2) and answer.right == answer.well_formed == (not marker)
-    held_out = rl.evaluate(engine, STAGE.sampler(TOKENIZER, 16), asked.questions)[1]
+    held_out = grpo.evaluate(engine, STAGE.sampler(TOKENIZER, 16), asked.questions)[1]
     assert held_out == {"exact_match": not marker, "well_formed": not marker}
 
 
@@ -339,7 +345,7 @@ def test_answers_do_not_depend_on_the_process_that_gives_them(folder, tmp_path):
         engine, answers = Engine(start.model, args, WORLD), []
         for rank in range(size):
             plan = Plan(questions, args, World(rank, size, WORLD.device, WORLD.dtype), None)
-            answers += rl.sample(engine, rollout, questions, rl.step_indices(plan, 3), args)
+            answers += grpo.sample(engine, rollout, questions, grpo.step_indices(plan, 3), args)
         found.append(sorted((a.index, a.prompt, a.tokens) for a in answers))
         assert [index for index, *_ in found[-1]] == list(range(24, 32))
     assert found[0] == found[1] == found[2] == found[3]
@@ -349,14 +355,14 @@ def test_answers_do_not_depend_on_the_process_that_gives_them(folder, tmp_path):
 def test_a_step_makes_what_was_better_than_its_group_likelier(folder, tmp_path):
     args, start, questions, _ = begin(folder, tmp_path, "--kl", 0, "--learning_rate", 1e-4)
     engine = Engine(start.model.train(), args, WORLD)
-    answers = rl.sample(engine, STAGE.sampler(start.tokenizer, 16), questions, list(range(32)), args)
-    assert rl.compare(answers, 8, WORLD)["learning_groups"] > 0
-    batches = rl.deal(answers, 16, 2, WORLD.device)
-    rl.add_log_probs(engine, batches, None, args)
+    answers = grpo.sample(engine, STAGE.sampler(start.tokenizer, 16), questions, list(range(32)), args)
+    assert grpo.compare(answers, 8, WORLD)["learning_groups"] > 0
+    batches = grpo.deal(answers, 16, 2, WORLD.device)
+    grpo.add_log_probs(engine, batches, None, args)
     for _ in range(args.inner_steps):
-        take_step(engine, batches, rl.policy_loss(args), 1.0, 0)
+        take_step(engine, batches, grpo.policy_loss(args), 1.0, 0)
     with torch.no_grad():
-        gains = [rl.log_probs(start.model, b, args.temperature)[1] - b["old"] for b in batches]
+        gains = [grpo.log_probs(start.model, b, args.temperature)[1] - b["old"] for b in batches]
     changes = [(b["advantage"] * gain.sum(1)).sum().item() for b, gain in zip(batches, gains)]
     assert sum(changes) > 0.1
 
@@ -404,7 +410,7 @@ def test_a_run_that_dies_amid_a_step_goes_on_as_if_nothing_had_happened(folder, 
             return rollout(*arguments)
 
         origin = STAGE.Reference(start).model()
-        return rl.train(start, questions, held_out, copy.deepcopy(origin).eval(), dying, WORLD)
+        return grpo.train(start, questions, held_out, copy.deepcopy(origin).eval(), dying, WORLD)
 
     whole = go(tmp_path / "whole")
     with pytest.raises(Killed):  # greedy answers, then a step a call; the one at 4 was saved

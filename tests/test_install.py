@@ -126,7 +126,7 @@ def test_the_demo_refuses_an_old_python_before_it_imports_anything(tmp_path):
 
 
 @pytest.mark.skipif(not OLD, reason="no Python from 3.6 to 3.10 here")
-@pytest.mark.parametrize("script", ["scripts/demo.py", "trainer/needs.py"])
+@pytest.mark.parametrize("script", ["scripts/demo.py", "common/needs.py"])
 def test_old_pythons_can_read_what_tells_them_that_they_are_old(script):
     for python in OLD:
         done = subprocess.run([python, ROOT / script], capture_output=True, text=True)

@@ -13,8 +13,8 @@ import pytest
 import stage
 from stub_api import StubApi
 
-from processing import judge
-from trainer.cli import RunFailed, UserError
+from common.errors import RunFailed, UserError
+from exams import judge
 
 chat = importlib.import_module("2-eval")
 QUESTIONS = ["q0", "q1", "q2"]

@@ -7,10 +7,10 @@ import time
 import pytest
 from stage import STAGES, Forked, load, run_flags
 
-from processing.distill import Teacher, distill
+from cleaning.distill import Teacher, distill
+from common.errors import UserError, run_main
+from common.files import lock
 from scripts.download_data import ITEMS, HuggingFace, Remote
-from trainer.cli import UserError, run_main
-from trainer.lock import lock
 
 
 def in_a_child(function) -> int:

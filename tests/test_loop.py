@@ -26,16 +26,19 @@ from stage import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common.errors import RunFailed, UserError
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
 from model.weights import load_model
+from trainer.announce import resume_command
 from trainer.checkpoint import Files
-from trainer.cli import RunFailed, UserError, parse, stage_parser
-from trainer.dist import Engine, World
-from trainer.loop import Plan, SaveTimes, StopSignals, check_alike, resume_command, take_step, train
+from trainer.engine import Engine
+from trainer.loop import Plan, SaveTimes, StopSignals, check_alike, take_step, train
 from trainer.losses import language_model
-from trainer.start import prepare
+from trainer.setup import prepare
+from trainer.stage_flags import parse, stage_parser
+from trainer.world import World
 
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 

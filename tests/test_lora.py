@@ -6,6 +6,7 @@ import pytest
 import torch
 from stage import STAGES, chat_weights, load, run_flags, write_chats
 
+from common.errors import UserError
 from export.transformers_folder import write_transformers_folder
 from model.LMConfig import LMConfig
 from model.lora import (
@@ -25,7 +26,6 @@ from model.lora import (
 from model.model import MiniMindForCausalLM
 from model.peft_folder import load_peft, save_peft
 from model.weights import load_model
-from trainer.cli import UserError
 
 IDS = torch.arange(3, 39).view(2, 18)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from trainer.losses import learned_bytes, lm_loss
-from trainer.optim import Muon, learning_rate_factor, make_optimizers, orthogonalise
+from trainer.optimizers import Muon, learning_rate_factor, make_optimizers, orthogonalise
 
 
 def test_lm_loss_by_hand():

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.expert_loop import ExpertLoop
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.moe import (
-    ExpertLoop,
     MoEFeedForward,
     balance_loss,
     experts_in_turn,

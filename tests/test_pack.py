@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.pack import chat_items, item_lengths, pack, pack_texts, text_items
+from data.packing import chat_items, item_lengths, pack, pack_texts, text_items
 
 lengths_lists = st.lists(st.integers(2, 300), min_size=1, max_size=60)
 

@@ -61,8 +61,8 @@ def test_the_memory_in_the_table_is_the_formula_s(monkeypatch):
     import torch
 
     from model.LMConfig import LMConfig
-    from trainer.dist import World
     from trainer.memory import GB, training_bytes
+    from trainer.world import World
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))  # an RTX 3090's
     columns = [("cpu", torch.float32, 8), ("cuda", torch.bfloat16, 8), ("cuda", torch.bfloat16, 32)]

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from stage import STAGES, chat_weights, load, run_flags, write_chats
 
+from common.errors import UserError
+from data.rows import packed_splits
+from data.thinking import REASONING_TAGS, keep_thinking
+from data.token_cache import tokenised
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, render, tokenizer_from_dict, tokenizer_to_dict
-from trainer.cache import tokenised
-from trainer.cli import UserError
-from trainer.data import packed_splits
 from trainer.losses import language_model, lm_loss, weighted_sum
-from trainer.think import REASONING_TAGS, keep_thinking
 
 STAGE = load(STAGES["reason"])
 TOKENIZER = load_tokenizer()

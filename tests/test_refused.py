@@ -13,7 +13,7 @@ import pytest
 from stage import STAGES, load, run_flags, write_texts
 
 import data_process
-from trainer.cli import run_main
+from common.errors import run_main
 
 NOBODY = 65534
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="rights are another matter there")

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from cleaning.report import describe, histogram, histogram_of, quantiles
+from common.errors import UserError
+from data.row_shapes import BadRow, parse
 from data_process import main
 from model.tokenizer import encode_text, load_tokenizer, render
-from processing.report import describe, histogram, histogram_of, quantiles
-from trainer.cli import UserError
-from trainer.read import BadRow, parse
 
 
 def write(path, rows):

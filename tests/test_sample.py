@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from inference.scoring import final_answer, is_right
-from processing.arithmetic import work_out
-from processing.sample import make_sample
-from processing.world import load_world
+from data.answer_match import final_answer, is_right
+from sample.arithmetic import work_out
+from sample.make_sample import make_sample
+from sample.world import load_world
 
 SAMPLE = Path(__file__).resolve().parent.parent / "dataset" / "sample"
 TRAINING = "pretrain", "sft", "dpo", "reason", "lora_identity", "lora_domain"

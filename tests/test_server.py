@@ -11,10 +11,10 @@ import pytest
 from serve import ADD, CALLS, HELLO, learned_model, serve, user, wait_until
 from stage import load
 
+from inference.answer_reader import AnswerReader, begun_call
 from inference.engine import Engine
 from inference.sampling import SamplingParams
-from serving.gate import Limits
-from serving.tools import AnswerReader, begun_call
+from serving.middleware import Limits
 
 LONG = {"ignore_eos": True}
 

@@ -19,6 +19,7 @@ from stage import ROOT, load, warned
 from stub_api import StubApi
 
 from benchmarks import serving
+from common.errors import UserError
 from inference.batch import TokenLogprob
 from inference.engine import Completion, Engine
 from model.LMConfig import LMConfig
@@ -26,8 +27,7 @@ from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
 from model.weights import save_weights
 from serving.app import create_app
-from serving.gate import Limits
-from trainer.cli import UserError
+from serving.middleware import Limits
 
 
 def small_model():

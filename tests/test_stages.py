@@ -22,12 +22,14 @@ from stage import (
     write_texts,
 )
 
+from common.errors import RunFailed, UserError, note, run_main
+from common.flags import boolean
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from model.weights import save_weights
 from trainer.checkpoint import FORMAT
-from trainer.cli import RunFailed, UserError, boolean, note, parse, run_main, stage_parser
+from trainer.stage_flags import parse, stage_parser
 
 COMMON = """
 data_path tokenizer out_dir save_weight from_weight preset dim n_layers n_heads n_kv_heads use_moe seq_len epochs

@@ -106,7 +106,7 @@ GENERATE = ["0-eval_pretrain.py", "2-eval.py", "eval_ceval.py", "scripts/serve_o
 
 @pytest.mark.parametrize("command", TRAIN + GENERATE)
 def test_how_torchs_threads_wait_is_settled_before_torch_is_loaded(command):
-    """Threads that train sleep while they wait, threads that generate spin: see trainer/dist.py."""
+    """Threads that train sleep while they wait, threads that generate spin: see trainer/engine.py."""
     env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run([sys.executable, "-c", AT_TORCH, *command.split()], cwd=ROOT, env=env, capture_output=True,
                           text=True)  # fmt: skip

@@ -18,7 +18,8 @@ from tokenizers.decoders import DecodeStream
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from inference.console import load_foreign
+from common.errors import UserError, run_main
+from inference.open_model import load_foreign
 from model.chat_template import normalise_conversation
 from model.tokenizer import (
     ADDED_TOKENS,
@@ -38,7 +39,6 @@ from model.tokenizer import (
     train_tokenizer,
 )
 from scripts.train_tokenizer import HEADERS, Corpus, default_files, hash_numbers, main
-from trainer.cli import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("DATA") or ROOT.parent / "shared" / "data")

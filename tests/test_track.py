@@ -11,10 +11,11 @@ import pytest
 import torch
 from stage import TINY, last_json, load, run, write_texts
 
-from trainer import loop, track
-from trainer.cli import UserError, parse, stage_parser
-from trainer.dist import World
+from common.errors import UserError
+from trainer import loop, tracking
 from trainer.log import Log
+from trainer.stage_flags import parse, stage_parser
+from trainer.world import World
 
 FLAGS = [*TINY, "--max_steps", "6", "--save_interval", "2", "--eval_interval", "3", "--val_split", "0.1"]
 
@@ -106,7 +107,7 @@ def test_both_get_what_the_log_has_also_over_a_stop(offline, tmp_path, monkeypat
 def test_a_killed_run_tells_no_step_twice(tmp_path):
     """Steps told before the crash but after the last save are told again, and the first telling is dropped."""
     pytest.importorskip("tensorboard")
-    from trainer.track import TensorBoard
+    from trainer.tracking import TensorBoard
 
     class Files:
         folder, name = tmp_path, "x"
@@ -154,9 +155,9 @@ def test_a_missing_package_is_said_before_any_work(package, monkeypatch):
 def test_a_login_to_a_server_of_ones_own_is_found(offline, tmp_path, monkeypatch):
     (tmp_path / ".netrc").write_text("machine wandb.my.org login user password 0123\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert not track._has_key()
+    assert not tracking._has_key()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.my.org:8080/")
-    assert track._has_key()
+    assert tracking._has_key()
 
 
 @pytest.mark.slow

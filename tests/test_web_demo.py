@@ -16,13 +16,13 @@ import torch
 from streamlit.testing.v1 import AppTest
 from stub_api import StubApi
 
+from chat import demo_tools, page
+from chat.demo_tools import calculate
+from data.row_shapes import as_chat
+from inference.answer_reader import ToolCall
 from inference.engine import Engine
 from model.LMConfig import LMConfig
 from model.tokenizer import encode_text, load_tokenizer, render
-from serving import demo_tools, page
-from serving.demo_tools import calculate
-from serving.tools import ToolCall
-from trainer.read import as_chat
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "scripts" / "web_demo.py"

@@ -27,7 +27,8 @@ from model.convert import from_minimind
 from model.LMConfig import PRESETS, LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
-from model.weights import load_model, newest_weights, read_header, save_weights
+from model.weights import load_model, save_weights
+from model.weights_file import newest_weights, read_header
 
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 200}
 

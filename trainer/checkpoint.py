@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from model.files import named
+from common.errors import RunFailed, UserError
+from common.files import lock, named
 from model.lora import save_lora
 from model.tokenizer import tokenizer_to_dict
-from model.weights import STATE_SUFFIX, read_header, save_atomically, save_weights
-from trainer.cli import RunFailed, UserError
-from trainer.lock import lock
+from model.weights import save_weights
+from model.weights_file import STATE_SUFFIX, read_header, save_atomically
 
 FORMAT = "minimind-resume-1"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.cli import UserError
-from trainer.dist import device_and_dtype
+from common.device import device_and_dtype
+from common.errors import UserError
 
 KEYS = {  # what may stand in the file, and in those sections whose keys DeepSpeed does not check itself
     "": """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer

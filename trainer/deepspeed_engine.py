@@ -1,4 +1,4 @@
-"""DeepSpeed in the place of trainer.dist.Engine: the optimizer's state, and more by ZeRO's stage, split over processes.
+"""DeepSpeed in the place of trainer.engine.Engine: the optimizer's state, and more by ZeRO's stage, split over processes.
 
 ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) gives each of N processes a part of the optimizer's moments and of the
 float32 weights they move (stage 1), of the gradients (stage 2), of the weights themselves (stage 3). Mathematics,
@@ -16,15 +16,16 @@ import uuid
 
 import torch
 
+from common.errors import RunFailed, UserError
 from model.compat import checkpoint_activations
-from trainer.cli import RunFailed, UserError
 from trainer.deepspeed_config import fill, get, import_deepspeed, read_config
-from trainer.dist import World, restore_rng, rng_states
-from trainer.optim import parameter_groups
+from trainer.engine import restore_rng, rng_states
+from trainer.optimizers import parameter_groups
+from trainer.world import World
 
 
 class DeepSpeedEngine:
-    """The interface of trainer.dist.Engine."""
+    """The interface of trainer.engine.Engine."""
 
     def __init__(self, model, args, world: World):
         deepspeed = import_deepspeed(world.device)
@@ -72,7 +73,7 @@ class DeepSpeedEngine:
         return float(whole if norm is None else norm)
 
     def forgives(self) -> bool:
-        """With float16 DeepSpeed scales the loss and passes over what was too large, as trainer.dist.Engine does."""
+        """With float16 DeepSpeed scales the loss and passes over what was too large, as trainer.engine.Engine does."""
         return self.half
 
     def numbers(self) -> dict[str, int]:

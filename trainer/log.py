@@ -9,7 +9,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from model.files import named, replaced
+from common.files import named, replaced
 
 try:
     import resource

@@ -1,6 +1,6 @@
 """Preference pairs: log-probabilities of their answers, the frozen reference's computed once, and what was learned.
 
-A pair is two neighbouring segments of a packed row, chosen then rejected; see trainer/data.py.
+A pair is two neighbouring segments of a packed row, chosen then rejected; see data/rows.py.
 """
 
 import copy
@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.files import replaced
-from model.weights import fingerprint
-from trainer.cache import usable
-from trainer.cli import UserError
+from common.errors import UserError
+from common.files import replaced
+from data.token_cache import usable
+from model.weights_file import fingerprint
 from trainer.losses import inputs, segment_log_probs
-from trainer.start import load_weights
+from trainer.setup import load_weights
 
 FROZEN = "reference_weights"  # under which a recipe has their fingerprint; "reference" is what DPO's flag says
 RESAMPLES = 2000  # of the bootstrap

@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves
 from model import moe
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from trainer.dist import World
 from trainer.losses import language_model
 from trainer.memory import training_bytes
-from trainer.optim import make_optimizers
+from trainer.optimizers import make_optimizers
+from trainer.world import World
 
 T = 512
 fake_tensor.init_gpu_context = lambda device: None

@@ -16,11 +16,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from pretended.gpu import COUNTS, gpu  # isort: skip  before anything that imports torch
 
 import torch
+import trainer.rl
 from stage import STAGES, load, run_flags, weights_of
 
 import inference.batch
 import trainer.loop
-import trainer.rl
 from inference.engine import Completion
 
 torch.set_num_threads(1)

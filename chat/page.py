@@ -1,0 +1,157 @@
+"""What the chat page does that is no drawing: answers from a model here or behind an API, the part of a chat it sees.
+
+A source streams an answer as parts: ("reasoning", text), ("content", text), and once each is complete
+("call", inference.answer_reader.ToolCall). Whoever stops iterating stops the generation.
+"""
+
+import contextlib
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from inference.answer_reader import AnswerReader, ToolCall
+from inference.sampling import SamplingParams
+from model.tokenizer import render
+
+NOT_THE_API = "{} does not answer as OpenAI's API does; does it end in /v1?"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the sidebar sets. thinking: True opens a think block, False an empty one, None leaves it to the model."""
+
+    system: str = ""
+    history: int = 4  # earlier exchanges the model sees
+    thinking: bool | None = None
+    tools: tuple[dict, ...] = ()
+    max_tokens: int = 512
+    temperature: float = 0.85
+    top_p: float = 0.85
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    @property
+    def tool_names(self) -> set[str]:
+        return {tool["function"]["name"] for tool in self.tools}
+
+
+def visible(messages: list[dict], settings: Settings) -> list[dict]:
+    """The messages a model is sent: the system message, the last exchanges, no earlier thoughts, no marks of the page.
+
+    An exchange begins with a user's message and holds all that follows up to the next one.
+    """
+    begins = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    first = begins[-settings.history - 1] if len(begins) > settings.history else 0
+    keys = ("role", "content", "tool_calls", "tool_call_id")
+    kept = [{key: message[key] for key in keys if key in message} for message in messages[first:]]
+    return [{"role": "system", "content": settings.system}] * bool(settings.system) + kept
+
+
+def exported(messages: list[dict], system: str = "") -> str:
+    """A chat as one row that 3-full_sft.py can learn from, indented for readers."""
+    keys = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")
+    rows = [{key: message[key] for key in keys if key in message} for message in messages]
+    head = [{"role": "system", "content": system}] * bool(system)
+    return json.dumps({"conversations": head + rows}, ensure_ascii=False, indent=1)
+
+
+def as_message(call: ToolCall) -> dict:
+    """A tool call as OpenAI's API writes it in a message."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:12]}", "type": "function", "function": function}
+
+
+# ----------------------------------------------------------------------------------------------------------- sources
+class Local:
+    """A model in this process."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def stream(self, messages: list[dict], settings: Settings) -> Iterator[tuple[str, str | ToolCall]]:
+        """Raises ValueError where not even the last exchange fits into the context."""
+        params = SamplingParams(
+            max_tokens=settings.max_tokens, temperature=settings.temperature, top_p=settings.top_p,
+            top_k=settings.top_k, repetition_penalty=settings.repetition_penalty, seed=settings.seed,
+        )  # fmt: skip
+        reader = AnswerReader(settings.thinking is True, settings.tool_names)
+        for piece in self.engine.stream(self.prompt(messages, settings), params):
+            yield from reader.feed(piece.text, final=piece.finish_reason is not None)
+
+    def prompt(self, messages: list[dict], settings: Settings) -> list[int]:
+        """Token ids; of the earlier exchanges as many as leave room for an answer of max_tokens."""
+        for history in range(settings.history, -1, -1):
+            sent = visible(messages, Settings(settings.system, history))
+            ids, _ = render(self.engine.tokenizer, sent, list(settings.tools), True, settings.thinking)
+            if len(ids) + settings.max_tokens <= self.engine.context:
+                break
+        return ids
+
+
+class Remote:
+    """A model behind any server that speaks OpenAI's chat API."""
+
+    def __init__(self, address: str, key: str, model: str = ""):
+        try:
+            import httpx2  # what the client sends through: an answer that breaks off is an error of its
+            import openai
+        except ImportError:
+            raise ValueError("an API address needs OpenAI's client: pip install openai") from None
+        self.failures = (openai.OpenAIError, httpx2.HTTPError, httpx2.InvalidURL)
+        self.address, self.model = address, model
+        with self.asking():
+            self.client = openai.OpenAI(base_url=address, api_key=key or "none", max_retries=1)
+
+    @contextlib.contextmanager
+    def asking(self):
+        """What goes wrong between here and the server becomes a ValueError with one line."""
+        try:
+            yield
+        except self.failures as error:
+            raise ValueError(f"{self.address}: {str(error).splitlines()[0]}") from None
+        except (AttributeError, json.JSONDecodeError):  # the client reads whatever comes as if it were the API's
+            raise ValueError(NOT_THE_API.format(self.address)) from None
+
+    def models(self) -> list[str]:
+        with self.asking():
+            return [model.id for model in self.client.with_options(timeout=10).models.list()]
+
+    def stream(self, messages: list[dict], settings: Settings) -> Iterator[tuple[str, str | ToolCall]]:
+        reader = AnswerReader(names=settings.tool_names)  # for servers that leave the tags in the text
+        calls: dict[int, list[str]] = {}  # index -> name and arguments, which come in pieces
+        choice = None
+        with self.asking(), self.client.chat.completions.create(**self.request(messages, settings)) as chunks:
+            for choice in (each for chunk in chunks for each in chunk.choices):
+                thought = getattr(choice.delta, "reasoning_content", None)
+                if thought:
+                    yield "reasoning", thought
+                yield from reader.feed(choice.delta.content or "")
+                for part in choice.delta.tool_calls or []:
+                    call = calls.setdefault(part.index, ["", ""])
+                    for i, text in enumerate((part.function.name, part.function.arguments)):
+                        call[i] += text or ""
+        if choice is None:
+            raise ValueError(NOT_THE_API.format(self.address))
+        yield from reader.feed("", final=True)
+        yield from (("call", ToolCall(name, arguments)) for name, arguments in calls.values())
+
+    def request(self, messages: list[dict], settings: Settings) -> dict:
+        """Fields that OpenAI's API does not have are sent only where they are wished for: some servers refuse them."""
+        request = {
+            "model": self.model, "messages": visible(messages, settings), "stream": True,
+            "max_tokens": settings.max_tokens, "temperature": settings.temperature, "top_p": settings.top_p,
+        }  # fmt: skip
+        extra = {}
+        if settings.top_k:
+            extra["top_k"] = settings.top_k
+        if settings.repetition_penalty != 1:
+            extra["repetition_penalty"] = settings.repetition_penalty
+        if settings.thinking is not None:
+            extra["chat_template_kwargs"] = {"enable_thinking": settings.thinking}
+        if settings.tools:
+            request["tools"] = list(settings.tools)
+        if settings.seed is not None:
+            request["seed"] = settings.seed
+        return request | {"extra_body": extra}

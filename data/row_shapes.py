@@ -1,0 +1,195 @@
+"""The three shapes of a row: a text, a conversation, a pair of answers; and what is wrong with a row that has none."""
+
+import ast
+import json
+
+MAX_HISTORY_CHARS = 2**20
+
+ROLES = ("system", "user", "assistant", "tool")
+
+TOLD = ("role", "content", "reasoning_content", "tools", "tool_calls")
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message says why. The caller knows file and line."""
+
+
+def parse(raw, kind: str):
+    """One raw row in the shape "text", "chat" or "pair"; raises BadRow."""
+    record = parse_record(raw)
+    return {"text": as_text, "chat": as_chat, "pair": as_pair}[kind](record)
+
+
+def parse_record(raw) -> dict:
+    """A raw row as a dict."""
+    if isinstance(raw, dict):
+        if None in raw:  # where csv puts what is left over
+            raise BadRow("more fields than columns: quote a field that holds a comma")
+        return raw
+    try:
+        record = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (ValueError, RecursionError) as error:  # ValueError: a number of more digits than Python reads, too
+        raise BadRow(f"not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise BadRow(f"a row must be a JSON object, not {type(record).__name__}")
+    return record
+
+
+def as_text(record: dict) -> str:
+    """{"text": ...} -> the string."""
+    text = record.get("text")
+    if "text" not in record:
+        raise BadRow(f'no key "text" (found: {_keys(record)})')
+    if not isinstance(text, str):
+        raise BadRow(f'"text" must be a string, not {"null" if text is None else type(text).__name__}')
+    if not text.strip():
+        raise BadRow('"text" is empty')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair, as broken JSON writers leave it behind
+        raise BadRow(f'"text": character {error.start} is no valid Unicode') from None
+    return text
+
+
+def as_chat(record: dict) -> list[dict]:
+    """{"conversations": [...]} (or "messages"), or the columns history, q, a of MiniMind v1 -> messages.
+
+    Tools and a system text may stand beside them, see with_beside.
+    """
+    if "conversations" in record or "messages" in record:
+        messages = record.get("conversations", record.get("messages"))
+    elif "q" in record and "a" in record:
+        messages = []
+        for question, answer in parse_history(record.get("history")):
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [{"role": "user", "content": record["q"]}, {"role": "assistant", "content": record["a"]}]
+    else:
+        raise BadRow(f'no key "conversations" and no columns "q", "a" (found: {_keys(record)})')
+    return with_beside(check_messages(messages), record)
+
+
+def as_pair(record: dict) -> dict:
+    """{"chosen": [...], "rejected": [...]}: two conversations that differ in their last message only.
+
+    Tools and a system text may stand beside them, see with_beside.
+    """
+    if "chosen" not in record or "rejected" not in record:
+        raise BadRow(f'no keys "chosen" and "rejected" (found: {_keys(record)})')
+    chosen, rejected = check_messages(record["chosen"]), check_messages(record["rejected"])
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise BadRow("chosen and rejected must each end with an answer of the assistant")
+    if len(chosen) == 1 or len(rejected) == 1:
+        raise BadRow("chosen and rejected must be whole conversations: the answers stand without their prompt "
+                     "(`data_process.py clean --to dpo` joins a prompt that stands beside them)")  # fmt: skip
+    chosen, rejected = with_beside(chosen, record), with_beside(rejected, record)
+    ours, theirs = ([_told(message) for message in messages] for messages in (chosen, rejected))
+    if ours[:-1] != theirs[:-1]:
+        raise BadRow("the prompts of chosen and rejected differ; they may differ in the last message only")
+    if ours[-1] == theirs[-1]:
+        raise BadRow("chosen and rejected are the same answer: there is nothing to prefer")
+    return {"chosen": chosen, "rejected": rejected}
+
+
+def _told(message: dict) -> dict:
+    """What the chat template makes text of: not the scores and names that a message may carry beside it."""
+    return {key: message[key] for key in TOLD if message.get(key) is not None}
+
+
+def with_beside(messages: list[dict], record: dict) -> list[dict]:
+    """The messages with what their row holds beside them: "tools" (OpenAI's fine-tuning rows, as the argument of its
+    API) and "system" (ShareGPT's) become part of the system message that comes first.
+
+    Raises BadRow where that message says otherwise, and for OpenAI's older "functions".
+    """
+    if not _nothing(record.get("functions")):
+        raise BadRow('"functions" is OpenAI\'s older form of "tools", and is not read; write them as "tools"')
+    beside = {key: record[key] for key in ("system", "tools") if not _nothing(record.get(key))}
+    if not beside:
+        return messages
+    if "system" in beside and not isinstance(beside["system"], str):
+        raise BadRow('"system" must be a string')
+    has_one = messages[0]["role"] == "system"
+    first = dict(messages[0]) if has_one else {"role": "system", "content": ""}
+    for name, value in beside.items():
+        key = "content" if name == "system" else name
+        if not _nothing(first.get(key)) and first[key] != value:
+            raise BadRow(f'"{name}" stands beside the messages, and their system message has {key} of its own')
+        first[key] = value
+    return [first, *messages[has_one:]]
+
+
+def _nothing(value) -> bool:
+    """Whether a key is as good as absent: what writers of tables put into cells without a value."""
+    return value is None or isinstance(value, str | list) and value in ("", "[]", [])
+
+
+def check_messages(messages) -> list[dict]:
+    """Returns the messages if they can be rendered and hold at least one assistant turn, or raises BadRow."""
+    if not isinstance(messages, list) or not messages:
+        raise BadRow("a conversation must be a list with at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise BadRow(f"message {i} is not an object")
+        if message.get("role") not in ROLES:
+            raise BadRow(f"message {i} has role {message.get('role')!r}; roles are {', '.join(ROLES)}")
+        check_keys(i, message)
+        calls_only = message.get("content") is None and message.get("tool_calls")  # as OpenAI writes them
+        if not isinstance(message.get("content"), str) and not calls_only:
+            raise BadRow(f'message {i} needs a string under "content"')
+        if not isinstance(message.get("reasoning_content"), str | None):
+            raise BadRow(f'message {i} needs a string under "reasoning_content"')
+    if all(message["role"] != "assistant" for message in messages):
+        raise BadRow("no assistant message: there is nothing to learn")
+    return [message | {"content": message.get("content") or ""} for message in messages]
+
+
+def check_keys(i: int, message: dict) -> None:
+    """Raises BadRow for keys of a message that would change what is learned, and that are not read."""
+    if message.get("function_call"):
+        raise BadRow(f'message {i} has a "function_call", OpenAI\'s older form; write it as "tool_calls"')
+    if message.get("role") == "assistant" and message.get("weight") not in (None, 1):
+        raise BadRow(f'message {i} has "weight" {message["weight"]}, but every answer is learned; leave the row out')
+
+
+def record_text(record: dict) -> str:
+    """All human text of a record of any schema, messages joined by newlines; tools and calls as JSON."""
+    if "text" in record:
+        return as_text(record)
+    if "chosen" in record:
+        pair = as_pair(record)
+        messages = [*pair["chosen"], pair["rejected"][-1]]
+    else:
+        messages = as_chat(record)
+    keys = ("reasoning_content", "content", "tools", "tool_calls")
+    parts = [message[key] for message in messages for key in keys if message.get(key)]
+    return "\n".join(part if isinstance(part, str) else as_json(part) for part in parts)
+
+
+def as_json(value) -> str:
+    """JSON text of tools or calls; raises BadRow for what has none, bytes or a date of a Parquet file."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(f"tools or calls cannot be written as JSON: {error}") from None
+
+
+def parse_history(cell) -> list:
+    """MiniMind v1 keeps earlier turns as a Python literal, [[question, answer], ...]; parsed as a literal only."""
+    if cell is None or cell == "":
+        return []
+    if isinstance(cell, str):
+        if len(cell) > MAX_HISTORY_CHARS:
+            raise BadRow(f"the history cell is longer than {MAX_HISTORY_CHARS} characters")
+        try:
+            cell = ast.literal_eval(cell)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            raise BadRow("the history cell is not a list of [question, answer]") from None
+    if not isinstance(cell, list | tuple) or any(not isinstance(turn, list | tuple) or len(turn) != 2 for turn in cell):
+        raise BadRow("the history cell is not a list of [question, answer]")
+    return list(cell)
+
+
+def _keys(record: dict) -> str:
+    return ", ".join(map(str, list(record)[:8])) or "none"

@@ -1,0 +1,77 @@
+"""Files of weights: how they are written, read, recognised and found. Which model they make is said in weights.py."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from common.files import replaced
+from model.LMConfig import LMConfig
+
+FORMAT = "minimind-weights-1"
+
+LORA_FORMAT = "minimind-lora-1"  # of an adapter's file, see model/lora.py
+
+FREE_FIELDS = ("dropout", "aux_loss_alpha", "seq_aux", "max_seq_len", "use_cache")  # a trained model may change them
+
+STATE_SUFFIX = "_resume"  # <name>_resume.pth beside the weights holds what a resumed run needs
+
+
+def describe(config: LMConfig) -> str:
+    """A shape in words: "dim 512, 8 layers, 8/2 heads"."""
+    text = f"dim {config.dim}, {config.n_layers} layers, {config.n_heads}/{config.n_kv_heads} heads"
+    return text + (f", {config.n_routed_experts} experts" if config.use_moe else "")
+
+
+def fingerprint(model) -> str:
+    """16 hex digits of a model's weights and what is computed with them, adapters left out."""
+    fields = {key: value for key, value in model.config.fields().items() if key not in FREE_FIELDS}
+    digest = hashlib.blake2b(repr(sorted(fields.items())).encode(), digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        if ".adapters." not in name:
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_atomically(content, path) -> None:
+    """torch.save to a file that appears at `path` when it is whole."""
+    with replaced(path) as file:
+        torch.save(content, file)
+
+
+def read_header(path) -> dict:
+    """All of one of our files, or of an adapter's, but its tensors (they are mapped, not read)."""
+    content = read_file(Path(path), mmap=True)
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, LORA_FORMAT):
+        raise ValueError(f"{path} is not one of our weights files")
+    return {key: value for key, value in content.items() if key != "model"}
+
+
+def all_weights(folder) -> list[Path]:
+    """The weights files in `folder` and the folders in it, newest first; adapters and resume states left out."""
+    folder = Path(folder)
+    found = [*folder.glob("*.pth"), *folder.glob("*/*.pth")]
+    found = [p for p in found if not p.stem.endswith(STATE_SUFFIX) and p.parent.name != "lora" and p.name[0] != "."]
+    return sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True)
+
+
+def newest_weights(folder, want=None, unwanted=None) -> Path | None:
+    """The newest of all_weights.
+
+    want, unwanted: the first part of the names to take or to leave, such as "pretrain".
+    """
+    found = [p for p in all_weights(folder) if (want is None or p.name.startswith(f"{want}_"))]
+    found = [p for p in found if (unwanted is None or not p.name.startswith(f"{unwanted}_"))]
+    return next(iter(found), None)
+
+
+def read_file(path: Path, mmap=False):
+    """The content of a weights file of any kind; ValueError where it cannot be read. mmap: tensors stay in the file."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
+    except Exception as error:  # torch reports damaged files by a dozen types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from None

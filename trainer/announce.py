@@ -1,0 +1,90 @@
+"""What a run says before it begins, and the command that resumes it."""
+
+import json
+import os
+import shlex
+import sys
+
+import torch
+
+from common.flags import BOOLEANS
+from model.moe import experts_kind
+from model.weights_file import describe
+from trainer.engine import by_deepspeed_launcher, engine_in_words
+from trainer.loop import Plan
+from trainer.memory import memory_line
+
+
+def announce(start, plan: Plan, rows: list[tuple[str, str]], world, state) -> None:
+    """Says what is about to be done, before anything is; rows: the data in words, a line each."""
+    args, config = start.args, start.model.config
+    total, active = config.parameter_count(), config.active_parameter_count()
+    learned = learned_parameters(start)
+    print(
+        f"{args.stage}: {describe(config)}; {total:,} parameters"
+        + (f", {active:,} active" if active != total else "")
+        + (f", {learned:,} trained" if learned != total else "")
+    )
+    print(f"  weights   {start.came_from}")
+    print(f"  data      {', '.join(map(str, start.data_files))}")
+    for what, text in rows:
+        print(f"  {what:<9} {text}")
+    print(f"  steps     {plan.steps:,} of {plan.rows_per_step} rows ({plan.rows_per_step * args.seq_len:,} tokens): "
+          f"{plan.batch_size} x {plan.accumulation_steps} x {world.size} process(es)")  # fmt: skip
+    print(f"  optimizer {args.optimizer}, rate {args.learning_rate:g}, {args.schedule}, warmup {plan.warmup} steps, "
+          f"decay {args.weight_decay:g}, clip {args.grad_clip:g}, seed {args.seed}")  # fmt: skip
+    print(f"  machine   {world.device}, {str(world.dtype).removeprefix('torch.')}, {torch.get_num_threads()} thread(s)")
+    print(f"  engine    {engine_in_words(args, world)}")
+    if config.use_moe:
+        shape = (config.n_routed_experts, 2 * config.moe_hidden_dim, config.dim)
+        print(f"  experts   {experts_kind(world.device, world.dtype, shape)}")
+    print(f"  memory    {memory_line(config, args, world, plan.batch_size, learned, start.other_parameters)}")
+    print(f"  output    {start.files.weights}")
+    if state is not None:
+        print(f"  resumed   at step {state['step']}")
+    elif args.resume:
+        print("  resumed   nothing: there is no saved state yet, starting at step 0")
+    print(f"  to resume {resume_command()}", flush=True)
+
+
+def in_words(rows) -> list[tuple[str, str]]:
+    """The rows (training, validation), for the run's first lines."""
+    texts = [
+        f"{len(part):,} rows of {part.seq_len} tokens, {part.real_token_share():.1%} of them real{part.what_was_cut()}"
+        if part is not None
+        else "none: no validation figure (see --val_split)"
+        for part in rows
+    ]
+    return list(zip(("train", "held out"), texts, strict=True))
+
+
+def learned_parameters(start) -> int:
+    return sum(p.numel() for p in start.model.parameters() if p.requires_grad)
+
+
+def resume_command() -> str:
+    """The command that started this process, with --resume; of several machines' launchers only the name."""
+    words = without_flags(sys.argv, ("--resume", "--overwrite", "--local_rank"))
+    launcher, size = "python", os.environ.get("WORLD_SIZE")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = f"torchrun --nproc_per_node {size}" if size == os.environ["LOCAL_WORLD_SIZE"] else "torchrun ..."
+    elif by_deepspeed_launcher():
+        launcher = f"deepspeed --num_gpus {size}" if size == os.environ["LOCAL_SIZE"] else "deepspeed ..."
+    return f"{launcher} {shlex.join(words)} --resume"
+
+
+def without_flags(words: list[str], flags) -> list[str]:
+    """A command's words without these flags, in any of the forms --flag, --flag 0, --flag=0."""
+    kept, value_may_follow = [], False
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in flags and not (value_may_follow and word.lower() in BOOLEANS):
+            kept.append(word)
+        value_may_follow = name in flags and not value
+    return kept
+
+
+def finish_here(result: dict) -> dict:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(result), flush=True)
+    return result

@@ -1,0 +1,176 @@
+"""The machine under the loop: device, precision, processes. The loop calls backward, step and state, and does not know
+whether one process runs or several.
+
+Programs that train import this file before anything that imports torch: its threads read how to wait when it is loaded.
+"""
+
+import contextlib
+import os
+
+from trainer.world import World
+
+# Beside a busy neighbour threads that spin while they wait made a step four times slower than threads that sleep
+# (two threads on two cores, the sample's model); on idle cores the two are alike, as a training step's pieces are long.
+# Generating is another matter (docs/log.md): programs that only generate do not import this file.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import UserError
+from model.compat import checkpoint_activations
+from trainer.optimizers import make_optimizers
+
+MOST_IN_A_ROW = 30  # steps passed over; float16's factor, halved each time, has gone from 2^16 to 2^-14
+
+
+class Engine:
+    """A model with its optimizers, on one device or copied to several (DistributedDataParallel)."""
+
+    def __init__(self, model, args, world: World):
+        self.world, self.args = world, args
+        self.module = model.to(world.device).train()
+        if args.gradient_checkpointing:
+            checkpoint_activations(self.module)
+        self.optimizers = make_optimizers(self.module, args.optimizer, args.learning_rate, args.weight_decay)
+        self.passed_over = self.in_a_row = 0  # steps whose gradient was not finite: in all, and in a row by now
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+        self.model = torch.compile(self.module) if args.compile else self.module
+        if world.size > 1:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.model, device_ids=ids)
+
+    def autocast(self):
+        return self.world.autocast()
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool):
+        """Around forward and backward of one micro-batch: only a step's last one exchanges gradients."""
+        wait = self.world.size > 1 and not last
+        with self.model.no_sync() if wait else contextlib.nullcontext():
+            yield
+
+    def backward(self, loss) -> None:
+        """Adds the gradient of `loss`, which is this process's part of the step's loss."""
+        # DistributedDataParallel averages over processes what should be summed
+        self.scaler.scale(loss * self.world.size).backward()
+
+    def gradient_norm(self) -> torch.Tensor:
+        """The gradient's norm, before it is clipped to --grad_clip, which is done here; on the device."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        return torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip or float("inf"))
+
+    def step(self, factor: float, norm: float) -> float:
+        """Moves the weights, at `factor` times the peak rate, and clears the gradients; their norm is finite, and
+        returned."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            optimizer.step()  # not the scaler's step: that would ask the GPU once more whether all is finite
+        self._end_step()
+        self.in_a_row = 0
+        return norm
+
+    def pass_over(self) -> None:
+        """Clears gradients that are not finite."""
+        self._end_step()
+        self.passed_over += 1
+        self.in_a_row += 1
+
+    def _end_step(self) -> None:
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def forgives(self) -> bool:
+        """Whether a gradient that is not finite may be passed over: float16 ends at 65504, and the scaler finds out by
+        trying how far the loss can be scaled up. After many in a row its factor is not what is wrong."""
+        return self.scaler.is_enabled() and self.in_a_row < MOST_IN_A_ROW
+
+    def numbers(self) -> dict[str, int]:
+        """What the log says of the engine at a step: with float16 how many steps were passed over so far."""
+        return {"passed_over": self.passed_over} if self.scaler.is_enabled() else {}
+
+    def state(self, shards) -> dict:
+        """Everything that the next step depends on; "model": what is learned. All processes must call it.
+
+        shards: a folder for what each process would have to write for itself; here the first one has it all.
+        """
+        return {
+            "model": {name: tensor.detach().cpu() for name, tensor in learned_state(self.module).items()},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "passed_over": self.passed_over,
+            "rng": rng_states(self.world),
+        }
+
+    def load_state(self, state: dict, shards) -> None:
+        if "shards" in state:
+            raise UserError(f"{shards}.pth was saved with --deepspeed; resume it with the flag, or use --overwrite")
+        load_learned(self.module, state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        self.passed_over = state.get("passed_over", 0)
+        restore_rng(self.world, state["rng"])
+
+    def whole_model(self):
+        """The model as it is to be written. All processes must call it."""
+        return self.module
+
+
+def make_engine(model, args, world: World):
+    """The engine that the flags ask for."""
+    if args.deepspeed is None:
+        return Engine(model, args, world)
+    from trainer.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, args, world)
+
+
+def by_deepspeed_launcher() -> bool:
+    return "CROSS_SIZE" in os.environ and "LOCAL_SIZE" in os.environ
+
+
+def engine_in_words(args, world: World) -> str:
+    if args.deepspeed is not None:
+        instead = f"; adamw in place of {args.default_optimizer}" if args.default_optimizer != "adamw" else ""
+        return f"DeepSpeed as {args.deepspeed} says, {world.size} process(es){instead}"
+    note = "; started by the deepspeed launcher without --deepspeed" if by_deepspeed_launcher() else ""
+    if world.size == 1:
+        return f"one process{note}"
+    return f"{world.size} processes by DistributedDataParallel (DDP){note}"
+
+
+def learned_state(model) -> dict[str, torch.Tensor]:
+    """What of a model's state is trained: all of it, or the adapters of a frozen model."""
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.requires_grad}
+
+
+@torch.no_grad()
+def load_learned(model, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts back what learned_state gave."""
+    own = learned_state(model)
+    if own.keys() != tensors.keys():
+        raise RuntimeError(f"the saved state does not fit: {sorted(own.keys() ^ tensors.keys())[:3]}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def rng_states(world: World) -> list[dict]:
+    """State of every process's random numbers, those of dropout."""
+    rng = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(world.device)
+    return world.gather(rng)
+
+
+def restore_rng(world: World, states: list[dict]) -> None:
+    """With another number of processes there is nothing to restore: the streams of dropout differ."""
+    if len(states) == world.size:
+        rng = states[world.rank]
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and world.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], world.device)

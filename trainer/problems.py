@@ -1,0 +1,123 @@
+"""Questions whose answers can be checked: what reinforcement learns from.
+
+A row is {"question": ..., "answer": ...}, or a worked example {"conversations": [...]} whose last message holds
+<answer>...</answer>: what was asked is then the conversation before it, and its thinking is not looked at.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError, note
+from data.reading import UNUSABLE, raw_rows
+from data.row_shapes import BadRow, as_chat, parse_record, with_beside
+from model.tokenizer import render
+from trainer.rewards import known_answer
+
+
+@dataclass
+class Question:
+    """prompt: token ids up to where the assistant begins to speak; answer: the known one, in words."""
+
+    prompt: list[int]
+    answer: str
+
+
+class Questions:
+    """What is asked, `group` times each: index i is answer i % group to a question; epochs are shuffled by the seed."""
+
+    caches = ()  # nothing is tokenised into files: a run knows its questions by their digest
+
+    def __init__(self, questions: list[Question], group: int, seed: int):
+        self.questions, self.group, self.seed = questions, group, seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """Answers of an epoch."""
+        return len(self.questions) * self.group
+
+    def __getitem__(self, index: int) -> Question:
+        """The question of a global index (epoch * len + place in the epoch)."""
+        epoch, place = divmod(index // self.group, len(self.questions))
+        if epoch not in self._orders:
+            self._orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.questions))}
+        return self.questions[self._orders[epoch][place]]
+
+    def digest(self) -> str:
+        """16 hex digits of all questions and answers."""
+        content = json.dumps([(q.prompt, q.answer) for q in self.questions])
+        return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def as_question(record: dict) -> tuple[list[dict], str]:
+    """A row -> (messages that ask, known answer); raises BadRow."""
+    if "question" in record:
+        question, answer = record["question"], record.get("answer")
+        if not isinstance(question, str) or not question.strip():
+            raise BadRow('"question" must be a string that is not empty')
+        if isinstance(answer, float) and answer.is_integer():
+            answer = int(answer)  # writers of tables make 2.0 of 2; nobody answers so
+        known = isinstance(answer, str | int) or isinstance(answer, float) and math.isfinite(answer)
+        if isinstance(answer, bool) or not known or not str(answer).strip():
+            raise BadRow('"answer" must be a string or a number')
+        return with_beside([{"role": "user", "content": question}], record), str(answer).strip()
+    *messages, last = as_chat(record)
+    answer = known_answer(last["content"]) if last["role"] == "assistant" else None
+    if answer is None or not messages:
+        raise BadRow("no <answer>...</answer> in the conversation's last message: no answer to check against")
+    return messages, answer
+
+
+def read_questions(paths, tokenizer, longest: int, skip_bad_lines=False) -> list[Question]:
+    """All questions of the files. longest: tokens a prompt may have. Raises UserError naming file and line."""
+    found, skipped = [], []
+    for path in paths:
+        for line, raw in raw_rows(path):
+            try:
+                messages, answer = as_question(parse_record(raw))
+                prompt = render(tokenizer, messages, add_generation_prompt=True)[0]
+                if len(prompt) > longest:
+                    raise BadRow(f"the question has {len(prompt)} tokens, with --max_new_tokens more than --seq_len; "
+                                 "raise --seq_len")  # fmt: skip
+            except UNUSABLE as error:  # BadRow, and what render refuses
+                if not skip_bad_lines:
+                    raise UserError(f"{path}:{line}: {error} (--skip_bad_lines leaves such lines out)") from None
+                skipped.append(f"{path}:{line}: {error}")
+                continue
+            found.append(Question(prompt, answer))
+    if skipped:
+        note(f"{len(skipped)} bad line(s) left out, the first: {skipped[0]}")
+    if not found:
+        raise UserError(f"{', '.join(map(str, paths))}: no question in it that can be used")
+    return found
+
+
+def split_questions(questions: list[Question], val_split: float) -> tuple[list[Question], list[Question]]:
+    """(for training, held out): the hash of what is asked decides, so copies fall on the same side."""
+
+    def held_out(question: Question) -> bool:
+        digest = hashlib.blake2b(json.dumps(question.prompt).encode(), digest_size=8, person=b"question").digest()
+        return int.from_bytes(digest, "little") < val_split * 2**64
+
+    train = [q for q in questions if not held_out(q)]
+    if not train:
+        raise UserError(f"--val_split {val_split} leaves no question to train on; lower it or bring more")
+    return train, [q for q in questions if held_out(q)]
+
+
+def load_questions(start, val_files: list[Path]) -> tuple[Questions, list[Question]]:
+    """The stage's questions (training, held out), from its data files; val_files: hold out these instead of a part."""
+    args = start.args
+    longest = args.seq_len - args.max_new_tokens
+    questions = read_questions(start.data_files, start.tokenizer, longest, args.skip_bad_lines)
+    if val_files:
+        held_out = read_questions(val_files, start.tokenizer, longest, args.skip_bad_lines)
+    else:
+        questions, held_out = split_questions(questions, args.val_split)
+    rows = Questions(questions, args.group, args.seed)
+    start.fixed |= {"questions": rows.digest(), "held_out": Questions(held_out, 1, 0).digest()}
+    return rows, held_out

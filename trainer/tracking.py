@@ -1,0 +1,84 @@
+"""Sends a run's numbers to Weights & Biases or TensorBoard, for those who asked for it. Neither is needed."""
+
+import os
+import uuid
+from netrc import NetrcParseError, netrc
+from urllib.parse import urlsplit
+
+from common.errors import UserError
+
+
+def trackers(args, files, recipe: dict, run_id: str, step: int) -> list:
+    """Objects with log(step, numbers) and close(), one for each service the flags name. step: where the run stands."""
+    found = []
+    if args.use_wandb:
+        found.append(Wandb(args, files, recipe, run_id))
+    if args.use_tensorboard:
+        found.append(TensorBoard(files, step))
+    return found
+
+
+def new_run_id() -> str:
+    """The id under which a run is known to W&B; a resumed run keeps it."""
+    return uuid.uuid4().hex[:8]
+
+
+class Wandb:
+    """Without a key or without a network the run is written to disk only (`wandb sync FOLDER` sends it later)."""
+
+    def __init__(self, args, files, recipe: dict, run_id: str):
+        import wandb
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds for what is not sent yet when the run ends
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        why = "no key" if "WANDB_MODE" not in os.environ else "WANDB_MODE"
+        options = {"project": args.wandb_project, "name": files.name, "id": run_id, "resume": "allow",
+                   "dir": str(files.folder), "config": recipe, "settings": wandb.Settings(init_timeout=20)}  # fmt: skip
+        try:
+            self.run = wandb.init(mode=mode, **options)
+        except wandb.errors.Error as error:  # no network, or a key that is refused
+            mode, why = "offline", str(error).splitlines()[0]
+            wandb.teardown()  # its service still holds the id
+            try:
+                self.run = wandb.init(mode=mode, **options)
+            except wandb.errors.Error as wrong:  # not the network's fault: a project's name, for instance
+                raise UserError(f"--use_wandb: {wrong}") from None
+        except ValueError as error:
+            raise UserError(f"--use_wandb: {str(error).partition(chr(10))[0]} (WANDB_MODE {mode})") from None
+        if mode == "offline":
+            print(f"wandb: offline ({why}): the run is kept in {files.folder / 'wandb'}; `wandb sync` sends it",
+                  flush=True)  # fmt: skip
+
+    def log(self, step: int, numbers: dict) -> None:
+        self.run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    """Event files in out/tensorboard/<name>; `tensorboard --logdir out/tensorboard` shows them."""
+
+    def __init__(self, files, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # what a run that was killed told of later steps is told again
+        self.writer = SummaryWriter(files.folder / "tensorboard" / files.name, purge_step=step + 1)
+
+    def log(self, step: int, numbers: dict) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc().authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False

@@ -1,0 +1,136 @@
+"""TODO-DOC"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as torch_dist
+
+from common.device import device_and_dtype, upload
+from common.errors import RunFailed, UserError, disk_fault, out_of_memory
+from trainer.heartbeat import PATIENCE, Watch
+from trainer.memory import what_to_lower
+
+
+@dataclass
+class World:
+    """This process among the others, as the launcher's environment says; alone without one."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype  # of the arithmetic; weights stay float32
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *numbers: float | torch.Tensor) -> list[float]:
+        """Each number summed over all processes, in float64. Numbers on a GPU are waited for together, once."""
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        there = [x.detach().to(kind) for x in numbers if isinstance(x, torch.Tensor)]
+        here = [float(x) for x in numbers if not isinstance(x, torch.Tensor)]
+        if self.size == 1:
+            values = torch.stack(there).tolist() if there else []
+        else:
+            total = torch.stack([*there, *upload(here, self.device, kind)])
+            torch_dist.all_reduce(total)
+            values = total.tolist()
+            here = values[len(there) :]
+        in_order = {True: iter(values[: len(there)]), False: iter(here)}
+        return [next(in_order[isinstance(x, torch.Tensor)]) for x in numbers]
+
+    def gather(self, value) -> list:
+        """The value of every process, in order of rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        torch_dist.all_gather_object(values, value)
+        return values
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            torch_dist.barrier()
+
+    def shares(self, n: int, batch_size: int):
+        """This process's batches of rows 0 to n - 1, as many as every other process has, for ZeRO-3 wants all of them
+        in each forward pass: past the end a batch is one empty row, -1."""
+        for first in range(0, n, self.size * batch_size):
+            own = first + self.rank * batch_size
+            yield list(range(own, min(own + batch_size, n))) or [-1]
+
+    def on_first(self, function):
+        """function() on rank 0, None on the others; its UserError ends them all alike."""
+        value = error = None
+        if self.first:
+            try:
+                value = function()
+            except UserError as raised:
+                error = str(raised)
+        error = self.gather(error)[0]
+        if error is not None:
+            raise UserError(error)
+        return value
+
+    def first_then_all(self, function):
+        """function() on rank 0, then on the others, who find what it left."""
+        value = self.on_first(function)
+        return value if self.first else function()
+
+
+@contextlib.contextmanager
+def join(args):
+    """The World of this run: the launcher's process group, if one started us, joined and left; this process seeded."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, dtype = device_and_dtype(args)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    watch = contextlib.nullcontext()
+    if size > 1:
+        _check_restarts()
+        watch = Watch(rank, size)
+    elif args.deepspeed:
+        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
+    torch.manual_seed(args.seed)
+    try:
+        with watch:
+            if size > 1:  # watched: one that waits for a process which is gone would wait for PATIENCE
+                torch_dist.init_process_group(backend, timeout=PATIENCE)
+            yield World(rank, size, device, dtype)
+    except (UserError, SystemExit):  # all processes meet these alike; after any other error leaving could hang
+        leave()
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if (words := out_of_memory(error)) is None:
+            raise
+        raise RunFailed(f"{words}. What was saved is whole, --resume goes on from it. {what_to_lower(args)}") from None
+    except OSError as error:
+        if (words := disk_fault(error)) is None:
+            raise
+        raise RunFailed(f"{words}. What was saved is whole, --resume goes on from it") from None
+    leave()
+
+
+def _check_restarts() -> None:
+    """Raises UserError where torchrun may restart processes that could not find each other again.
+
+    Its launchers lend the processes a store that outlives them: those of the second attempt would read there the
+    addresses, and our watch the messages, that the lost ones have left (torch 2.13).
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "torchrun --max_restarts works here with a meeting place of its own for each attempt: "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every machine and give the command again"
+        )
+
+
+def leave() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
