@@ -10,6 +10,7 @@ A base model continues text; it does not answer. Chat with a model that went on 
 
 import json
 
+from chat import terminal
 from chat.terminal import note
 from common.errors import run_main, user_errors
 from common.flags import Parser
@@ -37,7 +38,7 @@ def run(args):
     params = open_model.sampling(args)
     texts = list(args.texts)
     if args.prompts:
-        texts += [row["prompt"] for row in open_model.read_prompts(args.prompts)]
+        texts += [row["prompt"] for row in terminal.read_prompts(args.prompts)]
     path = open_model.find_weight(args, base=True)
     engine, record = open_model.open_engine(args, path)
     note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")
@@ -45,7 +46,7 @@ def run(args):
         return score(engine, args.score, args.score_length or record.get("seq_len", 512))
     for text in texts or BEGINNINGS:
         print(f"\n{text}", end="", flush=True)
-        open_model.print_stream(engine.stream(text, params))
+        terminal.print_stream(engine.stream(text, params))
         note(f"[{engine.speed}]")
 
 

@@ -11,8 +11,10 @@ do not see each other.
   torchrun --nproc_per_node 2 1-pretrain.py --batch_size 32   two GPUs
 """
 
+from trainer.world import join  # first: it says how torch's threads wait
+
+# isort: split
 from common.errors import run_main
-from trainer import engine
 from trainer.loop import train
 from trainer.losses import language_model
 from trainer.setup import prepare
@@ -26,7 +28,7 @@ def main(argv=None) -> dict:
     parser = stage_parser("pretrain", __doc__, learning_rate=rates, optimizer="muon", from_weight="none")
     args = parse(parser, argv)
     start = prepare(args, MINIMIND_FILES, sample="pretrain.jsonl")
-    with engine.join(args) as world:
+    with join(args) as world:
         return train(start, start.packed("text", world), language_model, world)
 
 

@@ -15,6 +15,7 @@ import os
 import time
 from pathlib import Path
 
+from chat import terminal
 from chat.terminal import as_messages, note
 from common.errors import UserError, disk_fault, run_main, user_errors
 from common.files import replaced
@@ -63,9 +64,9 @@ def chat(args):
     params = open_model.sampling(args, temperature=0.85)
     engine = open_chat(args, open_model.find_weight(args))
     exchanges: list[tuple[str, str]] = []
-    for question in open_model.typed(forget=exchanges.clear):
+    for question in terminal.typed(forget=exchanges.clear):
         messages, exchanges[:] = fitting(engine, args, exchanges, question)
-        text = open_model.print_stream(engine.stream(messages, params), thinking=args.thinking is True)
+        text = terminal.print_stream(engine.stream(messages, params), thinking=args.thinking is True)
         note(f"[{engine.speed}]")
         _, answer = split_thinking(text, thinking=args.thinking is True)
         exchanges.append((question, answer))
@@ -118,7 +119,7 @@ def check_question(row: dict, where: str) -> None:
 
 
 def questions(args):
-    rows = open_model.read_prompts(args.questions)
+    rows = terminal.read_prompts(args.questions)
     for row in rows:
         check_question(row, f"{args.questions}:{row['line']}")
     path = open_model.find_weight(args)
@@ -146,7 +147,7 @@ def asked(row: dict) -> str:
 
 
 def prompts(args):
-    rows, path = open_model.read_prompts(args.prompts), open_model.find_weight(args)
+    rows, path = terminal.read_prompts(args.prompts), open_model.find_weight(args)
     answers = answer_all(args, open_chat(args, path), rows)
     lines = []
     for row, answer in zip(rows, answers, strict=True):
@@ -157,7 +158,7 @@ def prompts(args):
 
 
 def compare(args):
-    rows, columns = open_model.read_prompts(args.prompts), []
+    rows, columns = terminal.read_prompts(args.prompts), []
     teacher = judge.connect(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY", "")) if args.judge else None
     for path in map(Path, args.compare):
         columns.append([answer.text for answer in answer_all(args, open_chat(args, path), rows)])

@@ -14,8 +14,10 @@ MiniMind v1's two steps, short questions first:
   python 3-full_sft.py --data_path multi.csv --from_weight out/single_chat/full_sft_512.pth
 """
 
+from trainer.world import join  # first: it says how torch's threads wait
+
+# isort: split
 from common.errors import run_main
-from trainer import engine
 from trainer.loop import train
 from trainer.losses import language_model
 from trainer.setup import prepare
@@ -28,7 +30,7 @@ def main(argv=None) -> dict:
     parser = stage_parser("full_sft", __doc__, learning_rate=5e-4, epochs=2.0, weight_decay=0.01)
     args = parse(parser, argv)
     start = prepare(args, MINIMIND_FILES, sample="sft.jsonl", before=("pretrain",))
-    with engine.join(args) as world:
+    with join(args) as world:
         return train(start, start.packed("chat", world), language_model, world)
 
 

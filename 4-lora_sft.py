@@ -18,7 +18,7 @@ are trained. See model/lora.py. The adapter's file is given to other programs li
 import re
 from pathlib import Path
 
-from trainer import engine  # before torch, see there
+from trainer.world import join  # first: it says how torch's threads wait
 
 # isort: split
 from common.errors import UserError, run_main
@@ -86,7 +86,7 @@ def main(argv=None) -> dict:
     start = prepare(args, MINIMIND_FILES, "lora_domain.jsonl", before=("full_sft",), required=True, adapt=adapt)
     for path in start.data_files:
         refuse_placeholders(path)
-    with engine.join(args) as world:
+    with join(args) as world:
         result = train(start, start.packed("chat", world), language_model, world)
         if args.peft_dir and world.first and not args.dry_run:
             model = load_model(start.came_from, args.preset)[0]  # a fresh one: ZeRO 3 spreads the trained one

@@ -20,9 +20,12 @@ its 95% interval.
   python 5-dpo_train.py --data_path pairs.jsonl --beta 0.05   your pairs; less bound to the reference
 """
 
+from trainer.world import join  # first: it says how torch's threads wait
+
+# isort: split
 from common.errors import UserError, run_main
 from data.reading import check_file
-from trainer import engine, losses
+from trainer import losses
 from trainer.loop import train
 from trainer.preference import Reference, pair_log_probs
 from trainer.setup import SAMPLE, prepare
@@ -104,7 +107,7 @@ def main(argv=None) -> dict:
     reference = Reference(start)
     sampled = start.data_files == [SAMPLE / "dpo.jsonl"]
     val_files = [check_file(f) for f in args.val_path or ([SAMPLE / "dpo_heldout.jsonl"] if sampled else [])]
-    with engine.join(args) as world:
+    with join(args) as world:
         rows = start.packed("pair", world, val_files)
         reference.ready(rows, world)
         return train(start, rows, preference_loss(args, reference), world, reference.report(rows[1], world))

@@ -21,7 +21,7 @@ from common.errors import UserError, run_main, user_errors
 from common.files import replaced
 from common.flags import Parser
 from data.reading import check_file
-from exams import exam, harness, report
+from exams import exam, exam_report, harness
 from exams.contamination import search
 from export.transformers_folder import write_transformers_folder
 from inference import open_model
@@ -109,8 +109,8 @@ def run(args):
     else:
         graded = exam.take_exam(engine, subjects, asker(engine, args))
 
-    summary = report.summarise(graded.answers)
-    report = report.lines(subjects, graded.answers, summary)
+    summary = exam_report.summarise(graded.answers)
+    report = exam_report.lines(subjects, graded.answers, summary)
     print("\n".join(report))
     result = {
         "benchmark": args.benchmark, "data_dir": str(folder), "split": split, "format": args.format,
@@ -118,13 +118,13 @@ def run(args):
         "weights": str(path), "out_dir": str(out_dir), "lm_eval": harness_version, "contamination": overlap,
         "seconds": round(time.perf_counter() - begin, 2),
     }  # fmt: skip
-    report.write_answers(out_dir, split, graded.answers)
+    exam_report.write_answers(out_dir, split, graded.answers)
     with replaced(out_dir / "test.log", text=True) as file:
         file.write("\n".join(report) + "\n")
     with replaced(out_dir / "summary.json", text=True) as file:
         file.write(json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     try:
-        report.plot(out_dir / "accuracy.png", graded.answers, summary)
+        exam_report.plot(out_dir / "accuracy.png", graded.answers, summary)
     except ImportError:
         note("no picture: it needs matplotlib (pip install matplotlib)")
     print(json.dumps(result, ensure_ascii=False))

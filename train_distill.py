@@ -15,7 +15,7 @@ al. 2015); other divergences by --kl, see trainer.losses.kd_loss. Black-box dist
   python train_distill.py --teacher big.pth --rows text --data_path corpus.jsonl --kl reverse
 """
 
-from trainer import engine  # before torch, see there
+from trainer.world import join  # first: it says how torch's threads wait
 
 # isort: split
 import torch
@@ -105,7 +105,7 @@ def main(argv=None) -> dict:
     if tokenizer_hash(start.tokenizer) != tokenizer_hash(tokenizer) or widths[0] != widths[1]:
         raise UserError(f"the teacher {path} has another vocabulary than the student: their words cannot be compared")
     start.use_frozen("teacher", teacher, path)
-    with engine.join(args) as world:
+    with join(args) as world:
         teacher.requires_grad_(False).to(world.device)
         return train(start, start.packed(args.rows, world), distillation(args, teacher), world)
 

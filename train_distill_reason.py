@@ -14,7 +14,7 @@ thinking as well, when it is told to. Printed: ce, the loss without weights.
   python train_distill_reason.py --data_path traces.jsonl --think_ratio 0.8
 """
 
-from trainer import engine  # before torch, see there
+from trainer.world import join  # first: it says how torch's threads wait
 
 # isort: split
 import torch
@@ -76,7 +76,7 @@ def main(argv=None) -> dict:
     start = prepare(args, files, sample="reason.jsonl", before=("full_sft", "dpo"), required=True)
     weights = token_weights(start.tokenizer, start.model.config.vocab_size, args.tag_weight)
     kind = "chat" if args.think_ratio == 1 else f"chat:{args.think_ratio}"
-    with engine.join(args) as world:
+    with join(args) as world:
         loss_fn = tagged_language_model(weights.to(world.device))
         return train(start, start.packed(kind, world), loss_fn, world)
 

@@ -20,7 +20,7 @@ match of greedy answers to held-out questions.
 
 import copy
 
-from trainer import engine  # before torch, see there
+from trainer.world import join  # first: it says how torch's threads wait
 
 # isort: split
 from common.errors import UserError, run_main
@@ -100,7 +100,7 @@ def main(argv=None) -> dict:
     val_files = [check_file(f) for f in args.val_path or ([SAMPLE / "reason_heldout.jsonl"] if sampled else [])]
     questions, held_out = load_questions(start, val_files)
     origin = Reference(start).model() if args.kl else None
-    with engine.join(args) as world:
+    with join(args) as world:
         if origin is not None:
             origin = copy.deepcopy(origin).to(world.device).requires_grad_(False).eval()
             start.other_parameters = origin.num_parameters()

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENISE = """
 import sys
 from model.tokenizer import load_tokenizer
-from trainer.cache import tokenised
+from data.token_cache import tokenised
 cache = tokenised(sys.argv[1], "text", load_tokenizer(), sys.argv[2], workers=int(sys.argv[3]))
 print(len(cache), len(cache.tokens))
 """

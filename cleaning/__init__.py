@@ -1,0 +1,1 @@
+"""From raw collections to training files, and answers from a larger model. Imports common/, model/ and data/."""

@@ -1,10 +1,18 @@
 """Files that are there whole or not at all, and errors of the disk that say which file they are of."""
 
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Writes a model in the formats of other programs: transformers folders, GGUF files. Imports model/ only."""
+"""A model in the formats of other programs: transformers folders, GGUF files. Imports common/ and model/."""

@@ -1,0 +1,1 @@
+"""How a model answers: cache, batches, sampling, streams, log-probabilities. Imports common/ and model/."""

@@ -68,7 +68,7 @@ class Engine:
 
     max_batch   sequences generated side by side; more prompts take turns
     enable_thinking   for chats, see model.tokenizer.render: None leaves it to the model
-    quantize    None, or "int8": 8-bit weights on a CPU, see inference.prepare
+    quantize    None, or "int8": 8-bit weights on a CPU, see inference.cpu_kernels
     own_template   chats are written as the tokenizer's template says: for models of other projects
     """
 

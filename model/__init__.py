@@ -1,0 +1,1 @@
+"""The network, its tokenizer and its weights; nothing about training. Imports common/."""

@@ -22,9 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.model import MiniMindForCausalLM
 from model.moe import Experts
-from model.weights import load_model
 from model.weights_file import FREE_FIELDS, LORA_FORMAT, describe, fingerprint, read_file, save_atomically
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -276,17 +274,13 @@ def active_lora(model) -> str:
 
 
 def load_lora(model, path, name: str | None = None):
-    """Loads a saved adapter (ours, or a peft folder) beside those that are there and makes it active.
+    """Loads a saved adapter beside those that are there and makes it active.
 
     name: by default the file's. Raises ValueError for a file that is no adapter or one for another shape; warns where
     it was trained on other weights of this shape.
     """
     path = Path(path)
     name = (name or path.stem).replace(".", "_")
-    if path.is_dir():
-        from model.peft_folder import load_peft
-
-        return load_peft(model, path, name)
     content = read_file(path)
     if not isinstance(content, dict) or content.get("format") != LORA_FORMAT:
         raise ValueError(f"{path} is not an adapter")
@@ -322,15 +316,3 @@ def fill(model, name: str, tensors: dict[str, Tensor], path):
     for key, parameter in own.items():
         parameter.copy_(tensors[key])
     return model
-
-
-def load_merged(path, content: dict) -> tuple[MiniMindForCausalLM, object, dict]:
-    """What load_model gives for an adapter file: the model it was trained on, from where it was then, with the
-    adapter merged in."""
-    base = content["record"].get("came_from")
-    if not base or not Path(base).exists():
-        raise ValueError(
-            f"{path} is an adapter for the weights {base}, which are not there; load them and use model.lora.load_lora"
-        )
-    model, tokenizer, _ = load_model(base, content["record"].get("preset"))
-    return merge_lora(attach(model, content, "default", path)), tokenizer, content["record"]

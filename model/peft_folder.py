@@ -56,7 +56,7 @@ def save_peft(folder, model, base: str = "", name: str | None = None) -> None:
         file.write(json.dumps(content, indent=2))
 
 
-def load_peft(model, folder, name: str):
+def load_peft(model, folder, name: str = "peft"):
     """Adds the adapter of a peft folder to a model, under this name, and makes it active; ValueError where it has no
     counterpart here."""
     folder = Path(folder)

@@ -13,6 +13,7 @@ import torch
 
 from model import convert
 from model.LMConfig import LMConfig
+from model.lora import attach, merge_lora
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_to_dict
 from model.weights_file import FORMAT, LORA_FORMAT, describe, read_file, save_atomically
@@ -33,8 +34,6 @@ def load_model(path, preset=None):
         return _load_folder(path)
     content = read_file(path)
     if isinstance(content, dict) and content.get("format") == LORA_FORMAT:
-        from model.lora import load_merged  # which imports this file
-
         return load_merged(path, content)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         with _told_of(path):
@@ -117,3 +116,15 @@ def _load_folder(folder: Path):
     record_file = folder / "training_record.json"
     record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
     return build_model(config, state, folder), _tokenizer_beside(folder), record
+
+
+def load_merged(path, content: dict) -> tuple[MiniMindForCausalLM, object, dict]:
+    """What load_model gives for an adapter file: the model it was trained on, from where it was then, with the
+    adapter merged in."""
+    base = content["record"].get("came_from")
+    if not base or not Path(base).exists():
+        raise ValueError(
+            f"{path} is an adapter for the weights {base}, which are not there; load them and use model.lora.load_lora"
+        )
+    model, tokenizer, _ = load_model(base, content["record"].get("preset"))
+    return merge_lora(attach(model, content, "default", path)), tokenizer, content["record"]

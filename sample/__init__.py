@@ -1,0 +1,1 @@
+"""Makes the embedded sample: a small world of facts, told and asked. Imports common/ and data/."""

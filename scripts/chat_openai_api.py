@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import json
 import os
 
+from chat import terminal
 from chat.page import NOT_THE_API
 from common.errors import UserError, run_main
 from common.flags import Parser
-from inference import open_model
 
 
 def parse(argv):
@@ -40,7 +40,7 @@ def answer(client, args, messages: list[dict]) -> str:
     """Prints the answer as it comes, thinking dimmed; what was said (without the thinking)."""
     wishes = {name: getattr(args, name) for name in ("max_tokens", "temperature") if getattr(args, name) is not None}
     said, dim, chunk = "", False, None
-    begin, end = open_model.thought_marks()
+    begin, end = terminal.thought_marks()
     stream = None
     try:
         stream = client.chat.completions.create(model=args.model, messages=messages, stream=True, **wishes)
@@ -68,14 +68,14 @@ def talk(client, args) -> None:
     import openai
 
     exchanges: list[tuple[str, str]] = []
-    for question in open_model.typed(forget=exchanges.clear):
+    for question in terminal.typed(forget=exchanges.clear):
         messages = [{"role": "system", "content": args.system}] if args.system else []
         for asked, said in exchanges[max(len(exchanges) - args.history, 0) :]:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
         try:
             said = answer(client, args, [*messages, {"role": "user", "content": question}])
         except openai.APIStatusError as error:
-            open_model.note(f"{args.base_url} refuses: {error.message}")
+            terminal.note(f"{args.base_url} refuses: {error.message}")
         else:
             exchanges.append((question, said))
 

@@ -27,6 +27,7 @@ from export.transformers_folder import FILES, cast, write_transformers_folder
 from inference.open_model import find_weight
 from model.LMConfig import PRESETS
 from model.lora import load_lora, merge_lora
+from model.peft_folder import load_peft
 from model.tokenizer import load_tokenizer
 from model.weights import load_model, save_weights
 
@@ -114,7 +115,8 @@ def read(args, weight: Path):
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries, {weight} only {model.config.vocab_size}")
     if args.lora:
-        load_lora(model, args.lora)
+        load_adapter = load_peft if Path(args.lora).is_dir() else load_lora
+        load_adapter(model, args.lora)
         merge_lora(model)
         record = record | {"stage": "lora", "lora": Path(args.lora).name}
     return model, tokenizer, record

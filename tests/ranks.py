@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stage import load
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from trainer import engine, world  # first: it says how torch's threads wait
+
+# isort: split
 from common.errors import run_main
 from data.rows import PackedRows
-from trainer import engine
 
 
 def watched(job: dict) -> dict:
@@ -28,7 +30,7 @@ def watched(job: dict) -> dict:
     notes = {"rows": [], "exchanged": [], "code": 0}
     rank = int(os.environ["RANK"])
     batch, init, micro_batch = PackedRows.batch, engine.DistributedDataParallel.__init__, engine.Engine.micro_batch
-    meet = engine.torch_dist.init_process_group
+    meet = world.torch_dist.init_process_group
 
     def lose_this_process():
         for way in ("kill", "fail"):
@@ -60,14 +62,14 @@ def watched(job: dict) -> dict:
         self.register_comm_hook(None, count)
 
     PackedRows.batch, engine.Engine.micro_batch = noted_batch, noted_micro_batch
-    engine.DistributedDataParallel.__init__, engine.torch_dist.init_process_group = noted_init, noted_meeting
+    engine.DistributedDataParallel.__init__, world.torch_dist.init_process_group = noted_init, noted_meeting
     try:
         run_main(load(job["script"]).main, job["flags"] + (job.get("more", []) if rank == 1 else []))
     except SystemExit as end:
         notes["code"] = end.code
     finally:
         PackedRows.batch, engine.Engine.micro_batch = batch, micro_batch
-        engine.DistributedDataParallel.__init__, engine.torch_dist.init_process_group = init, meet
+        engine.DistributedDataParallel.__init__, world.torch_dist.init_process_group = init, meet
     return notes
 
 

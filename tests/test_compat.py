@@ -55,7 +55,7 @@ def test_private_names_of_libraries_stand_where_they_are_listed():
 
 
 def test_without_these_operators_answers_on_a_cpu_come_from_slower_products():
-    """inference.prepare asks for them and falls back to the plain product, in silence."""
+    """inference.cpu_kernels asks for them and falls back to the plain product, in silence."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch was built without oneDNN")
     assert has_packed()

@@ -19,9 +19,9 @@ import torch
 from stage import ROOT, STAGES, TINY, load, run_flags, write_chats, write_texts
 
 from common.errors import RunFailed, UserError
-from trainer import engine, heartbeat
-from trainer.loop import Plan
-from trainer.world import World
+from trainer import heartbeat
+from trainer.plan import Plan
+from trainer.world import World, join
 
 SCRIPTS = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -124,7 +124,7 @@ def test_restarts_want_a_new_meeting_place_for_each_attempt(monkeypatch):
         monkeypatch.setenv(name, str(value))
     with (
         pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
-        engine.join(SimpleNamespace(device="cpu", dtype="auto")),
+        join(SimpleNamespace(device="cpu", dtype="auto")),
     ):
         pass
 
@@ -137,8 +137,8 @@ def test_a_lost_process_ends_the_others_and_is_named(job):
 
 @pytest.mark.parametrize(("ranks", "missing"), [([0], "rank 1, rank 2"), ([1], "rank 0"), ([0, 1], "rank 2")])
 def test_a_process_that_does_not_come_is_named_by_those_who_wait(ranks, missing, monkeypatch, capfd):
-    monkeypatch.setattr(watch, "START", timedelta(seconds=1.5))
-    monkeypatch.setattr(watch, "TOLD", 0.5)
+    monkeypatch.setattr(heartbeat, "START", timedelta(seconds=1.5))
+    monkeypatch.setattr(heartbeat, "TOLD", 0.5)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from common.errors import UserError
-from exams import exam, harness, report
+from exams import exam, exam_report, harness
 from exams.contamination import Contamination, strings
 from exams.exam import LETTERS, Question
 from exams.published import arrange
@@ -93,7 +93,7 @@ def test_a_model_that_knows_and_one_that_never_does(form, knows, accuracy, littl
     engine = Engine(Rigged(tokenizer, knows), tokenizer)
     ask = exam.AskByChat(engine) if form == "chat" else exam.AskByCompletion(engine, "ceval", shots=3)
     graded = exam.take_exam(engine, exam.read_exam(little_exam, "ceval"), ask)
-    summary = report.summarise(graded.answers)
+    summary = exam_report.summarise(graded.answers)
     assert (summary["accuracy_micro"], summary["accuracy_macro"], summary["n"]) == (accuracy, accuracy, 20)
     assert all(max(a.probabilities) > 0.99 for answers in graded.answers.values() for a in answers)
 
@@ -180,10 +180,10 @@ def test_context_and_choice_are_encoded_together(tokenizer):
 
 # ------------------------------------------------------------------------------------------------------- statistics
 def test_intervals_against_published_values():
-    low, high = report.wilson(81, 263)  # Newcombe 1998 (Statistics in Medicine 17), table I: 0.2553 to 0.3662
+    low, high = exam_report.wilson(81, 263)  # Newcombe 1998 (Statistics in Medicine 17), table I: 0.2553 to 0.3662
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert report.wilson(0, 20)[0] == 0.0 and report.wilson(20, 20)[1] == 1.0
-    low, high = report.macro_interval([(50, 96), (50, 96)])  # p = 0.52 of 100, twice
+    assert exam_report.wilson(0, 20)[0] == 0.0 and exam_report.wilson(20, 20)[1] == 1.0
+    low, high = exam_report.macro_interval([(50, 96), (50, 96)])  # p = 0.52 of 100, twice
     half = 1.959964 * math.sqrt(2 * 0.52 * 0.48 / 100) / 2
     assert high - low == pytest.approx(2 * half)
 
@@ -194,10 +194,10 @@ def test_summary_by_hand():
             exam.answer_of(Question("", ("",) * 4, gold), [float(x == said) for x in LETTERS]) for gold, said in pairs
         ]
 
-    summary = report.summarise({"x": answers([("A", "A"), ("A", "B"), ("B", "B")]), "y": answers([("D", "A")])})
+    summary = exam_report.summarise({"x": answers([("A", "A"), ("A", "B"), ("B", "B")]), "y": answers([("D", "A")])})
     assert summary["accuracy_micro"] == 0.5 and summary["accuracy_macro"] == pytest.approx(1 / 3)
     assert summary["letters"] == {"A": 2, "B": 2, "C": 0, "D": 0} and summary["majority_letter_accuracy"] == 0.5
-    assert f"  A      2   50.0%  {'#' * 25}" in report.lines([], {}, summary)
+    assert f"  A      2   50.0%  {'#' * 25}" in exam_report.lines([], {}, summary)
 
 
 # ---------------------------------------------------------------------------------------------------- reading files

@@ -30,8 +30,9 @@ from model.tokenizer import load_tokenizer, render
 from model.weights import load_model
 from trainer import grpo
 from trainer.engine import Engine
-from trainer.loop import Plan, take_step
+from trainer.loop import take_step
 from trainer.losses import group_advantages, grpo_loss, token_log_probs
+from trainer.plan import Plan
 from trainer.problems import Question, Questions, as_question, load_questions, read_questions, split_questions
 from trainer.rewards import final_answer, is_right, reward
 from trainer.setup import prepare

@@ -89,9 +89,9 @@ def fake_old_python(path: Path) -> Path:
 def clone(tmp_path):
     """What make needs of the project, with nothing to install."""
     folder = tmp_path / "clone"
-    (folder / "trainer").mkdir(parents=True)
+    (folder / "common").mkdir(parents=True)
     shutil.copy(ROOT / "Makefile", folder)
-    shutil.copy(ROOT / "trainer" / "needs.py", folder / "trainer")
+    shutil.copy(ROOT / "common" / "needs.py", folder / "common")
     for name in ("requirements.txt", "constraints.txt"):
         (folder / name).touch()
     return folder

@@ -34,8 +34,9 @@ from model.weights import load_model
 from trainer.announce import resume_command
 from trainer.checkpoint import Files
 from trainer.engine import Engine
-from trainer.loop import Plan, SaveTimes, StopSignals, check_alike, take_step, train
+from trainer.loop import check_alike, take_step, train
 from trainer.losses import language_model
+from trainer.plan import Plan, SaveTimes, StopSignals
 from trainer.setup import prepare
 from trainer.stage_flags import parse, stage_parser
 from trainer.world import World
@@ -304,7 +305,7 @@ def test_what_fails_after_the_last_step_loses_nothing(tmp_path, monkeypatch, sta
     flags = [*run_flags(stage, tmp_path, steps=4), "--eval_interval", "0", "--save_interval", "100", "--out_dir"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     wanted = script.main([*flags, str(whole)])
-    module = sys.modules["trainer.loop" if stage == "pretrain" else "trainer.rl"]
+    module = sys.modules["trainer.loop" if stage == "pretrain" else "trainer.grpo"]
     calls, evaluate = [], module.evaluate
 
     def fails_at_the_end(*args):

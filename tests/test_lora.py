@@ -206,7 +206,7 @@ def test_peft_reads_ours_and_we_read_peft(tmp_path):
     other = {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "init_lora_weights": False}
     elsewhere = peft.get_peft_model(theirs.unload(), peft.LoraConfig(r=4, lora_alpha=8, **other))
     elsewhere.eval().save_pretrained(tmp_path / "theirs")
-    loaded = load_lora(small_model(), tmp_path / "theirs").eval()
+    loaded = load_peft(small_model(), tmp_path / "theirs").eval()
     assert (logits(loaded) - logits(small_model())).abs().max() > 0.01
     torch.testing.assert_close(logits(loaded), logits(elsewhere), rtol=1e-5, atol=1e-5)
 
@@ -252,17 +252,17 @@ def test_a_peft_adapter_without_counterpart_is_refused(change, message, tmp_path
 def test_peft_folders_and_models_that_cannot_meet(tmp_path):
     save_peft(tmp_path / "three", add_lora(small_model(n_layers=3)))
     with pytest.raises(ValueError, match=r"does not fit this model: no layer is called 'model\.layers\.2"):
-        load_lora(small_model(), tmp_path / "three")
+        load_peft(small_model(), tmp_path / "three")
     save_peft(tmp_path / "wide", add_lora(small_model(hidden_dim=96)))
     with pytest.raises(ValueError, match="does not fit this model"):
-        load_lora(small_model(), tmp_path / "wide")
+        load_peft(small_model(), tmp_path / "wide")
     with pytest.raises(ValueError, match="needs a dense model"):
         save_peft(tmp_path / "moe", add_lora(small_model(use_moe=True)))
     with pytest.raises(ValueError, match="no peft folder"):
-        load_lora(small_model(), tmp_path)
+        load_peft(small_model(), tmp_path)
     (tmp_path / "three" / "adapter_config.json").write_text("[]")
     with pytest.raises(ValueError, match="is no JSON object"):
-        load_lora(small_model(), tmp_path / "three")
+        load_peft(small_model(), tmp_path / "three")
 
 
 # ------------------------------------------------------------------------------------------------------- the stage
@@ -281,7 +281,7 @@ def test_the_base_stays_and_only_the_adapter_is_written(tmp_path):
     assert content["base"] == fingerprint(load_model(base)[0]) and len(content["model"]) == 2 * 2 * 7
     assert (tmp_path / "o" / "lora" / "x_64.pth").stat().st_size < base.stat().st_size / 10
     ours = load_lora(load_model(base)[0], result["weights"])
-    folder = load_lora(load_model(base)[0], tmp_path / "peft")
+    folder = load_peft(load_model(base)[0], tmp_path / "peft")
     assert torch.equal(logits(ours.eval()), logits(folder.eval()))
 
 

@@ -1,1 +1,1 @@
-"""Training: flags, data, the loop. Its files are also read by programs that do not train: see trainer/engine.py."""
+"""How a model learns: setup, the loop, losses, optimizers, processes, checkpoints. Imports common/, model/ and data/."""

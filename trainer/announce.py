@@ -11,8 +11,8 @@ from common.flags import BOOLEANS
 from model.moe import experts_kind
 from model.weights_file import describe
 from trainer.engine import by_deepspeed_launcher, engine_in_words
-from trainer.loop import Plan
 from trainer.memory import memory_line
+from trainer.plan import Plan
 
 
 def announce(start, plan: Plan, rows: list[tuple[str, str]], world, state) -> None:

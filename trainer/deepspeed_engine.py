@@ -1,4 +1,4 @@
-"""DeepSpeed in the place of trainer.engine.Engine: the optimizer's state, and more by ZeRO's stage, split over processes.
+"""DeepSpeed in the place of engine.Engine: the optimizer's state, and more by ZeRO's stage, split over processes.
 
 ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) gives each of N processes a part of the optimizer's moments and of the
 float32 weights they move (stage 1), of the gradients (stage 2), of the weights themselves (stage 3). Mathematics,
@@ -19,9 +19,8 @@ import torch
 from common.errors import RunFailed, UserError
 from model.compat import checkpoint_activations
 from trainer.deepspeed_config import fill, get, import_deepspeed, read_config
-from trainer.engine import restore_rng, rng_states
 from trainer.optimizers import parameter_groups
-from trainer.world import World
+from trainer.world import World, restore_rng, rng_states
 
 
 class DeepSpeedEngine:

@@ -1,18 +1,8 @@
-"""The machine under the loop: device, precision, processes. The loop calls backward, step and state, and does not know
-whether one process runs or several.
-
-Programs that train import this file before anything that imports torch: its threads read how to wait when it is loaded.
-"""
+"""A model with its optimizers: backward, step and state, for the loop, which does not know whether one process runs or
+several."""
 
 import contextlib
 import os
-
-from trainer.world import World
-
-# Beside a busy neighbour threads that spin while they wait made a step four times slower than threads that sleep
-# (two threads on two cores, the sample's model); on idle cores the two are alike, as a training step's pieces are long.
-# Generating is another matter (docs/log.md): programs that only generate do not import this file.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.errors import UserError
 from model.compat import checkpoint_activations
 from trainer.optimizers import make_optimizers
+from trainer.world import World, restore_rng, rng_states
 
 MOST_IN_A_ROW = 30  # steps passed over; float16's factor, halved each time, has gone from 2^16 to 2^-14
 
@@ -157,20 +148,3 @@ def load_learned(model, tensors: dict[str, torch.Tensor]) -> None:
         raise RuntimeError(f"the saved state does not fit: {sorted(own.keys() ^ tensors.keys())[:3]}")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
-
-
-def rng_states(world: World) -> list[dict]:
-    """State of every process's random numbers, those of dropout."""
-    rng = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(world.device)
-    return world.gather(rng)
-
-
-def restore_rng(world: World, states: list[dict]) -> None:
-    """With another number of processes there is nothing to restore: the streams of dropout differ."""
-    if len(states) == world.size:
-        rng = states[world.rank]
-        torch.set_rng_state(rng["cpu"])
-        if "cuda" in rng and world.device.type == "cuda":
-            torch.cuda.set_rng_state(rng["cuda"], world.device)

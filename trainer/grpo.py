@@ -18,9 +18,10 @@ from data.rows import IGNORED
 from trainer.announce import announce, finish_here
 from trainer.checkpoint import check_recipe
 from trainer.engine import Engine, make_engine
-from trainer.loop import Plan, SaveTimes, StopSignals, add_gradients, check_alike, end_run, move_weights, open_log
+from trainer.loop import add_gradients, check_alike, end_run, move_weights, open_log
 from trainer.losses import group_advantages, grpo_loss, inputs, token_log_probs, with_balance
 from trainer.optimizers import learning_rate_factor
+from trainer.plan import Plan, SaveTimes, StopSignals
 from trainer.preference import paired_bootstrap
 from trainer.prefetch import amounts, ready_for, to_device
 from trainer.rewards import final_answer, is_right, reward

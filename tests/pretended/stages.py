@@ -16,10 +16,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from pretended.gpu import COUNTS, gpu  # isort: skip  before anything that imports torch
 
 import torch
-import trainer.rl
 from stage import STAGES, load, run_flags, weights_of
 
 import inference.batch
+import trainer.grpo
 import trainer.loop
 from inference.engine import Completion
 
@@ -39,7 +39,7 @@ def main(capability: str, folder: str, *wanted: str) -> None:
     for run in runs:
         found[run] = {"cpu_losses": losses(run, folder, "cpu")}
     record_after(trainer.loop, "move_weights", steps)
-    record_after(trainer.rl, "move_weights", steps)
+    record_after(trainer.grpo, "move_weights", steps)
     record_after(inference.batch.Batch, "step", decode)
     with gpu(tuple(map(int, capability.split(".")))):
         for run in runs:

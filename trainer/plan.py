@@ -1,0 +1,83 @@
+"""What happens when in a run: which rows a step learns from, when to save, when to stop."""
+
+import math
+import os
+import signal
+import sys
+import time
+
+from common.errors import UserError
+
+
+class Plan:
+    """Which rows each micro-batch of each step holds, a function of the step alone."""
+
+    def __init__(self, rows, args, world, state: dict | None):
+        self.world, self.batch_size, self.accumulation_steps = world, args.batch_size, args.accumulation_steps
+        per_micro_step = args.batch_size * world.size
+        if state is not None:  # a resumed run keeps its global batch with whatever processes it has now
+            wanted = state["record"]["recipe"]["rows_per_step"]
+            if wanted % per_micro_step:
+                raise UserError(
+                    f"the run's steps of {wanted} rows cannot be made of {world.size} processes with --batch_size "
+                    f"{args.batch_size}; choose a batch size that divides {wanted // world.size}"
+                )
+            self.accumulation_steps = wanted // per_micro_step
+        self.rows_per_step = per_micro_step * self.accumulation_steps
+        self.total_rows = math.ceil(args.epochs * len(rows))
+        self.steps = math.ceil(self.total_rows / self.rows_per_step)
+        if args.max_steps is not None:
+            self.steps, self.total_rows = args.max_steps, args.max_steps * self.rows_per_step
+        self.warmup = round(args.warmup * self.steps) if args.warmup < 1 else int(args.warmup)
+        if len(rows) < world.size:
+            raise UserError(f"{len(rows)} row(s) of data cannot be shared by {world.size} processes")
+
+    def rows(self, step: int, micro_batch: int) -> list[int]:
+        """Global indices of this process's rows; -1, an empty row, past the end of the last epoch."""
+        first = step * self.rows_per_step + (micro_batch * self.world.size + self.world.rank) * self.batch_size
+        return [i if i < self.total_rows else -1 for i in range(first, first + self.batch_size)]
+
+
+class StopSignals:
+    """Remembers Ctrl-C or SIGTERM until the step is done; a second one of its kind ends the process at once.
+
+    One of each is one wish: at Ctrl-C DeepSpeed's launcher sends SIGTERM to processes that the terminal told already.
+    """
+
+    def __init__(self):
+        self.signal, self.seen = 0, set()
+        self.before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _on_signal(self, number, frame):
+        if number in self.seen:
+            os._exit(128 + number)
+        self.seen.add(number)
+        if not self.signal:
+            print("stopping after this step (once more: at once)", file=sys.stderr)
+        self.signal = self.signal or number
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class SaveTimes:
+    """When to save: every --save_interval steps, and --save_minutes after the last time at the latest.
+
+    So what a power cut costs does not depend on how long a step takes on this machine.
+    """
+
+    def __init__(self, args):
+        self.steps, self.seconds = args.save_interval, args.save_minutes * 60
+        self.last = time.monotonic()
+
+    def overdue(self) -> bool:
+        """By this process's clock; all processes save where one of them says so."""
+        return 0 < self.seconds <= time.monotonic() - self.last
+
+    def due(self, step: int, overdue: bool | float) -> bool:
+        """Whether to save after `step`; overdue: what the processes' clocks said together."""
+        due = bool(overdue) or step % self.steps == 0
+        if due:
+            self.last = time.monotonic()
+        return due
