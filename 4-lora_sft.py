@@ -32,7 +32,7 @@ from trainer.setup import prepare
 from trainer.stage_flags import parse, stage_parser
 
 MINIMIND_FILES = ("lora_identity.jsonl", "lora_medical.jsonl")
-PLACEHOLDER = re.compile(rb"\{\{(name|author)\}\}")
+PLACEHOLDER = re.compile(r"\{\{(name|author)\}\}")
 
 
 def parser():
@@ -59,11 +59,9 @@ def parser():
 def refuse_placeholders(path) -> None:
     """An adapter trained on them would call itself {{name}}."""
     for number, row in raw_rows(path):
-        if found := PLACEHOLDER.search(row if isinstance(row, bytes) else str(row).encode()):
-            command = f"python data_process.py fill {path} --set {found[1].decode()}=... --out FILE"
-            raise UserError(
-                f"{path}:{number}: the placeholder {found[0].decode()} is not filled in; `{command}` does it"
-            )
+        if found := PLACEHOLDER.search(str(row)):
+            command = f"python data_process.py fill {path} --set {found[1]}=... --out FILE"
+            raise UserError(f"{path}:{number}: the placeholder {found[0]} is not filled in; `{command}` does it")
 
 
 def main(argv=None) -> dict:

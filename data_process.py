@@ -113,7 +113,7 @@ def distill(args):
 def add_clean(commands):
     from cleaning.dedup import THRESHOLD
     from cleaning.filters import LANGUAGES, PROFILES
-    from data.raw_reading import ENCODINGS
+    from data.reading import ENCODINGS
 
     command = commands.add_parser("clean", help=clean.__doc__, description=clean.__doc__)
     command.add_argument("--data_path", nargs="+", required=True, metavar="PATH", help="raw files and folders of them")
@@ -144,7 +144,7 @@ def add_clean(commands):
     command.add_argument("--workers", type=int, metavar="N",
                          help="processes (this machine's cores; a cluster has its own)")  # fmt: skip
     command.flag(command, "keep_dropped", False, "write the dropped rows with their reasons to dropped.jsonl")
-    command.flag(command, "overwrite", False, "replace earlier output, discard an unfinished run of other settings")
+    command.flag(command, "overwrite", False, "replace earlier output, when the new one is whole")
     command.add_argument("--seed", type=int, default=42, help="of hold-out and mixing (%(default)s)")
     command.set_defaults(run=clean)
 
@@ -217,7 +217,7 @@ def main(argv=None):
     try:
         result = args.run(args)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; give the same command again", file=sys.stderr)
         sys.exit(130)
     print(json.dumps(result, ensure_ascii=False))
 

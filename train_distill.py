@@ -80,7 +80,7 @@ def distillation(args, teacher):
             hidden = teacher.model(**inputs(batch)).last_hidden_state
         ce, kd, count = distillation_sums(
             out.logits, hidden, teacher.lm_head, batch["labels"], args.temperature, args.kl, args.skew,
-            n=int(batch["weight"]),
+            n=int(batch["count"]),
         )  # fmt: skip
         loss, numbers = with_balance(args.alpha * ce + (1 - args.alpha) * kd, out, batch)
         return loss, count, numbers | {"ce": ce.detach(), "kd": kd.detach()}

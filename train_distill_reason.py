@@ -75,10 +75,10 @@ def main(argv=None) -> dict:
     files = ("r1_mix_1024.jsonl",)
     start = prepare(args, files, sample="reason.jsonl", before=("full_sft", "dpo"), required=True)
     weights = token_weights(start.tokenizer, start.model.config.vocab_size, args.tag_weight)
-    kind = "chat" if args.think_ratio == 1 else f"chat:{args.think_ratio}"
+    share = None if args.think_ratio == 1 else args.think_ratio
     with join(args) as world:
         loss_fn = tagged_language_model(weights.to(world.device))
-        return train(start, start.packed(kind, world), loss_fn, world)
+        return train(start, start.packed("chat", world, think_share=share), loss_fn, world)
 
 
 if __name__ == "__main__":

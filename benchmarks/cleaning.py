@@ -21,8 +21,9 @@ from cleaning.clean import Settings, clean, row_text
 from cleaning.dedup import Fingerprints, exact_key, find_copies, signature
 from cleaning.filters import PROFILES
 from cleaning.normalise import normalise_row
-from cleaning.published_shapes import parse_record, to_row
-from data.raw_reading import Dropped, find_files, raw_rows
+from cleaning.published_shapes import to_row
+from data.reading import dirty_rows, find_files
+from data.row_shapes import BadRow, parse_record
 from inference.engine import Engine
 from model.weights import load_model
 
@@ -41,12 +42,10 @@ def raw_texts(paths):
     """Every row that has a text at all: what a user without cleaning would train on."""
     for path in paths:
         for file in find_files(path)[0]:
-            for row in raw_rows(file):
+            for row in dirty_rows(file):
                 try:
-                    if isinstance(row.raw, Dropped):
-                        continue
                     text = to_row(parse_record(row.raw), "text")
-                except Dropped:
+                except BadRow:
                     continue
                 if text["text"].strip():
                     yield text

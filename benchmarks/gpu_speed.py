@@ -90,7 +90,7 @@ def our_step(args, config: LMConfig, rows: int, optimizer: str, compiled: bool):
     ids = random_rows(config, rows)
     batch = {
         "input_ids": ids, "labels": ids, "segment_ids": torch.ones_like(ids),
-        "weight": torch.tensor(rows * (SEQ_LEN - 1)), "real_tokens": torch.tensor(rows * SEQ_LEN),
+        "count": torch.tensor(rows * (SEQ_LEN - 1)), "real_tokens": torch.tensor(rows * SEQ_LEN),
     }  # fmt: skip
     batch = ready_for(world.device, batch, most_documents=1)
     formula = training_bytes(config, stage_args, world, rows, config.parameter_count())

@@ -1,22 +1,19 @@
 """Raw collections -> clean stage files: read, normalise, filter, remove copies, hold out, mix, write.
 
-The rows of a folder go through three steps, each of which a killed run takes up again where it was:
+The rows of a folder go through three steps:
 
   read    every row becomes a row of the wanted shape or is dropped with a reason (`clean_row`, on all cores or on a
-          cluster); kept rows and their fingerprints are appended to files in OUT.building, with a checkpoint every few
-          batches
+          cluster); kept rows and their fingerprints go to files, because memory must not grow with the collection
   find    the copies among them (cleaning/dedup.py)
-  write   the files of the stage, into a folder that is renamed to OUT when it is whole
+  write   the files of the stage
 
-What is written depends on the input, the settings and the seed only: not on the number of workers, not on kills.
+All of it happens in the folder OUT.building, which is renamed to OUT when it is whole; a killed run begins again. What
+is written depends on the input, the settings and the seed only, not on the number of workers.
 """
 
 import hashlib
 import json
 import math
-import os
-import re
-import shutil
 import sys
 import time
 from collections import Counter
@@ -26,24 +23,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 from cleaning.dedup import THRESHOLD, exact_key, find_copies, signature
 from cleaning.filters import PROFILES, Profile, check_row
 from cleaning.normalise import normalise_row
-from cleaning.published_shapes import check_rendering, knows, parse_record, to_row
-from cleaning.work import OURS, Cleaned, Work, foreign, locked, plan_of, remove
+from cleaning.published_shapes import check_rendering, knows, to_row
+from cleaning.work import Cleaned, Work, foreign, new_folder, publish
 from common.errors import UserError
-from common.files import named
-from common.workers import Pool
-from data.raw_reading import UNREADABLE, Dropped, RawRow, columns_of, find_files, raw_rows
+from common.workers import Pool, peak_memory
+from data.reading import UNREADABLE, columns_of, dirty_rows, find_files, in_batches
+from data.row_shapes import BadRow, parse_record
 
 SHAPE = {"pretrain": "text", "sft": "chat", "dpo": "pair", "tokenizer": "any"}  # of a stage's rows
 BATCH_CHARS = 2**17  # handed to a worker at a time: large enough to hide the hand-over
-CHECKPOINT_BATCHES = 8
 WRITTEN = {"summary.json", "dropped.jsonl", *(f"{to}{end}.jsonl" for to in SHAPE for end in ("", "_heldout"))}
 
 
@@ -66,7 +57,7 @@ class Settings:
 
 # ----------------------------------------------------------------------------------------------- functions over rows
 def clean_row(raw: str | dict, settings: Settings) -> dict:
-    """One raw row in its stage's shape, normalised and found good; raises Dropped. The whole of cleaning for a row."""
+    """One raw row in its stage's shape, normalised and found good; raises BadRow. The whole of cleaning for a row."""
     row = normalise_row(to_row(parse_record(raw), SHAPE[settings.to], settings.text_key))
     check_rendering(row)
     check_row(row, settings.profile)
@@ -83,29 +74,29 @@ def row_text(row: dict) -> str:
 
 
 def clean_batch(batch, files: list[str], settings: Settings) -> Cleaned:
-    """[(file, raw row), ...] and a position -> Cleaned."""
-    rows, position = batch
+    """[(file, line, whether it was GB18030, raw row), ...] -> Cleaned. Runs in a worker.
+
+    The worker also turns rows into lines and fingerprints, so that the one process that writes has little to do.
+    """
     kept, dropped, origins, keys, signatures, counts, converted = [], [], [], [], [], Counter(), 0
-    for source, raw in rows:
+    for source, line, was_gb18030, raw in batch:
         try:
-            if isinstance(raw.raw, Dropped):
-                raise raw.raw
-            row = clean_row(raw.raw, settings)
-        except Dropped as why:
+            row = clean_row(raw, settings)
+        except BadRow as why:
             counts[source, why.reason] += 1
             if settings.keep_dropped:
-                dropped.append(dropped_line(why.reason, why.detail, files[source], raw.line, raw.raw))
+                dropped.append(dropped_line(why.reason, why.detail, files[source], line, raw))
             continue
         text = row_text(row)
         counts[source, ""] += 1
-        converted += raw.converted
+        converted += was_gb18030
         kept.append(json_line(row))
-        origins.append((source, raw.line, len(text)))
+        origins.append((source, line, len(text)))
         keys.append(exact_key(text))
         if settings.dedup == "near":
             signatures.append(signature(text))
     stacked = np.stack(signatures) if signatures else None
-    return Cleaned(b"".join(kept), b"".join(dropped), origins, keys, stacked, counts, converted, position)
+    return Cleaned(b"".join(kept), b"".join(dropped), origins, keys, stacked, counts, converted)
 
 
 def json_line(row: dict) -> bytes:
@@ -114,7 +105,7 @@ def json_line(row: dict) -> bytes:
 
 
 def dropped_line(reason: str, detail: str, file: str, line: int, row) -> bytes:
-    row = row.row if isinstance(row, Dropped) else row
+    row = row.row if isinstance(row, BadRow) else row
     return json_line({"reason": reason, "detail": detail, "file": file, "line": line, "row": row})
 
 
@@ -130,29 +121,26 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
     if others:
         first = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
         print(f"{len(others):,} files of other kinds, or links, not read: {first}")
+    # The plan is all that decides the output, kept in summary.json. It goes through JSON here, too, where tuples become
+    # lists: so it equals one that is read back.
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     plan = json.loads(json.dumps({"settings": asdict(settings), "paths": [str(p) for p in paths], "files": stats}))
-    _put_back(out)
     if (done := _finished(out, plan, overwrite)) is not None:
         return done
-    with locked(_building(out)), named(_building(out)):
-        work = Work(_building(out), plan, settings.dedup == "near", overwrite)
-        rows_before = sum(work.progress["counts"].values())
+    with new_folder(_building(out), WRITTEN) as building:
+        work = Work(building, settings.dedup == "near", settings.keep_dropped)
         try:
             _read(work, files, settings, engine)
-            for name, rows in _damaged(files, work.progress["counts"]).items():
-                print(f"warning: {name} cannot be read to its end, only {rows:,} rows of it", file=sys.stderr)
-            read_seconds = time.time() - begin
-            if work.progress["kept"]:
-                of, similarity = _find(work, settings)
-                summary = _write(work, plan, files, others, weights, of, similarity, settings)
         finally:
             work.close()
-        if not work.progress["kept"]:
-            remove(work.folder)
-            raise UserError(f"no row is left: {_reasons_in_words(work.progress['counts'])}")
-        _publish(work.folder, out, overwrite)
-    rows = sum(work.progress["counts"].values()) - rows_before
+        for name, rows in _damaged(files, work.counts).items():
+            print(f"warning: {name} cannot be read to its end, only {rows:,} rows of it", file=sys.stderr)
+        read_seconds = time.time() - begin
+        if not work.kept:
+            raise UserError(f"no row is left: {_reasons_in_words(work.counts)}")
+        rows = work.counts.total()  # before copies are taken out; every row, kept or dropped
+        summary = _write(work, plan, files, others, weights, settings)
+        publish(building, out, overwrite)
     seconds = time.time() - begin
     return summary | {
         "out_dir": str(out), "workers": engine.workers, "seconds": round(seconds, 1),
@@ -178,11 +166,11 @@ def _inputs(paths, settings: Settings) -> tuple[list[Path], list[Path], list[flo
         found, unknown = find_files(path)
         files, others = files + found, others + unknown
         weights += [settings.weights[i] if settings.weights else 1.0] * len(found)
-    weight_of = {}
+    weight_of = {}  # a file can be named twice, by itself and by its folder
     for file, weight in zip(files, weights):
         if weight_of.setdefault(file.resolve(), weight) != weight:
             raise UserError(f"{file} is given twice with different --weights; name it once")
-    for file in files:
+    for file in files:  # an hour's work should not end in "no row is left" for a column's name
         columns = columns_of(file, settings.encoding)
         if columns is not None and not knows(columns, SHAPE[settings.to], settings.text_key):
             raise UserError(
@@ -209,14 +197,6 @@ def _check_places(paths, files, out: Path):
         raise UserError(f"--out_dir {out}: cannot make {target.parent}: {error.strerror}") from None
 
 
-def _put_back(out: Path):
-    """The earlier output that a kill between the two renames of `_publish` left without its name."""
-    replaced = _building(out) / "replaced"
-    if replaced.exists() and not out.exists() and plan_of(_building(out)) is not None:
-        with locked(_building(out)):
-            os.rename(replaced, out)
-
-
 def _finished(out: Path, plan: dict, overwrite: bool) -> dict | None:
     """The summary of an equal run that has finished; refuses a folder that is something else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -233,131 +213,83 @@ def _finished(out: Path, plan: dict, overwrite: bool) -> dict | None:
         return None
     if summary["plan"] != plan:
         raise UserError(f"{out} holds the output of other input or settings; --overwrite replaces it")
-    left = _building(out)  # by a kill after the last rename
-    if left.is_dir() and plan_of(left) in (None, plan) and not foreign(left, OURS):
-        with locked(left):
-            remove(left)
     print(f"{out} is finished already (--overwrite makes it anew)")
     return {key: value for key, value in summary.items() if key != "plan"} | {"out_dir": str(out)}
 
 
-def _publish(building: Path, out: Path, overwrite: bool):
-    """Renames the finished folder into place. A kill between the two renames leaves it in OUT.building, whole."""
-    if out.exists():
-        if not overwrite and any(out.iterdir()):
-            raise UserError(f"{out} appeared during this run; move it elsewhere and give the same command again")
-        shutil.rmtree(building / "replaced", ignore_errors=True)
-        os.rename(out, building / "replaced")
-    os.rename(building / "out", out)
-    remove(building)
-
-
-def peak_memory(workers: int) -> int | None:
-    """Bytes this process and so many workers held at most; shared pages are counted for each. None: nobody counts."""
-    if resource is None:
-        return None
-    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux counts in ru_maxrss what the program that started this one held
-        own = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * (own + workers * child)
-
-
 def _read(work: Work, files: list[Path], settings: Settings, engine):
-    batches = _batches(files, settings, work.progress["position"])
+    batches = in_batches(_raw_rows(files, settings), BATCH_CHARS)
     names = [str(file) for file in files]
-    done = sum(work.progress["counts"].values())
-    with tqdm(desc="cleaning", unit=" rows", initial=done, disable=not sys.stderr.isatty(), leave=False) as bar:
-        for number, cleaned in enumerate(engine.map(clean_batch, batches, names, settings), start=1):
+    with tqdm(desc="cleaning", unit=" rows", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for cleaned in engine.map(clean_batch, batches, names, settings):
             work.append(cleaned)
             bar.update(cleaned.counts.total())
-            if number % CHECKPOINT_BATCHES == 0:
-                work.checkpoint()
-    work.checkpoint()
 
 
-def _batches(files: list[Path], settings: Settings, position):
-    """([(file, raw row), ...], position after them) from a position on; rows before it are passed over unparsed."""
-    batch, size, (start, skip) = [], 0, position
-    for source in range(start, len(files)):
-        for count, row in enumerate(raw_rows(files[source], settings.encoding, settings.txt_rows), start=1):
-            if source == start and count <= skip:
-                continue
-            batch.append((source, row))
-            size += _size(row)
-            if size >= BATCH_CHARS:
-                yield batch, (source, count)
-                batch, size = [], 0
-    if batch:
-        yield batch, (len(files), 0)
+def _raw_rows(files: list[Path], settings: Settings):
+    for source, file in enumerate(files):
+        for row in dirty_rows(file, settings.encoding, settings.txt_rows):
+            yield source, row.line, row.converted, row.raw
 
 
-def _size(row: RawRow) -> int:
-    return len(row.raw) if isinstance(row.raw, str) else len(str(row.raw))
-
-
-def _damaged(files, counts: dict) -> dict[str, int]:
+def _damaged(files, counts: Counter) -> dict[str, int]:
     """{name: rows that were read} of the files whose rest could not be."""
-    found = [i for i in range(len(files)) if f"{i} {UNREADABLE}" in counts]
-    return {str(files[i]): sum(n for key, n in counts.items() if key.startswith(f"{i} ")) - 1 for i in found}
-
-
-def _find(work: Work, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    if settings.dedup == "none":
-        count = work.progress["kept"]
-        return np.full(count, -1), np.zeros(count)
-    return find_copies(work.prints, settings.threshold)
+    found = [source for source, reason in counts if reason == UNREADABLE]  # one such entry, which is no row
+    return {str(files[i]): sum(n for (source, _), n in counts.items() if source == i) - 1 for i in found}
 
 
 # -------------------------------------------------------------------------------------------------------------- write
-def _write(work: Work, plan: dict, files, others, weights, of, similarity, settings: Settings) -> dict:
-    folder = work.folder / "out"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    counts = Counter({tuple(key.split(" ", 1)): n for key, n in work.progress["counts"].items()})
-    origins = np.fromfile(work.folder / "origins.bin", np.int64).reshape(-1, 3)
-    written, characters = _write_rows(work.folder, files, weights, origins, of, similarity, counts, settings)
+def _write(work: Work, plan: dict, files, others, weights, settings: Settings) -> dict:
+    """Writes the stage's files and summary.json into the folder -> the summary."""
+    of, similarity = np.full(work.kept, -1), np.zeros(work.kept)
+    if settings.dedup != "none":
+        of, similarity = find_copies(work.prints, settings.threshold)
+    written, characters = _write_rows(work, files, weights, of, similarity, settings)
     by_file, reasons = {}, Counter()
-    for (source, reason), count in counts.items():
-        name = str(files[int(source)])
+    for (source, reason), count in work.counts.items():
+        name = str(files[source])
         by_file.setdefault(name, Counter())[reason or "kept"] += count
         reasons[reason] += count
     kept = reasons.pop("")
     summary = {
         "stage": "clean", "to": settings.to, "rows": kept + reasons.total(), "kept": kept, "dropped": reasons.total(),
         "reasons": dict(reasons.most_common()), "written": written, "characters": characters,
-        "converted_from_gb18030": work.progress["converted"], "seed": settings.seed,
-        "files_not_read": [str(path) for path in others], "files_damaged": _damaged(files, work.progress["counts"]),
+        "converted_from_gb18030": work.converted, "seed": settings.seed,
+        "files_not_read": [str(path) for path in others], "files_damaged": _damaged(files, work.counts),
         "by_file": {name: dict(found) for name, found in by_file.items()},
     }  # fmt: skip
-    (folder / "summary.json").write_text(json.dumps(summary | {"plan": plan}, ensure_ascii=False, indent=1), "utf-8")
+    (work.folder / "summary.json").write_text(
+        json.dumps(summary | {"plan": plan}, ensure_ascii=False, indent=1), "utf-8"
+    )
     return summary
 
 
-def _write_rows(building: Path, files, weights, origins, of, similarity, counts: Counter, settings: Settings):
-    """Writes each row that is no copy, `weight` times; moves the counts of copies from kept to dropped."""
-    keys = np.fromfile(building / "prints" / "keys.bin", np.uint64)
-    folder = building / "out"
+def _write_rows(work: Work, files, weights, of, similarity, settings: Settings) -> tuple[dict, dict]:
+    """Writes each row that is no copy, `weight` times; moves the counts of copies from kept to dropped.
+
+    -> (rows in each file, characters in each).
+    """
+    keys, origins, counts, folder = work.prints.keys(), work.origins(), work.counts, work.folder
     outputs = {"": open(folder / f"{settings.to}.jsonl", "wb")}
     if settings.heldout:
         outputs["heldout"] = open(folder / f"{settings.to}_heldout.jsonl", "wb")
     if settings.keep_dropped:
-        shutil.copyfile(building / "dropped.jsonl", folder / "dropped.jsonl")
-        outputs["dropped"] = open(folder / "dropped.jsonl", "ab")
+        outputs["dropped"] = open(folder / "dropped.jsonl", "ab")  # reading has begun it
     written, characters = Counter(), Counter()
-    with open(building / "rows.jsonl", "rb") as rows:
+    with work.rows() as rows:
         for i, line in enumerate(rows):
             source, number, length = origins[i].tolist()
             if of[i] >= 0:
+                # A near copy can have an estimated similarity of 1.0; only equal keys make an exact one.
                 reason = "exact copy" if similarity[i] == 1.0 and keys[i] == keys[of[i]] else "near copy"
-                counts[str(source), ""] -= 1
-                counts[str(source), reason] += 1
+                counts[source, ""] -= 1
+                counts[source, reason] += 1
                 if settings.keep_dropped:
                     first, at, _ = origins[of[i]].tolist()
                     detail = f"{similarity[i]:.2f} like {files[first]}:{at}"
                     outputs["dropped"].write(dropped_line(reason, detail, str(files[source]), number, json.loads(line)))
                 continue
+            # The hash of the text decides, not the row's place: another order or more files move no row across.
             key = _prompt_key(line) if settings.to == "dpo" else int(keys[i])
             held, copies = _fate(key, weights[source], settings)
             outputs["heldout" if held else ""].write(line * copies)
@@ -383,11 +315,11 @@ def _fate(key: int, weight: float, settings: Settings) -> tuple[bool, int]:
     held, share = (int.from_bytes(half, "little") / 2**64 for half in (digest[:8], digest[8:]))
     if weight and held < settings.heldout:
         return True, 1
-    return False, int(weight) + (share < weight % 1)
+    return False, int(weight) + (share < weight % 1)  # 2.3: twice, and three times for 30% of the rows
 
 
-def _reasons_in_words(counts: dict) -> str:
+def _reasons_in_words(counts: Counter) -> str:
     reasons = Counter()
-    for key, count in counts.items():
-        reasons[key.split(" ", 1)[1]] += count
+    for (_, reason), count in counts.items():
+        reasons[reason] += count
     return ", ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(5)) or "the files hold no rows"

@@ -14,7 +14,7 @@ from common.errors import RunFailed, UserError
 from common.workers import default_workers
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("model", "processing", "trainer")
+PACKAGES = ("cleaning", "common", "data", "model")
 
 
 class Ray:
@@ -53,7 +53,7 @@ class Ray:
             words = str(error).strip().splitlines()[-1]
             raise RunFailed(f"a worker failed: {words}; every machine needs the packages of requirements.txt") from None
         except ray.exceptions.RayError as error:
-            raise RunFailed(f"Ray gave up: {_first_line(error)} The same command goes on from here") from None
+            raise RunFailed(f"Ray gave up: {_first_line(error)} Give the same command again") from None
         finally:
             ray.shutdown()
 

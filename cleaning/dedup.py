@@ -7,14 +7,13 @@ shingles: similarity 0.73 / (2 - 0.73) = 0.57. Candidates share one of 40 bands 
 does with probability 1 - (1 - s^4)^40, which is 0.99 at 0.57, 0.27 at 0.3 and 4e-7 at 0.01, where unrelated texts lie.
 A candidate counts if its estimate reaches THRESHOLD, three standard errors below 0.57.
 
-One file a band, 16 bytes a text: each is read alone, sorted, and dropped again, so two million texts need 1.3 GB of
+One file a band, 16 bytes a text: each is read alone, sorted and let go, so two million texts need 1.3 GB of
 disk and a few hundred MB of memory. Texts shorter than NEAR_UNITS are compared exactly only: among short answers a
 sentence that fits two facts (小满是夏季的节气, 秋分是秋季的节气) makes texts alike that teach different things.
 """
 
 import functools
 import hashlib
-import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -65,17 +64,6 @@ def _empty_sketch():
     return MinHash(BANDS * PLACES, seed=1, hashfunc=zlib.crc32)
 
 
-class Damaged(Exception):
-    """A file of unfinished work is shorter than was recorded: the message names it. Only the beginning is safe."""
-
-
-def cut(file, size: int) -> None:
-    """Cuts an open file to `size` bytes; raises Damaged where it has fewer, since truncate would add zeros."""
-    if file.seek(0, os.SEEK_END) < size:
-        raise Damaged(f"{file.name} is shorter than it was")
-    file.truncate(size)
-
-
 class Fingerprints:
     """Keys and signatures of texts 0, 1, 2, ..., appended to files in a folder."""
 
@@ -83,22 +71,13 @@ class Fingerprints:
         self.folder, self.near = Path(folder), near
         self.folder.mkdir(parents=True, exist_ok=True)
         self.sizes = {"keys": 8} | ({f"band_{b:02d}": 4 * PLACES for b in range(BANDS)} if near else {})
-        self.files = {name: open(self.folder / f"{name}.bin", "ab") for name in self.sizes}
+        self.files = {name: open(self.folder / f"{name}.bin", "wb") for name in self.sizes}
 
     def append(self, keys: list[int], signatures: np.ndarray) -> None:
         """keys: n integers below 2^64; signatures: (n, 160) uint32."""
         self.files["keys"].write(np.asarray(keys, np.uint64).tobytes())
         for b in range(BANDS) if self.near else ():
             self.files[f"band_{b:02d}"].write(np.ascontiguousarray(signatures[:, b * PLACES : (b + 1) * PLACES]))
-
-    def truncate(self, count: int) -> None:
-        """Keeps the first `count` texts: what was written after the last checkpoint is written again."""
-        for name, size in self.sizes.items():
-            cut(self.files[name], count * size)
-
-    def flush(self) -> None:
-        for file in self.files.values():
-            file.flush()
 
     def close(self) -> None:
         for file in self.files.values():
@@ -123,10 +102,12 @@ def find_copies(prints: Fingerprints, threshold: float = THRESHOLD) -> tuple[np.
     of, similarity = np.full(len(keys), -1, np.int64), np.zeros(len(keys), np.float32)
     first, copy = _same_key(keys)
     of[copy], similarity[copy] = first, 1.0
-    pairs = _candidates(prints, of)
+    pairs = _candidates(prints, of)  # of the texts that are left
     near = _estimate(prints, pairs)
     chosen = near >= threshold
-    for (earlier, later), value in zip(pairs[chosen].tolist(), near[chosen].tolist()):  # ascending by later text
+    # Ascending by the later text: when a pair comes up, it is settled whether its earlier text stays. If that is a copy
+    # itself, the later one may be near to it and yet not near to the text that stays.
+    for (earlier, later), value in zip(pairs[chosen].tolist(), near[chosen].tolist()):
         if of[earlier] < 0 and value > similarity[later]:
             of[later], similarity[later] = earlier, value
     return of, similarity
@@ -134,6 +115,8 @@ def find_copies(prints: Fingerprints, threshold: float = THRESHOLD) -> tuple[np.
 
 def _same_key(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(first, later): for each text that is not the first of its key, the first."""
+    # A stable sort brings equal keys together and keeps the texts of one key in their order, so each run of equal keys
+    # begins with the first text. `maximum.accumulate` carries the place of the run's beginning along the run.
     order = np.argsort(keys, kind="stable")
     ranked = keys[order]
     starts = np.concatenate([[True], ranked[1:] != ranked[:-1]])[: len(keys)]
@@ -149,16 +132,19 @@ def _candidates(prints: Fingerprints, of: np.ndarray) -> np.ndarray:
     """
     pairs = np.zeros(0, np.uint64)
     for band in prints.bands():
-        used = np.flatnonzero(band.any(axis=1) & (of < 0))
+        used = np.flatnonzero(band.any(axis=1) & (of < 0))  # neither too short nor an exact copy
+        # The band's four numbers as one of 64 bits, so that texts can be sorted by it.
         words = np.ascontiguousarray(band[used]).view(np.uint64)
         keys = words[:, 0] * np.uint64(0x9E3779B97F4A7C15) ^ words[:, 1]  # a chance match is no harm: it is verified
         for earlier, later in (_same_key(keys), _predecessors(keys)):
+            # A pair as one number, the later text in the upper half: sorting sorts by the later text.
             found = used[earlier].astype(np.uint64) | used[later].astype(np.uint64) << np.uint64(32)
             pairs = np.unique(np.concatenate([pairs, found]))
     return np.stack([pairs & np.uint64(2**32 - 1), pairs >> np.uint64(32)], axis=1).astype(np.int64)
 
 
 def _predecessors(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(earlier, later): each text that is not the first of its key, with the one before it of that key."""
     order = np.argsort(keys, kind="stable")
     same = keys[order][1:] == keys[order][:-1]
     return order[:-1][same], order[1:][same]
@@ -168,7 +154,7 @@ def _estimate(prints: Fingerprints, pairs: np.ndarray) -> np.ndarray:
     """The share of equal places of each pair's signatures."""
     equal = np.zeros(len(pairs), np.int32)
     for band in prints.bands():
-        for at in range(0, len(pairs), 2**20):
+        for at in range(0, len(pairs), 2**20):  # a million pairs at a time hold 32 MB
             earlier, later = pairs[at : at + 2**20].T
             equal[at : at + 2**20] += (band[earlier] == band[later]).sum(axis=1)
     return equal / (BANDS * PLACES)

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from common.errors import RunFailed, UserError
 from common.files import lock, named, replaced
-from data.reading import UNUSABLE, raw_rows
-from data.row_shapes import BadRow, parse_record, with_beside
+from data.reading import raw_rows
+from data.row_shapes import UNUSABLE, BadRow, parse_record, with_beside
 
 MOVED = (301, 302, 303, 307, 308)
 WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504, 529)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import replaced
-from data.reading import UNUSABLE, raw_rows
-from data.row_shapes import parse_record
+from data.reading import raw_rows
+from data.row_shapes import UNUSABLE, parse_record
 
 PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
 

@@ -8,7 +8,7 @@ takes out what is not language, not what is plain.
 import re
 from dataclasses import dataclass
 
-from data.raw_reading import Dropped
+from data.row_shapes import Dropped
 
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 V1_HAN = re.compile(r"[\u4e00-\u9fff]")  # what MiniMind v1 counted as Chinese
@@ -91,6 +91,7 @@ def _check_length(text: str, profile: Profile):
 def _check_turns(messages: list[dict], profile: Profile):
     for i, message in enumerate(messages):
         role, text = message["role"], message["content"]
+        # An answer may be empty where it is a call of a tool. System turns and tools' results may be anything.
         if role == "assistant" and not text and not message.get("tool_calls"):
             raise Dropped("empty answer", f"message {i}")
         if role == "user" and not text:
@@ -104,6 +105,7 @@ def _check_turns(messages: list[dict], profile: Profile):
             raise Dropped("too long", f"message {i} has {len(text)} characters")
         _check_chinese(text, profile.min_chinese_turn)
         asked = messages[i - 1]["content"] if i else ""
+        # A short answer may repeat the question and be right (a greeting, a name); a long one teaches to echo.
         if role == "assistant" and len(text) > 8 and text == asked:
             raise Dropped("answer repeats the question", f"message {i}")
 
@@ -115,6 +117,7 @@ def _check_chinese(text: str, least: float):
 
 
 def _check_text(text: str, profile: Profile):
+    # In this order, so that the reason says what is wrong: a text of lost characters would fail the later tests too.
     text = text[:JUDGED_CHARS]
     share = lost_share(text)
     if share > profile.max_lost:
@@ -148,7 +151,7 @@ def repetition(text: str) -> float:
     Runs of one space or mark count as one: tables are padded with them and say something all the same.
     """
     text = PADDING.sub(r"\1", text)
-    grams = len(text) - GRAM + 1
+    grams = len(text) - GRAM + 1  # so many begin in the text; with few of them the share says nothing
     return 1 - len({text[i : i + GRAM] for i in range(grams)}) / grams if grams > GRAM else 0.0
 
 
@@ -163,12 +166,15 @@ def language_of(text: str) -> str:
     counts = {name: len(pattern.findall(text)) for name, pattern in SCRIPTS.items()}
     han, kana = len(HAN.findall(text)), counts.pop("kana")
     name = max(counts, key=counts.get)
+    # Japanese is mostly written in Chinese characters; a tenth of kana among them tells it.
     if kana > 0.1 * (han + kana) and 3 * (han + kana) >= counts[name]:
         return "ja"
     if 3 * han >= counts[name]:
         return "zh" if han else "none"
     if name != "latin":
         return {"hangul": "ko"}.get(name, name)
+    # Latin letters: English, another language, or code. An accent makes English less likely, so more of its words are
+    # asked for.
     words = LATIN_WORD.findall(text.lower())
     accented = sum(character > "\u00bf" for word in words for character in word)
     common = sum(word in ENGLISH_WORDS for word in words)

@@ -1,4 +1,4 @@
-"""Brings a record of any published shape into the three that the stages read (data/reading.py names them).
+"""Brings a record of any published shape into the three that the stages read (data/row_shapes.py names them).
 
   text  {"text"}                     from "text", "content" or the column that --text_key names
   chat  {"conversations": [...]}     from MiniMind v2/v3's and OpenAI's lists, ShareGPT's from/value, Alpaca's
@@ -13,15 +13,15 @@ the tokenizer. Facts on MiniMind's files: its README and dataset code.
 
 import json
 
-from data.raw_reading import Dropped
 from data.row_shapes import (
     BadRow,
     as_json,
     as_pair,
     check_keys,
     check_messages,
-    parse_history,
+    keys_of,
     record_text,
+    turns_of,
     with_beside,
 )
 from model.chat_template import normalise_conversation
@@ -32,31 +32,15 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assista
 KEPT_KEYS = ("role", "content", "reasoning_content", "tools", "tool_calls")
 
 
-def parse_record(raw: str | dict) -> dict:
-    """A line of JSON, or a record that is one already."""
-    if isinstance(raw, dict):
-        return raw
-    try:
-        record = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise Dropped("not JSON", str(error)) from None
-    if not isinstance(record, dict):
-        raise Dropped("wrong shape", f"a row must be a JSON object, not {type(record).__name__}")
-    return record
-
-
 def to_row(record: dict, kind: str, text_key: str | None = None) -> dict:
-    """The record as a row of `kind` "text", "chat", "pair" or "any"; raises Dropped."""
-    try:
-        if kind == "text":
-            return {"text": _text(record, text_key)}
-        if kind == "chat":
-            return {"conversations": chat_of(record)}
-        if kind == "pair":
-            return pair_of(record)
-        return {"text": _any_text(record, text_key)}
-    except BadRow as error:
-        raise Dropped("wrong shape", str(error)) from None
+    """The record as a row of `kind` "text", "chat", "pair" or "any"; raises BadRow."""
+    if kind == "text":
+        return {"text": _text(record, text_key)}
+    if kind == "chat":
+        return {"conversations": chat_of(record)}
+    if kind == "pair":
+        return pair_of(record)
+    return {"text": _any_text(record, text_key)}
 
 
 def knows(columns: list[str], kind: str, text_key: str | None = None) -> bool:
@@ -71,12 +55,12 @@ def knows(columns: list[str], kind: str, text_key: str | None = None) -> bool:
 
 
 def check_rendering(row: dict) -> None:
-    """Raises Dropped for messages that the stages refuse: tools or calls that are no JSON, or on another's message."""
+    """Raises BadRow for messages that the stages refuse: tools or calls that are no JSON, or on another's message."""
     try:
         for messages in row.values() if "text" not in row else ():
             normalise_conversation(messages)
     except ValueError as error:
-        raise Dropped("wrong shape", str(error)) from None
+        raise BadRow(str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------------------- text
@@ -84,7 +68,7 @@ def _text(record: dict, text_key: str | None) -> str:
     key = text_key or next((key for key in TEXT_KEYS if key in record), "text")
     text = record.get(key)
     if key not in record:
-        raise BadRow(f"no key {key!r} (found: {', '.join(map(str, list(record)[:8])) or 'none'})")
+        raise BadRow(f"no key {key!r} (found: {keys_of(record)})")
     if not isinstance(text, str):
         raise BadRow(f"{key!r} must be a string, not {_type(text)}")
     return text
@@ -99,19 +83,21 @@ def _any_text(record: dict, text_key: str | None) -> str:
 # ------------------------------------------------------------------------------------------------------------- chat
 def chat_of(record: dict) -> list[dict]:
     """The messages of a record of any chat shape, checked: user first, answers last, roles in turn."""
+    # The order matters where a record has keys of several shapes: whole conversations first, then v1's columns, which
+    # may stand beside `input` and `output`, then Alpaca's, then bare questions.
     if "conversations" in record or "messages" in record:
         messages = _messages(record.get("conversations", record.get("messages")))
     elif "q" in record and "a" in record:
         question = _string(record, "input") + _text(record, "q")
-        messages = _turns(record.get("history"), question, _string(record, "output") + _text(record, "a"))
+        messages = turns_of(record.get("history"), question, _string(record, "output") + _text(record, "a"))
     elif "instruction" in record and "output" in record:
         question = "\n".join(filter(None, (_string(record, "instruction"), _string(record, "input"))))
-        messages = _turns(record.get("history"), question, record["output"])
+        messages = turns_of(record.get("history"), question, record["output"])
     else:
         keys = next((keys for keys in QUESTION_ANSWER if record.keys() >= set(keys)), None)
         if keys is None:
-            raise BadRow(f"no conversation in it (found: {', '.join(map(str, list(record)[:8])) or 'none'})")
-        messages = _turns(record.get("history"), record[keys[0]], record[keys[1]])
+            raise BadRow(f"no conversation in it (found: {keys_of(record)})")
+        messages = turns_of(record.get("history"), record[keys[0]], record[keys[1]])
     return _checked(_with_beside(messages, record))
 
 
@@ -132,11 +118,12 @@ def _messages(messages) -> list[dict]:
 def _message(message: dict) -> dict:
     if "from" in message and "value" in message:  # ShareGPT
         role, value = message["from"], message["value"]
-        if role == "function_call":
+        if role == "function_call":  # one call, or a list of them, as JSON text
             calls = _json_text(value)
             calls = calls if calls.lstrip().startswith("[") else f"[{calls}]"
             return {"role": "assistant", "content": "", "tool_calls": calls}
         return {"role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": value}
+    # Tables write a key into every message, with nothing in it where it does not apply: such keys go.
     kept = {key: message[key] for key in KEPT_KEYS if message.get(key) not in (None, "", [])}
     kept |= {key: _json_text(kept[key]) for key in ("tools", "tool_calls") if key in kept}
     return {"role": message.get("role"), "content": message.get("content") or "", **kept}
@@ -165,16 +152,10 @@ def _type(value) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _turns(history, question, answer) -> list[dict]:
-    messages = []
-    for earlier, reply in [*parse_history(history), (question, answer)]:
-        messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": reply}]
-    return messages
-
-
 def _checked(messages: list[dict]) -> list[dict]:
     while messages[-1]["role"] != "assistant":  # a question that nobody answered teaches nothing
         messages = messages[:-1]
+    # The stages would render other orders too; but where two questions follow each other, an answer is missing.
     turns = [message["role"] for message in messages if message["role"] != "system"]
     if turns[0] != "user":
         raise BadRow(f"the first turn is {turns[0]}'s, not the user's")
@@ -189,7 +170,7 @@ def pair_of(record: dict) -> dict:
     """{"chosen", "rejected"} of a preference record of any shape."""
     chosen, rejected = record.get("chosen"), record.get("rejected", record.get("reject"))
     if chosen is None or rejected is None:
-        raise BadRow(f'no "chosen" and "rejected" (found: {", ".join(map(str, list(record)[:8])) or "none"})')
+        raise BadRow(f'no "chosen" and "rejected" (found: {keys_of(record)})')
     prompt = _prompt(record)
     chosen, rejected = (_with_beside(_side(prompt, side), record) for side in (chosen, rejected))
     return as_pair({"chosen": chosen, "rejected": rejected})
@@ -197,6 +178,7 @@ def pair_of(record: dict) -> dict:
 
 def _prompt(record: dict) -> list[dict]:
     """The messages before the two answers; empty where chosen and rejected are whole conversations."""
+    # A prompt is a list of messages or a text under one of several names; Alpaca's has its `input` beside it.
     key = next((key for key in ("conversations", "prompt", "question", "instruction") if key in record), "prompt")
     if isinstance(record.get(key), list):
         return _messages(record[key])

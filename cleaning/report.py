@@ -6,7 +6,6 @@ the lengths, 12 bytes a row, and at the end the search for copies, some 200 byte
 
 import heapq
 import importlib.util
-import itertools
 import sys
 import tempfile
 from collections import Counter
@@ -22,15 +21,15 @@ from cleaning.filters import language_of
 from common.errors import UserError, user_errors
 from common.files import named, replaced
 from common.workers import ordered_map
-from data.reading import UNUSABLE, check_file, raw_rows
-from data.row_shapes import BadRow, parse, parse_record
+from data.reading import check_file, in_batches, raw_rows
+from data.row_shapes import UNUSABLE, BadRow, parse, parse_record
 from model.tokenizer import encode_texts, load_tokenizer, render_spans, tokenizer_from_dict, tokenizer_to_dict
 
 KINDS = {"text": "pretraining text", "chat": "conversations", "pair": "preference pairs"}
 SAMPLE_CHARS = 300
 PLOTS = (".png", ".pdf", ".svg")
 BAR = 40  # characters of the longest bar
-BATCH_ROWS = 256
+BATCH_CHARS = 2**17  # handed to a worker at a time
 
 
 class Measured(NamedTuple):
@@ -76,13 +75,14 @@ def describe(path, tokenizer_path=None, samples=3, seed=42, plot=None, workers=1
         prints = Fingerprints(Path(folder))
         context = (kind, tokenizer_to_dict(tokenizer), seed, samples)
         with tqdm(desc=f"reading {path.name}", unit=" rows", disable=not sys.stderr.isatty(), leave=False) as bar:
-            for found in ordered_map(measure, _batches(path), workers, *context):
+            for found in ordered_map(measure, in_batches(raw_rows(path), BATCH_CHARS), workers, *context):
                 bar.update(len(found.keys))
                 characters.append(np.asarray(found.characters, np.int32))
                 tokens.append(np.asarray(found.tokens, np.int32))
                 turns.append(np.asarray(found.turns, np.int32))
                 languages += found.languages
                 totals.update(bytes=found.utf8_bytes, learned=found.learned, bad=len(found.bad))
+                # The smallest ranks of all rows, so the sample depends on the seed and not on the batches.
                 shown = heapq.nsmallest(samples, shown + found.samples)
                 if found.keys:
                     prints.append(found.keys, found.signatures)
@@ -108,12 +108,6 @@ def describe(path, tokenizer_path=None, samples=3, seed=42, plot=None, workers=1
     return result
 
 
-def _batches(path):
-    rows = raw_rows(path)
-    while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        yield batch
-
-
 def measure(batch, kind: str, tokenizer_files: dict, seed: int, samples: int) -> Measured:
     """[(line, raw row), ...] -> figures; the tokenizer is built once a process."""
     if "tokenizer" not in _built:
@@ -130,6 +124,7 @@ def measure(batch, kind: str, tokenizer_files: dict, seed: int, samples: int) ->
     texts = [row_text(row) for row in rows]
     if kind == "text":  # with the marks of begin and end
         counts = [(len(ids) + 2, len(ids) + 1) for ids in encode_texts(tokenizer, texts)]
+    # A row's rank is its hash times an odd number that the seed gives (one to one modulo 2^64): each seed shows others.
     keys = [exact_key(text) for text in texts]
     ranked = heapq.nsmallest(samples, ((key * (2 * seed + 1) % 2**64, text) for key, text in zip(keys, texts)))
     return Measured(
@@ -140,7 +135,7 @@ def measure(batch, kind: str, tokenizer_files: dict, seed: int, samples: int) ->
     )  # fmt: skip
 
 
-_built: dict = {}
+_built: dict = {}  # a worker's tokenizer: to build one takes longer than a batch
 
 
 def _tokens(tokenizer, row: dict) -> tuple[int, int]:
@@ -167,7 +162,7 @@ def quantiles(values: np.ndarray) -> dict:
 
 def histogram(values: np.ndarray) -> dict[str, int]:
     """Rows by length in powers of two: {"<=32": n, "<=64": n, ...}."""
-    power = np.maximum(np.ceil(np.log2(np.maximum(values, 1))).astype(int), 4)
+    power = np.maximum(np.ceil(np.log2(np.maximum(values, 1))).astype(int), 4)  # 16 and fewer together
     counts = np.bincount(power, minlength=5)
     return {f"<={2**p}": int(counts[p]) for p in range(4, len(counts))}
 

@@ -1,15 +1,15 @@
 """Runs one function over batches on all cores and gives the results back in the batches' order.
 
-Why a pool of processes and not `datasets.map`: cleaning must go on after a kill from the last few thousand rows, must
-keep a reason for every row it leaves out, and must hold a few batches in memory however large the collection is.
-`datasets.map` writes the whole table to its cache once per step, restarts an interrupted step from its beginning, and
-reads some of our files (a broken CSV, a line of 500 MB) whole or not at all. The steps themselves are plain functions
-over rows, so they run under `datasets`, datatrove or Ray Data too; docs/data.md shows how. cleaning/cluster.py has
-another class with Pool's map(), for a cluster.
+Why a pool of processes and not `datasets.map`: cleaning must keep a reason for every row it leaves out, and must hold a
+few batches in memory however large the collection is. `datasets.map` writes the whole table to its cache once per step,
+and reads some of our files (a broken CSV, a line of 500 MB) whole or not at all. The steps themselves are plain
+functions over rows, so they run under `datasets`, datatrove or Ray Data too; docs/data.md shows how.
+cleaning/cluster.py has another class with Pool's map(), for a cluster.
 """
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,8 +18,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 from common.errors import RunFailed
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 _worker: dict = {}
 
@@ -54,20 +60,34 @@ def ordered_map(function: Callable, batches: Iterable, workers: int, *context) -
     method = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     initial = (function, context, os.getpid())
     with ProcessPoolExecutor(workers, mp_context=method, initializer=_start_worker, initargs=initial) as pool:
-        waiting = deque()
+        waiting = deque()  # results in the batches' order, whichever worker is ready first
         try:
             for batch in batches:
                 waiting.append(pool.submit(_run_in_worker, batch))
+                # Two batches a worker: one at work, one waiting. Then no more are read until the oldest is done.
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise RunFailed("a worker process was killed, perhaps for want of memory; try --workers 1") from None
-        finally:
+        finally:  # also where the caller stops asking: what nobody wants is not begun
             pool.shutdown(cancel_futures=True)
 
 
+def peak_memory(workers: int) -> int | None:
+    """Bytes this process and so many workers held at most; shared pages are counted for each. None: nobody counts."""
+    if resource is None:
+        return None
+    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux counts in ru_maxrss what the program that started this one held
+        own = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * (own + workers * child)
+
+
+# ------------------------------------------------------------------------------------------------------- in a worker
 def _start_worker(function, context, parent: int):
     _worker["function"], _worker["context"] = function, context
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the workers are the parallelism
@@ -76,7 +96,7 @@ def _start_worker(function, context, parent: int):
 
 
 def _leave_with(parent: int):
-    """Ends this worker when its parent is gone: a killed parent cannot end it, and it would wait for ever."""
+    """Ends this worker when its parent is gone: a killed parent cannot end it, and it would wait forever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -1,31 +1,78 @@
-"""Reads training files of every kind, row by row, and brings each row into one of three shapes.
+"""Reads data files of every kind, row by row. One walk, and two ways to take what is wrong with a file:
 
-Files: .jsonl, .jsonl.gz, .jsonl.zst, .csv, .txt, .parquet. Shapes ("kinds"):
-  text  a string                                       pretraining, tokenizer
-  chat  [{"role", "content", ...}, ...]                SFT, LoRA, distillation, reasoning
-  pair  {"chosen": messages, "rejected": messages}     preferences
+  raw_rows    strict, for training: a file that cannot be read ends the run, a bad row is raised when it is parsed
+  dirty_rows  lenient, for cleaning: a bad row, or the rest of a bad file, becomes a Dropped, and reading goes on
 
-Reading is split in two so that the slow half can run in other processes: `raw_rows` walks a file in one process
-and yields undecoded rows, `parse` turns one of them into a shape. Memory is bounded by the longest row, and rows have
-a limit (MAX_ROW_BYTES). Nothing is dropped in silence: a bad row raises BadRow with the reason in words.
+Reading is split in two so that the slow half can run in other processes: the walk only finds where a row begins and
+ends, in one process; data/row_shapes.py makes a text, a conversation or a pair of it. Memory is bounded by the longest
+row, and rows have a limit (MAX_ROW_BYTES). Nothing is left out in silence.
 """
 
+import codecs
 import csv
-import gzip
 import io
-import zlib
+import json
+import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import UserError
-from data.row_shapes import BadRow, parse, parse_record, record_text
+from data.archives import DAMAGED, open_bytes, parquet_rows
+from data.row_shapes import BadRow, Dropped, parse, parse_record, record_text
 
+KINDS = (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet")
+ARCHIVES = (".gz", ".zst")
+ENDINGS = f"{', '.join(KINDS)} (.gz, .zst)"
 MAX_ROW_BYTES = 64 * 2**20  # a longer "line" is a binary file or a file without line ends, not a document
-TXT_DOCUMENT_CHARS = 100_000  # a longer .txt file is cut at the next blank line, at twice this at the next line end
-DAMAGED = (OSError, EOFError, ValueError, zlib.error)  # what reading a damaged or cut-off file raises
-UNUSABLE = (ValueError, TypeError, RecursionError)  # of a row that cannot be written: surrogates, dates, too deep
-ZSTANDARD_BYTES = 2**14  # unpacked at a time; of a file made to harm they are 64 MB at most
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".txt", ".parquet")
+MAX_CSV_RECORD = 4 * 2**20  # characters; a longer record is a quote that does not close
+TXT_DOCUMENT_CHARS = 100_000  # a longer .txt is cut at the next blank line
+SNIFFED_BYTES = 65_536
+ENCODINGS = ("utf-8", "gb18030")
+UNREADABLE = "unreadable file"  # the reason under which a damaged or cut-off file is dropped, or its rest
+FAULTS = (Dropped, *DAMAGED, RecursionError)  # of a file, not of a row
+BETWEEN = " \t\r\n,\ufeff"  # what may stand between the elements of an array
+
+
+class RawRow(NamedTuple):
+    """`raw` is a line of JSON, a record, or why there is none; `converted` tells that it was GB18030."""
+
+    line: int
+    raw: str | dict | Dropped
+    converted: bool = False
+
+
+# ------------------------------------------------------------------------------------------------------ two policies
+def raw_rows(path) -> Iterator[tuple[int, str | dict | Dropped]]:
+    """(line, raw row) of each row, strictly: UserError where the file cannot be read (further).
+
+    A Dropped among the rows is a row that cannot be read; parse and parse_record raise it, so that a caller meets it
+    with the bad rows that only parsing finds.
+    """
+    line = 0
+    try:
+        for row in _walk(check_file(path)):
+            line = row.line
+            yield row.line, row.raw
+    except FAULTS as error:
+        raise UserError(f"{path}: cannot be read past row {line}: {error}") from None
+
+
+def dirty_rows(path: Path, encoding: str = "utf-8", txt_rows: str = "document") -> Iterator[RawRow]:
+    """Every row of a file, leniently: where it cannot be read (further), the last row is a Dropped that says so.
+
+    encoding: "gb18030" reads what is not valid UTF-8 as GB18030, row by row, so that mixed collections work.
+    txt_rows: a .txt or .md file is one "document", or each "line" is one.
+    """
+    line = 0
+    try:
+        for row in _walk(path, encoding, txt_rows):
+            line = row.line
+            yield row
+    except FAULTS as error:
+        known = isinstance(error, Dropped)
+        yield RawRow(line, error if known else Dropped(UNREADABLE, f"from row {line + 1} on: {error}"))
 
 
 def iter_texts(paths, skip_bad_lines=False) -> Iterator[str]:
@@ -33,8 +80,7 @@ def iter_texts(paths, skip_bad_lines=False) -> Iterator[str]:
     for path in paths:
         for line, raw in raw_rows(path):
             try:
-                record = parse_record(raw)
-                yield record_text(record)
+                yield record_text(parse_record(raw))
             except BadRow as error:
                 if not skip_bad_lines:
                     raise UserError(f"{path}:{line}: {error} (--skip_bad_lines leaves such lines out)") from None
@@ -50,6 +96,27 @@ def iter_rows(paths, kind: str) -> Iterator:
                 raise UserError(f"{path}:{line}: {error}") from None
 
 
+def in_batches(rows, characters: int) -> Iterator[list]:
+    """Lists of neighbouring rows, about so many characters a list; each row is a tuple that ends with the raw row."""
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += len(row[-1] if isinstance(row[-1], str) else str(row[-1]))
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+def kind_of(path: Path) -> str | None:
+    """The ending that counts, ".jsonl" of "a.jsonl.gz"; None if the file is of no kind we read."""
+    name = Path(path.name.lower())
+    suffix = Path(name.stem).suffix if name.suffix in ARCHIVES else name.suffix
+    return suffix if suffix in KINDS else None
+
+
 def check_file(path) -> Path:
     """Returns the path of a readable, non-empty data file with a known ending, or raises UserError."""
     path = Path(path)
@@ -57,8 +124,8 @@ def check_file(path) -> Path:
         raise UserError(f"no such data file: {path}")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the data files in it")
-    if not path.name.endswith(SUFFIXES):
-        raise UserError(f"{path}: unknown kind of file; data files end in {', '.join(SUFFIXES)}")
+    if kind_of(path) is None:
+        raise UserError(f"{path}: unknown kind of file; data files end in {ENDINGS}")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty: it has no rows to learn from")
     try:
@@ -68,152 +135,218 @@ def check_file(path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------- files -> raw rows
-def raw_rows(path) -> Iterator[tuple[int, object]]:
-    """Yields (line number, raw row). A raw row is bytes (a line of JSON) or a dict (a CSV or Parquet record)."""
-    path = check_file(path)
-    if path.suffix == ".csv":
-        yield from _csv_rows(path)
-    elif path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    elif path.suffix == ".txt":
-        yield from _txt_documents(path)
-    else:
-        yield from _lines(path)
-
-
-def open_bytes(path):
-    """Opens a plain, gzip or zstandard file for reading bytes."""
+def find_files(path) -> tuple[list[Path], list[Path]]:
+    """(data files, what else there is: files of other kinds, links to folders and to nothing): the file itself, or a
+    folder walked in the order of its names."""
     path = Path(path)
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix.lower() == ".zst":
-        return io.BufferedReader(_Zstandard(path), 2**20)
-    return open(path, "rb", buffering=2**20)
+    if not path.exists():
+        raise UserError(f"no such file or folder: {path}")
+    if path.is_file() and kind_of(path) is None:
+        raise UserError(f"{path}: unknown kind of file; data files end in {ENDINGS}")
+    inside = [path] if path.is_file() else sorted(_files_in(path))
+    files = {file: None for file in inside if kind_of(file) and file.is_file()}  # in their order
+    if not files:
+        raise UserError(f"no data files in {path}; they end in {ENDINGS}")
+    return list(files), [file for file in inside if file not in files]
 
 
-class _Zstandard(io.RawIOBase):
-    """The content of a zstandard file, all its frames. (The library's own reader ends without a word behind the first
-    frame, and where a frame is cut off.)"""
+def _files_in(folder: Path) -> Iterator[Path]:
+    """All files in a folder and those in it (pathlib passes over one that cannot be read without a word), and links to
+    folders, which may lead in a circle and are not followed."""
 
-    def __init__(self, path):
-        import zstandard
+    def refuse(error: OSError):
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
 
-        self.new_frame, self.error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
-        self.file, self.frame = open(path, "rb"), None
-        self.packed, self.unpacked = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self.unpacked:
-            packed = self.packed or self.file.read(ZSTANDARD_BYTES)
-            if not packed:
-                if self.frame is not None:
-                    raise EOFError("it is cut off: its last frame has no end")
-                return 0
-            self.frame = self.frame or self.new_frame()
-            try:
-                self.unpacked = memoryview(self.frame.decompress(packed))
-            except self.error as error:
-                raise OSError(str(error)) from None
-            self.packed = self.frame.unused_data
-            self.frame = None if self.frame.eof else self.frame
-        n = min(len(buffer), len(self.unpacked))
-        buffer[:n], self.unpacked = self.unpacked[:n], self.unpacked[n:]
-        return n
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        links = (name for name in folders if os.path.islink(os.path.join(place, name)))
+        yield from (Path(place) / name for name in (*links, *names))
 
 
-def _lines(path) -> Iterator[tuple[int, bytes]]:
+def columns_of(path: Path, encoding: str = "utf-8") -> list[str] | None:
+    """The columns of a CSV or Parquet file; None for the kinds whose rows name their own keys, and for a file that
+    cannot be read: reading says why."""
+    if kind_of(path) in (".csv", ".parquet"):
+        first = next(dirty_rows(path, encoding), None)
+        return list(first.raw) if first and isinstance(first.raw, dict) else None
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------- walk
+def _walk(path: Path, encoding: str = "utf-8", txt_rows: str = "document") -> Iterator[RawRow]:
+    """Every row of a file of any kind. A row that cannot be read is a Dropped among them. Where the file cannot
+    be read (further), raises one of FAULTS."""
+    kind = kind_of(path)
+    if path.stat().st_size == 0:
+        raise Dropped("empty file")
+    if kind == ".parquet":
+        yield from (RawRow(number, record) for number, record in parquet_rows(path))
+        return
     with open_bytes(path) as file:
-        number = 0
-        try:
-            while line := file.readline(MAX_ROW_BYTES):
-                number += 1
-                if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
-                    raise UserError(
-                        f"{path}:{number}: a line longer than {MAX_ROW_BYTES // 2**20} MB; is it JSON lines?"
-                    )
-                if line.strip():
-                    yield number, line
-        except DAMAGED as error:
-            raise UserError(f"{path}: cannot be read past line {number}: {error}") from None
+        head = file.read(SNIFFED_BYTES)
+    _refuse_binary(head)  # else each "line" of a picture would be a bad row of its own
+    with open_bytes(path) as file:  # anew: a packed file cannot go back to its beginning
+        if kind == ".json" and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            yield from _array_rows(file, _codec_of(head, encoding))
+        elif kind in (".json", ".jsonl"):
+            yield from (row for row in _lines(file, encoding) if isinstance(row.raw, Dropped) or row.raw.strip())
+        elif kind == ".csv":
+            yield from _csv_rows(_lines(file, encoding))
+        elif txt_rows == "line":
+            for row in _lines(file, encoding):
+                if isinstance(row.raw, Dropped):
+                    yield row
+                elif row.raw.strip():
+                    yield row._replace(raw={"text": row.raw})
+        else:
+            yield from _documents(_lines(file, encoding))
 
 
-def _csv_rows(path) -> Iterator[tuple[int, dict]]:
-    csv.field_size_limit(MAX_ROW_BYTES)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                yield reader.line_num, row
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{reader.line_num + 1}: not UTF-8 ({error.reason})") from None
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}") from None
+def _refuse_binary(head: bytes):
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise Dropped("binary file", "UTF-16 text: convert it with iconv -f utf-16 -t utf-8")
+    if b"\0" in head:
+        raise Dropped("binary file", f"a zero byte at {head.index(0)}")
 
 
-def _parquet_rows(path) -> Iterator[tuple[int, dict]]:
+def _lines(file, encoding: str) -> Iterator[RawRow]:
+    """Every line, its end included, each decoded alone; Dropped in the place of one that cannot be decoded, or that is
+    longer than MAX_ROW_BYTES, which is passed over without being held."""
     number = 0
+    while line := file.readline(MAX_ROW_BYTES):
+        number += 1
+        try:
+            if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
+                while (rest := file.readline(2**20)) and not rest.endswith(b"\n"):
+                    pass  # a megabyte at a time, to where the next line begins
+                raise Dropped("line too long", f"more than {MAX_ROW_BYTES // 2**20} MB without a line end", line)
+            yield RawRow(number, *_decode(line, encoding))
+        except Dropped as dropped:
+            yield RawRow(number, dropped)
+
+
+def _decode(data: bytes, encoding: str) -> tuple[str, bool]:
+    """(text, whether it was GB18030). Valid UTF-8 is taken as UTF-8: Chinese GB18030 text is hardly ever valid."""
     try:
-        for number, row in parquet_rows(path):
-            yield number, row
-    except DAMAGED as error:
-        raise UserError(f"{path}: cannot be read past row {number}: {error}") from None
-
-
-def parquet_rows(path) -> Iterator[tuple[int, dict]]:
-    """(number, row) of each row; one of DAMAGED where the file is no Parquet file, or no whole one."""
-    import pyarrow
-    from pyarrow import parquet
-
-    number = 0
+        return data.decode("utf-8-sig"), False
+    except UnicodeDecodeError as error:
+        detail = f"{error.reason} at byte {error.start}"
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-            wanted = file.metadata.num_rows
-    except (pyarrow.ArrowException, OSError) as error:  # errors of pyarrow's own, some of several lines
-        raise OSError(str(error).partition("\n")[0]) from None
-    if number != wanted:
-        raise EOFError(f"it should have {wanted} rows")
+        text = data.decode("gb18030")
+    except UnicodeDecodeError:
+        raise Dropped("not UTF-8", detail, data) from None
+    if encoding != "gb18030":
+        hint = "it is valid GB18030: data_process.py clean --encoding gb18030 converts it"
+        raise Dropped("not UTF-8", f"{detail}; {hint}", data)
+    return text, True
 
 
-def _txt_documents(path) -> Iterator[tuple[int, dict]]:
-    """A .txt file is one document; a long one is cut at the first blank line after TXT_DOCUMENT_CHARS, and one without
-    blank lines at the first line end after twice as many."""
-    piece, size, first = [], 0, 1
-    for number, line in enumerate(_txt_lines(path), start=1):
-        blank = not line.strip()
+def _documents(lines) -> Iterator[RawRow]:
+    """A text file is one document; a long one is cut at a blank line, which belongs to neither part.
+
+    A line that cannot be read costs itself, not its document.
+    """
+    piece, size, first, converted = [], 0, 1, False
+    for row in lines:
+        if isinstance(row.raw, Dropped):
+            yield row
+            continue
+        blank = not row.raw.strip()
+        # Without any blank line it is cut all the same, at twice the length: memory must not grow with the file.
         if size > 2 * TXT_DOCUMENT_CHARS or (size > TXT_DOCUMENT_CHARS and blank):
-            yield first, {"text": "".join(piece)}
-            piece, size, first = [], 0, number + blank
+            yield RawRow(first, {"text": "".join(piece)}, converted)
+            piece, size, first, converted = [], 0, row.line + blank, False
             if blank:
                 continue
-        piece.append(line)
-        size += len(line)
+        piece.append(row.raw)
+        size += len(row.raw)
+        converted |= row.converted
     if "".join(piece).strip():
-        yield first, {"text": "".join(piece)}
+        yield RawRow(first, {"text": "".join(piece)}, converted)
 
 
-def _txt_lines(path) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        number = 0
+def _array_rows(file, codec: str) -> Iterator[RawRow]:
+    """Elements of a JSON array one after another, without holding the array; `line` is the element's number."""
+    decoder, number, position = json.JSONDecoder(), 0, 0
+    text = io.TextIOWrapper(file, encoding=codec)
+    buffer = text.read(2**20).lstrip(BETWEEN)[1:]  # behind the opening bracket
+    while True:
+        while position < len(buffer) and buffer[position] in BETWEEN:
+            position += 1
+        if buffer[position : position + 1] == "]":
+            return
         try:
-            while line := file.readline(MAX_ROW_BYTES):
-                number += 1
-                if len(line) == MAX_ROW_BYTES and not line.endswith("\n"):
-                    raise UserError(f"{path}:{number}: a line longer than {MAX_ROW_BYTES // 2**20} MB; is it text?")
-                yield line
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 after line {number} ({error.reason})") from None
+            record, end = decoder.raw_decode(buffer, position)
+        except json.JSONDecodeError as error:
+            # Most often the element is only not whole yet. What is read doubles, so a long one is parsed a few times.
+            buffer, position = buffer[position:], 0
+            more = text.read(max(2**20, len(buffer)))
+            if not more or len(buffer) > MAX_ROW_BYTES:
+                raise Dropped("not JSON", f"element {number + 1} of the array: {error.msg}") from None
+            buffer += more
+            continue
+        row = record if isinstance(record, dict) else buffer[position:end]  # JSON that is no row: parsing says why
+        number, position = number + 1, end
+        yield RawRow(number, row, codec != "utf-8-sig")
 
 
-# ---------------------------------------------------------------------------------------------- raw rows -> shapes
+def _codec_of(head: bytes, encoding: str) -> str:
+    """One encoding for a whole array: it has no lines to decide by."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+        return "utf-8-sig"
+    except UnicodeDecodeError:
+        if encoding == "gb18030":
+            return "gb18030"
+        raise Dropped("not UTF-8", "an array in another encoding; --encoding gb18030 converts GB18030") from None
+
+
+def _csv_rows(lines) -> Iterator[RawRow]:
+    """Records of a CSV file; `line` is a record's first. Behind a broken one reading goes on at the next line, so one
+    quote that does not close costs one row, and not all that follow.
+
+    A header that cannot be read costs the file: a row in its place would name the columns.
+    """
+    csv.field_size_limit(MAX_CSV_RECORD)
+    header, waiting = None, deque()  # waiting: lines that are to be read again
+    while True:
+        taken = []
+        # A new reader for each record: one that met a broken record knows no way back to the lines it took.
+        try:
+            values = next(csv.reader(_record(waiting, lines, taken), strict=True), None)
+        except (csv.Error, Dropped) as error:
+            said = f"{'the header: ' if header is None else ''}{error}"
+            dropped = error if isinstance(error, Dropped) else _broken(said, taken)
+            if header is None:
+                raise dropped from None
+            yield RawRow(taken[0].line, dropped)
+            waiting.extendleft(reversed(taken[1:]))
+            continue
+        if values is None:
+            return
+        if not values:  # a blank line
+            continue
+        if header is None:
+            header = values
+        elif len(values) != len(header):
+            yield RawRow(taken[0].line, _broken(f"{len(values)} fields for {len(header)} columns", taken))
+        else:
+            yield RawRow(taken[0].line, dict(zip(header, values)), any(row.converted for row in taken))
+
+
+def _record(waiting: deque, lines, taken: list[RawRow]) -> Iterator[str]:
+    """Lines for csv.reader, which takes as many as a record has; they are noted in `taken`."""
+    size = 0
+    while row := waiting.popleft() if waiting else next(lines, None):
+        taken.append(row)
+        if isinstance(row.raw, Dropped):
+            if len(taken) > 1:
+                raise csv.Error(f"a quote that does not close before line {row.line}, which cannot be read")
+            raise row.raw
+        size += len(row.raw)
+        if size > MAX_CSV_RECORD:
+            raise csv.Error(f"a quote that does not close within {MAX_CSV_RECORD // 2**20} million characters")
+        yield row.raw
+
+
+def _broken(detail: str, taken: list[RawRow]) -> Dropped:
+    return Dropped("broken CSV", detail, "".join(row.raw for row in taken if isinstance(row.raw, str)).encode())

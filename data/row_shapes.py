@@ -1,17 +1,54 @@
-"""The three shapes of a row: a text, a conversation, a pair of answers; and what is wrong with a row that has none."""
+"""The three shapes ("kinds") of a row, and what is wrong with a row that has none.
+
+  text  a string                                       pretraining, tokenizer
+  chat  [{"role", "content", ...}, ...]                SFT, LoRA, distillation, reasoning
+  pair  {"chosen": messages, "rejected": messages}     preferences
+
+Training reads these only; cleaning/published_shapes.py brings further published forms into them.
+"""
 
 import ast
 import json
 
 MAX_HISTORY_CHARS = 2**20
+SHOWN_BYTES = 2_000  # of a row that cannot be read: enough to recognise it
 
 ROLES = ("system", "user", "assistant", "tool")
 
 TOLD = ("role", "content", "reasoning_content", "tools", "tool_calls")
 
 
+UNUSABLE = (ValueError, TypeError, RecursionError)  # of a row that cannot be written: surrogates, dates, too deep
+
+
 class BadRow(ValueError):
-    """A row that cannot be used; the message says why. The caller knows file and line."""
+    """A row that cannot be used; the message says why. The caller knows file and line.
+
+    Cleaning counts bad rows: `reason` is one of a few fixed phrases, `detail` says more to a reader, `row` is the
+    beginning of bytes that could not be read as a row at all.
+    """
+
+    reason, row = "wrong shape", None
+
+    @property
+    def detail(self) -> str:
+        return str(self)
+
+
+class Dropped(BadRow):
+    """A row that is left out for a reason of its own. data: the bytes that could not be read as a row, if it was so."""
+
+    def __init__(self, reason: str, detail: str = "", data: bytes = b""):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.row = data[:SHOWN_BYTES].decode("utf-8", "backslashreplace") or None
+
+    @property
+    def detail(self) -> str:
+        return self.args[1]
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
 def parse(raw, kind: str):
@@ -20,18 +57,17 @@ def parse(raw, kind: str):
     return {"text": as_text, "chat": as_chat, "pair": as_pair}[kind](record)
 
 
-def parse_record(raw) -> dict:
-    """A raw row as a dict."""
+def parse_record(raw: str | dict | BadRow) -> dict:
+    """A raw row as a dict: a line of JSON, or a record that is one already. Raises BadRow, the raw row itself where
+    reading found that it is one."""
+    if isinstance(raw, BadRow):
+        raise raw
     if isinstance(raw, dict):
-        if None in raw:  # where csv puts what is left over
-            raise BadRow("more fields than columns: quote a field that holds a comma")
         return raw
     try:
-        record = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadRow(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+        record = json.loads(raw)
     except (ValueError, RecursionError) as error:  # ValueError: a number of more digits than Python reads, too
-        raise BadRow(f"not JSON ({error})") from None
+        raise Dropped("not JSON", str(error)) from None
     if not isinstance(record, dict):
         raise BadRow(f"a row must be a JSON object, not {type(record).__name__}")
     return record
@@ -41,7 +77,7 @@ def as_text(record: dict) -> str:
     """{"text": ...} -> the string."""
     text = record.get("text")
     if "text" not in record:
-        raise BadRow(f'no key "text" (found: {_keys(record)})')
+        raise BadRow(f'no key "text" (found: {keys_of(record)})')
     if not isinstance(text, str):
         raise BadRow(f'"text" must be a string, not {"null" if text is None else type(text).__name__}')
     if not text.strip():
@@ -61,12 +97,9 @@ def as_chat(record: dict) -> list[dict]:
     if "conversations" in record or "messages" in record:
         messages = record.get("conversations", record.get("messages"))
     elif "q" in record and "a" in record:
-        messages = []
-        for question, answer in parse_history(record.get("history")):
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        messages += [{"role": "user", "content": record["q"]}, {"role": "assistant", "content": record["a"]}]
+        messages = turns_of(record.get("history"), record["q"], record["a"])
     else:
-        raise BadRow(f'no key "conversations" and no columns "q", "a" (found: {_keys(record)})')
+        raise BadRow(f'no key "conversations" and no columns "q", "a" (found: {keys_of(record)})')
     return with_beside(check_messages(messages), record)
 
 
@@ -76,7 +109,7 @@ def as_pair(record: dict) -> dict:
     Tools and a system text may stand beside them, see with_beside.
     """
     if "chosen" not in record or "rejected" not in record:
-        raise BadRow(f'no keys "chosen" and "rejected" (found: {_keys(record)})')
+        raise BadRow(f'no keys "chosen" and "rejected" (found: {keys_of(record)})')
     chosen, rejected = check_messages(record["chosen"]), check_messages(record["rejected"])
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise BadRow("chosen and rejected must each end with an answer of the assistant")
@@ -84,6 +117,7 @@ def as_pair(record: dict) -> dict:
         raise BadRow("chosen and rejected must be whole conversations: the answers stand without their prompt "
                      "(`data_process.py clean --to dpo` joins a prompt that stands beside them)")  # fmt: skip
     chosen, rejected = with_beside(chosen, record), with_beside(rejected, record)
+    # Preference losses compare two answers to the same prompt; scores and names beside a message make no other prompt.
     ours, theirs = ([_told(message) for message in messages] for messages in (chosen, rejected))
     if ours[:-1] != theirs[:-1]:
         raise BadRow("the prompts of chosen and rejected differ; they may differ in the last message only")
@@ -110,6 +144,7 @@ def with_beside(messages: list[dict], record: dict) -> list[dict]:
         return messages
     if "system" in beside and not isinstance(beside["system"], str):
         raise BadRow('"system" must be a string')
+    # They go where the chat template looks for them: into the first message, the system's, made where there is none.
     has_one = messages[0]["role"] == "system"
     first = dict(messages[0]) if has_one else {"role": "system", "content": ""}
     for name, value in beside.items():
@@ -175,6 +210,14 @@ def as_json(value) -> str:
         raise BadRow(f"tools or calls cannot be written as JSON: {error}") from None
 
 
+def turns_of(history, question, answer) -> list[dict]:
+    """The messages of the earlier turns, see parse_history, and of the last one."""
+    messages = []
+    for asked, answered in [*parse_history(history), (question, answer)]:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return messages
+
+
 def parse_history(cell) -> list:
     """MiniMind v1 keeps earlier turns as a Python literal, [[question, answer], ...]; parsed as a literal only."""
     if cell is None or cell == "":
@@ -191,5 +234,5 @@ def parse_history(cell) -> list:
     return list(cell)
 
 
-def _keys(record: dict) -> str:
+def keys_of(record: dict) -> str:
     return ", ".join(map(str, list(record)[:8])) or "none"

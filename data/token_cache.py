@@ -32,8 +32,8 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import named
 from common.workers import default_workers, ordered_map
-from data.reading import UNUSABLE, check_file, raw_rows
-from data.row_shapes import BadRow, parse
+from data.reading import check_file, in_batches, raw_rows
+from data.row_shapes import UNUSABLE, BadRow, parse
 from data.thinking import keep_thinking
 from model.chat_template import ROLES, assistant_text, normalise_conversation
 from model.tokenizer import (
@@ -46,7 +46,7 @@ from model.tokenizer import (
 
 # Of this layout and of how rows are read: with another number old caches are not found, and runs on them not resumed.
 VERSION, TEXT_VERSION = 4, 3  # the second of texts in .jsonl and .parquet files, which are read as they were
-BATCH_BYTES = 2**19  # raw bytes handed to a worker at a time: large enough to hide the hand-over
+BATCH_CHARS = 2**18  # handed to a worker at a time: large enough to hide the hand-over
 BAD_LINES_SHOWN = 5
 NAME_CHARS = 40  # of the data file's name in the folder's, which the key and a build's mark must fit into too
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
@@ -93,24 +93,25 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def tokenised(path, kind: str, tokenizer, folder, skip_bad_lines=False, workers=None) -> Cache:
+def tokenised(path, kind: str, tokenizer, folder, skip_bad_lines=False, workers=None, think_share=None) -> Cache:
     """The cache of one data file under `folder`, built if it is not there.
 
-    kind "text" | "chat" | "pair", or "chat:0.8" for chats that keep their thinking in a share of 0.8, see
-    data/thinking.py. Raises UserError with file and line for the first bad rows, unless skip_bad_lines: then they are
-    counted in `meta["bad_lines"]` and reported. Uses all cores unless `workers` says how many.
+    kind "text" | "chat" | "pair". think_share: of chats, the share that keeps its thinking, see data/thinking.py; None
+    leaves all of it as it is. Uses all cores unless `workers` says how many. Raises UserError with file and line for
+    the first bad rows, unless skip_bad_lines: then they are counted in `meta["bad_lines"]` and reported.
     """
     path = check_file(path)
-    key = cache_key(path, kind, tokenizer, skip_bad_lines)
+    key = cache_key(path, kind, tokenizer, skip_bad_lines, think_share)
     final = Path(folder) / f"{path.name.split('.')[0][:NAME_CHARS]}-{key}"
+    # A folder of this name is whole, since it got its name when it was. What may be wrong with it came later.
     with usable(final):
         if not final.exists():
-            _build(path, kind, tokenizer, final, skip_bad_lines, workers)
+            _build(path, kind, tokenizer, final, skip_bad_lines, workers, think_share)
         try:
             cache = Cache(final)
         except PermissionError:
             raise
-        except (OSError, ValueError, KeyError) as error:  # a disk's fault, or a hand's: we build all of it or nothing
+        except (OSError, ValueError, KeyError) as error:  # a broken disk, or edited files: a build is whole
             raise UserError(f"{final} is damaged ({error}); delete the folder, and it is made again") from None
     if cache.meta["bad_lines"]:
         _say_bad(path, cache.meta["bad_lines"], cache.meta["first_bad"])
@@ -121,8 +122,8 @@ def tokenised(path, kind: str, tokenizer, folder, skip_bad_lines=False, workers=
 
 @contextlib.contextmanager
 def usable(path: Path):
-    """Around the use of `path` in the folder of caches: says what to do where that folder, or the path, is another
-    user's, read-only, or no folder."""
+    """Around what reads or writes `path` in the folder of caches: a UserError that says what to do where the folder, or
+    the path, belongs to another user, is read-only, or is a file."""
     try:
         yield
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
@@ -130,12 +131,14 @@ def usable(path: Path):
         raise UserError(f"the cache {path} cannot be used ({why}); name another --out_dir") from None
 
 
-def cache_key(path, kind: str, tokenizer, skip_bad_lines: bool) -> str:
+def cache_key(path, kind: str, tokenizer, skip_bad_lines: bool, think_share: float | None) -> str:
     """16 hex digits of everything that decides the content of a cache."""
+    # The words before the bytes are what earlier versions wrote: another spelling would find none of their caches.
     digest = hashlib.blake2b(digest_size=8)
     suffixes = Path(path).suffixes
-    version = TEXT_VERSION if kind == "text" and not {".csv", ".txt"} & set(suffixes) else VERSION
-    digest.update(f"{version} {kind} {tokenizer_hash(tokenizer)} {skip_bad_lines} {suffixes}".encode())
+    version = VERSION if kind != "text" or {".csv", ".txt", ".md"} & set(suffixes) else TEXT_VERSION
+    rows = kind if think_share is None else f"{kind}:{think_share}"
+    digest.update(f"{version} {rows} {tokenizer_hash(tokenizer)} {skip_bad_lines} {suffixes}".encode())
     with open(path, "rb") as file:
         while block := file.read(2**22):
             digest.update(block)
@@ -143,17 +146,19 @@ def cache_key(path, kind: str, tokenizer, skip_bad_lines: bool) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- build
-def _build(path, kind, tokenizer, final: Path, skip_bad_lines: bool, workers):
+def _build(path, kind, tokenizer, final: Path, skip_bad_lines: bool, workers, think_share):
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(final)
     building = final.with_name(f"{final.name}.building-{uuid.uuid4().hex[:8]}")
     building.mkdir()  # not by tempfile, whose folders nobody else can read
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32  # half the disk for vocabularies below 65,537
     meta = {"file": str(path), "kind": kind, "dtype": np.dtype(dtype).name, "bad_lines": 0, "first_bad": []}
     try:
         with named(building), contextlib.ExitStack() as stack:
             files = {name: stack.enter_context(open(building / f"{name}.bin", "wb")) for name in ARRAYS}
-            for arrays, bad in _encoded_batches(path, kind, tokenizer, workers):
+            for arrays, bad in _encoded_batches(path, kind, tokenizer, workers, think_share):
+                # Bad rows are all counted, a few are shown. Without skip_bad_lines the build ends once there are enough
+                # to show: a user mends several at a time.
                 meta["bad_lines"] += len(bad)
                 meta["first_bad"] += bad[: BAD_LINES_SHOWN - len(meta["first_bad"])]
                 for name, file in files.items():
@@ -187,28 +192,18 @@ def _remove_abandoned(final: Path):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _encoded_batches(path, kind, tokenizer, workers):
+def _encoded_batches(path, kind, tokenizer, workers, think_share):
     """Yields (arrays, bad lines) batch by batch in the file's order, encoded by this process or by workers."""
     workers = workers or default_workers()
-    if path.stat().st_size < 4 * BATCH_BYTES:
+    # To start a worker takes longer than to tokenise a few batches.
+    if path.stat().st_size < 4 * BATCH_CHARS:
         workers = 1
     with tqdm(desc=f"tokenising {path.name}", unit=" documents", disable=not sys.stderr.isatty(), leave=False) as bar:
-        context = (kind, json.dumps(tokenizer_to_dict(tokenizer)))
-        for encoded in ordered_map(_encode_in_worker, _batches(path), workers, *context):
+        # The tokenizer travels as text, once to each worker, which builds its own.
+        context = (kind, think_share, json.dumps(tokenizer_to_dict(tokenizer)))
+        for encoded in ordered_map(_encode_in_worker, in_batches(raw_rows(path), BATCH_CHARS), workers, *context):
             yield encoded
             bar.update(len(encoded[0]["hashes"]))
-
-
-def _batches(path):
-    batch, size = [], 0
-    for line, raw in raw_rows(path):
-        batch.append((line, raw))
-        size += len(raw) if isinstance(raw, bytes) else sum(len(str(value)) for value in raw.values())
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 @functools.lru_cache(maxsize=1)
@@ -216,23 +211,24 @@ def _tokenizer(files: str):
     return tokenizer_from_dict(json.loads(files))
 
 
-def _encode_in_worker(batch, kind: str, tokenizer_files: str):
-    return encode_batch(batch, kind, _tokenizer(tokenizer_files))
+def _encode_in_worker(batch, kind: str, think_share: float | None, tokenizer_files: str):
+    return encode_batch(batch, kind, _tokenizer(tokenizer_files), think_share)
 
 
-def encode_batch(batch, kind: str, tokenizer) -> tuple[dict, list]:
+def encode_batch(batch, kind: str, tokenizer, think_share=None) -> tuple[dict, list]:
     """[(line, raw row), ...] -> (the arrays of a cache for these rows, [(line, reason), ...] of the bad ones)."""
     rows, bad = [], []
-    kind, _, think_share = kind.partition(":")
     for line, raw in batch:
         try:
             row = parse(raw, kind)
-            rows.append(row if kind == "text" else _documents(row, kind, think_share, tokenizer))
+            rows.append(row if kind == "text" else _documents(row, kind, tokenizer, think_share))
         except UNUSABLE as error:  # BadRow, and what render refuses
             bad.append((line, str(error)))
     if kind == "text":
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        # All texts of a batch in one call: to call the tokenizer costs more than a short text does.
         encoded = zip(encode_texts(tokenizer, rows), rows)
+        # Learned are the text and the end, not the start, which nothing stands before.
         documents = [Document([start, *ids, end], len(ids) + 1, _hash(text)) for ids, text in encoded]
     else:
         documents = [document for row in rows for document in row]
@@ -249,13 +245,13 @@ def encode_batch(batch, kind: str, tokenizer) -> tuple[dict, list]:
     return arrays, bad
 
 
-def _documents(row, kind: str, think_share: str, tokenizer) -> list[Document]:
+def _documents(row, kind: str, tokenizer, think_share: float | None) -> list[Document]:
     """One chat -> one document; one pair -> two, of which only the last answer is learned."""
     if kind == "chat":
         digest = chat_hash(row)  # while all thinking is in it: copies may keep it or not
-        row = keep_thinking(row, float(think_share)) if think_share else row
+        row = row if think_share is None else keep_thinking(row, think_share)
         return [_document(row, tokenizer, digest)]
-    digest = chat_hash(row["chosen"][:-1])
+    digest = chat_hash(row["chosen"][:-1])  # the prompt's: all pairs of a prompt fall on the same side of a split
     pair = [_document(row[side], tokenizer, digest, last_only=True) for side in ("chosen", "rejected")]
     if pair[0].ids == pair[1].ids:  # spelled otherwise, in blanks at an end or with thinking under its own key
         raise BadRow("chosen and rejected are the same answer: there is nothing to prefer")
@@ -264,7 +260,7 @@ def _documents(row, kind: str, think_share: str, tokenizer) -> list[Document]:
 
 def _document(messages, tokenizer, digest: int, last_only=False) -> Document:
     ids, mask, turns = render_spans(tokenizer, messages)
-    if last_only:
+    if last_only:  # of a pair the earlier answers are the same on both sides: nothing is preferred there
         mask = [0] * turns[-1] + mask[turns[-1] :]
     return Document(ids, sum(mask), digest, mask, turns, [ROLES.index(message["role"]) for message in messages])
 
@@ -272,6 +268,7 @@ def _document(messages, tokenizer, digest: int, last_only=False) -> Document:
 def chat_hash(messages) -> int:
     """Of what is said in a conversation, whatever else a message carries (an id, a score), and however its thinking,
     its tools and its calls are spelled: in the content or under a key of their own, as JSON text or as lists."""
+    # Copies must have one hash, else a conversation could be trained on in one spelling and validated on in the other.
     messages, tools = normalise_conversation(messages)
     told = [{"tools": tools}] if tools else []
     for message in messages:

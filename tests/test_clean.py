@@ -20,11 +20,10 @@ from pyarrow import parquet
 from cleaning.clean import Settings, clean, clean_row
 from cleaning.filters import PROFILES, Profile, check_row, language_of, lost_share, repetition, symbol_share
 from cleaning.normalise import normalise_text
-from cleaning.published_shapes import parse_record, to_row
-from common.errors import UserError, run_main
-from data.raw_reading import Dropped, find_files, raw_rows
-from data.reading import iter_rows
-from data.row_shapes import BadRow, parse, record_text
+from cleaning.published_shapes import to_row
+from common.errors import run_main
+from data.reading import dirty_rows, find_files, iter_rows
+from data.row_shapes import BadRow, Dropped, parse, parse_record, record_text
 from data_process import main
 from model.tokenizer import load_tokenizer, render
 
@@ -44,8 +43,8 @@ def reason_of(row, kind="text", profile=PROFILES["default"]):
     """The reason for which a row is dropped, or None."""
     try:
         check_row(to_row(row, kind), profile)
-    except Dropped as dropped:
-        return dropped.reason
+    except BadRow as bad:
+        return bad.reason
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes
@@ -164,9 +163,9 @@ def test_published_preference_shapes_become_one(record):
     ({"messages": [QUESTION, ANSWER | {"tool_calls": [b"x"]}]}, "JSON"),
 ])  # fmt: skip
 def test_what_is_no_conversation_is_dropped_with_its_reason(record, word):
-    with pytest.raises(Dropped) as dropped:
+    with pytest.raises(BadRow) as bad:
         to_row(record, "chat")
-    assert dropped.value.reason == "wrong shape" and word in dropped.value.detail
+    assert bad.value.reason == "wrong shape" and word in bad.value.detail
 
 
 def test_a_null_is_called_null_and_a_prompt_must_be_a_string():
@@ -175,15 +174,16 @@ def test_a_null_is_called_null_and_a_prompt_must_be_a_string():
         ({"x": 1}, "text", "no key 'text' (found: x)"),
         ({"prompt": 5, "chosen": "a", "rejected": "b"}, "pair", "'prompt' must be a string"),
     ):
-        with pytest.raises(Dropped) as dropped:
+        with pytest.raises(BadRow) as bad:
             to_row(record, kind)
-        assert said in dropped.value.detail
+        assert said in bad.value.detail
 
 
 def test_what_the_stages_refuse_to_render_is_no_clean_row():
     for key, value in (("tool_calls", "no JSON"), ("tool_calls", "5"), ("tool_calls", [{"arguments": {}}])):
-        with pytest.raises(Dropped, match="wrong shape"):
+        with pytest.raises(BadRow) as bad:
             clean_row({"messages": [QUESTION, ANSWER | {key: value}]}, Settings(to="sft"))
+        assert bad.value.reason == "wrong shape"
     call = ANSWER | {"tool_calls": [{"name": "f", "arguments": {}}]}
     assert clean_row({"messages": [QUESTION, call]}, Settings(to="sft"))
 
@@ -214,8 +214,8 @@ def test_no_row_of_any_type_ends_a_run():
         for to in ("pretrain", "sft", "dpo", "tokenizer"):
             try:
                 kept += bool(clean_row(record, Settings(to=to)))
-            except Dropped as dropped:
-                assert dropped.reason
+            except BadRow as bad:
+                assert bad.reason
         for read in (lambda r: parse(r, "text"), lambda r: parse(r, "chat"), lambda r: parse(r, "pair"), record_text):
             with contextlib.suppress(BadRow):
                 read(record)
@@ -295,7 +295,7 @@ def test_thresholds_can_be_set_one_by_one():
 
 # ------------------------------------------------------------------------------------------------------ reading dirt
 def reasons_in(path, **flags):
-    return [row.raw.reason if isinstance(row.raw, Dropped) else None for row in raw_rows(path, **flags)]
+    return [row.raw.reason if isinstance(row.raw, Dropped) else None for row in dirty_rows(path, **flags)]
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
@@ -313,19 +313,28 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
 
     (tmp_path / "f.jsonl.zst").write_bytes(zstandard.compress(lines))
     for path in sorted(tmp_path.iterdir()):
-        found = [row.raw if isinstance(row.raw, dict) else json.loads(row.raw) for row in raw_rows(path)]
+        found = [row.raw if isinstance(row.raw, dict) else json.loads(row.raw) for row in dirty_rows(path)]
         assert found == rows, path.name
 
 
 def test_a_broken_quote_costs_one_row(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('q,a\n一,1\n"二,2\n三,3\n"四\n四",4\n五,5,6\n"六"x,6\n七,7\n', encoding="utf-8")
-    rows = list(raw_rows(path))
+    rows = list(dirty_rows(path))
     assert [row.raw.row for row in rows if isinstance(row.raw, Dropped)][1:] == ["五,5,6\n", '"六"x,6\n']
     kept = [row.raw for row in rows if isinstance(row.raw, dict)]
     assert [row["q"] for row in kept] == ["一", "三", "四\n四", "七"]
     assert [(row.line, row.raw.reason) for row in rows if isinstance(row.raw, Dropped)] == [
         (3, "broken CSV"), (7, "broken CSV"), (8, "broken CSV")]  # fmt: skip
+
+
+def test_a_line_that_cannot_be_read_costs_the_open_quote_before_it_no_row(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes('q,a\n"一,1\n二,2\n'.encode() + b"\xff\xff,3\n" + "四,4\n".encode())
+    rows = list(dirty_rows(path))
+    assert [row.raw["q"] for row in rows if isinstance(row.raw, dict)] == ["二", "四"]
+    assert [(row.line, row.raw.reason) for row in rows if isinstance(row.raw, Dropped)] == [
+        (2, "broken CSV"), (4, "not UTF-8")]  # fmt: skip
 
 
 def test_gb18030_is_said_and_converted_by_flag(tmp_path):
@@ -334,7 +343,7 @@ def test_gb18030_is_said_and_converted_by_flag(tmp_path):
     (tmp_path / "old.txt").write_bytes((PROSE + "二").encode("gb18030"))
     (tmp_path / "old.csv").write_bytes(f"text\n{PROSE}三\n".encode("gb18030"))
     (tmp_path / "old.json").write_bytes(json.dumps([{"text": PROSE + "四"}], ensure_ascii=False).encode("gb18030"))
-    rows = [row for path in sorted(tmp_path.iterdir()) for row in raw_rows(path)]
+    rows = [row for path in sorted(tmp_path.iterdir()) for row in dirty_rows(path)]
     details = [row.raw.detail for row in rows if isinstance(row.raw, Dropped) and row.raw.reason == "not UTF-8"]
     assert len(details) == 5 and sum("--encoding gb18030" in detail for detail in details) == 4
     summary = clean([tmp_path], tmp_path.parent / "converted", Settings(encoding="gb18030", dedup="exact"))
@@ -346,13 +355,13 @@ def test_gb18030_is_said_and_converted_by_flag(tmp_path):
 def test_one_line_of_another_encoding_costs_a_document_that_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("一行\n".encode() + "二行\n".encode("gb18030") + b"\xff\xff\n" + "四行".encode())
-    lost, gb, document = sorted(raw_rows(path), key=lambda row: (isinstance(row.raw, dict), -row.line))
+    lost, gb, document = sorted(dirty_rows(path), key=lambda row: (isinstance(row.raw, dict), -row.line))
     assert document.raw == {"text": "一行\n四行"} and not document.converted
     assert (gb.line, lost.line) == (2, 3) and "--encoding gb18030" in gb.raw.detail
     assert gb.raw.row == "\\xb6\\xfe\\xd0\\xd0\n" and lost.raw.row == "\\xff\\xff\n"
-    lost, document = raw_rows(path, "gb18030")
+    lost, document = dirty_rows(path, "gb18030")
     assert document.raw == {"text": "一行\n二行\n四行"} and document.converted and lost.line == 3
-    lines = [row.raw for row in raw_rows(path, "gb18030", "line") if not isinstance(row.raw, Dropped)]
+    lines = [row.raw for row in dirty_rows(path, "gb18030", "line") if not isinstance(row.raw, Dropped)]
     assert lines == [{"text": f"{n}行{end}"} for n, end in (("一", "\n"), ("二", "\n"), ("四", ""))]
 
 
@@ -360,7 +369,7 @@ def test_a_header_that_is_not_utf8_costs_the_file(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes("正文\n".encode("gb18030") + f"{PROSE}\n{PROSE}\n".encode())
     assert reasons_in(path) == ["not UTF-8"]
-    assert [row.raw for row in raw_rows(path, "gb18030")] == [{"正文": PROSE}] * 2
+    assert [row.raw for row in dirty_rows(path, "gb18030")] == [{"正文": PROSE}] * 2
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
@@ -372,7 +381,7 @@ def test_a_line_of_500_mb_is_passed_over_in_little_memory(tmp_path, name):
         file.seek(500 * 2**20)  # a hole: it reads as zeros and takes no disk
         file.write(b"\n" + good.encode() + b"\n")
     tracemalloc.start()
-    long, good = raw_rows(path)
+    long, good = dirty_rows(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert long.raw.reason == "line too long" and long.raw.row == "a" * 2000
@@ -446,7 +455,7 @@ def test_endings_in_capitals_and_markdown_are_read(tmp_path):
     (tmp_path / "C.md").write_text(PROSE, encoding="utf-8")
     files, others = find_files(tmp_path)
     assert len(files) == 3 and not others
-    assert [parse_record(row.raw) for file in files for row in raw_rows(file)] == [{"text": PROSE}] * 3
+    assert [parse_record(row.raw) for file in files for row in dirty_rows(file)] == [{"text": PROSE}] * 3
 
 
 def test_elements_of_an_array_that_are_no_rows_are_shown(tmp_path):
@@ -465,11 +474,11 @@ def test_a_dropped_row_of_a_table_may_hold_bytes_and_dates(tmp_path):
 
 def test_a_text_file_is_a_document_cut_at_blank_lines_or_a_row_a_line(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text(("一二三四五\n" * 5000 + "\n") * 9, encoding="utf-8")  # 80 kB a block, a cut above 300 kB
-    pieces = [row.raw["text"] for row in raw_rows(path)]
-    assert len(pieces) == 3 and "".join(pieces) == path.read_text(encoding="utf-8")
-    assert all(piece.startswith(("一", "\n")) for piece in pieces)
-    assert len(list(raw_rows(path, txt_rows="line"))) == 45_000
+    path.write_text(("一二三四五\n" * 5000 + "\n") * 9, encoding="utf-8")  # 30,001 a block, a cut above 100,000
+    pieces = [row.raw["text"] for row in dirty_rows(path)]
+    assert len(pieces) == 3 and "\n".join(pieces) == path.read_text(encoding="utf-8")
+    assert all(piece.startswith("一") for piece in pieces)
+    assert len(list(dirty_rows(path, txt_rows="line"))) == 45_000
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -578,7 +587,7 @@ def test_a_full_disk_is_one_line_and_the_second_start_finishes(tmp_path, capfd):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     err = capfd.readouterr().err
     assert f"failed: {tmp_path}/out.building: File too large (the disk at /" in err and err.strip().count("\n") == 0
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.building").exists()
     run_main(main, argv)
     assert len(read_rows(tmp_path / "out" / "pretrain.jsonl")) == 3000
 
@@ -613,15 +622,6 @@ def test_overwrite_replaces_nothing_that_this_command_did_not_write(tmp_path, ca
     assert code == 2 and "holds thesis.txt" in err and (building / "thesis.txt").exists()
     flags = tuple(flag for flag in flags if flag != "--overwrite")
     assert run(*flags, capsys=capsys)[0] == 0 and (building / "thesis.txt").exists()
-
-
-def test_an_unfinished_run_of_other_settings_is_not_mixed_in(tmp_path):
-    raw = write_rows(tmp_path / "raw.jsonl", [{"text": PROSE}])
-    (tmp_path / "out.building").mkdir()
-    (tmp_path / "out.building" / "plan.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match="other input or settings"):
-        clean([raw], tmp_path / "out", Settings())
-    assert clean([raw], tmp_path / "out", Settings(), overwrite=True)["kept"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- fill

@@ -11,7 +11,7 @@ import sys
 import pytest
 from stage import ROOT, last_json
 
-from cleaning.cluster import Ray
+from cleaning.cluster import PACKAGES, Ray
 from common.errors import RunFailed, run_main
 from data_process import main
 
@@ -55,6 +55,14 @@ def test_what_keeps_ray_from_beginning_is_one_line(address, flags, said, tmp_pat
     err = capsys.readouterr().err
     assert end.value.code == 2 and said in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["raw.jsonl"]
+
+
+def test_what_travels_to_the_workers_is_all_that_they_import(tmp_path):
+    for package in PACKAGES:
+        (tmp_path / package).symlink_to(ROOT / package)
+    command = [sys.executable, "-c", "from cleaning.clean import clean_batch"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import json
 import math
 import multiprocessing
@@ -25,13 +26,13 @@ from common.errors import UserError
 from data import reading
 from data import token_cache as cache_module
 from data.reading import iter_rows, iter_texts
-from data.rows import IGNORED, PackedRows, packed_splits, split_documents, token_bytes
+from data.rows import IGNORED, ROWS, ChatRows, TextRows, packed_splits, split_documents, token_bytes
 from data.token_cache import encode_batch, tokenised
 from inference.engine import Engine
 from model.chat_template import ROLES
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.tokenizer import encode_document, load_tokenizer, render
+from model.tokenizer import encode_document, load_tokenizer, render, tokenizer_hash
 from trainer.losses import learned_bytes, lm_loss
 from trainer.problems import read_questions
 
@@ -101,7 +102,7 @@ def test_chat_cache_holds_renders_ids_and_mask(chat_file, tmp_path):
 
 
 def test_workers_give_the_same_cache_as_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(cache_module, "BATCH_CHARS", 2000)
     file = write_jsonl(tmp_path / "big.jsonl", [{"text": t} for t in TEXTS * 3])
     one = tokenised(file, "text", TOKENIZER, tmp_path / "one", workers=1)
     two = tokenised(file, "text", TOKENIZER, tmp_path / "two", workers=2)
@@ -119,7 +120,8 @@ def test_gzip_and_zstandard_and_csv_and_parquet_and_txt_read_alike(tmp_path):
     pandas.DataFrame({"text": TEXTS}).to_csv(tmp_path / "a.csv", index=False)
     pandas.DataFrame({"text": TEXTS}).to_parquet(tmp_path / "a.parquet")
     (tmp_path / "a.txt").write_text("一本书\n\n第二段", encoding="utf-8")
-    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.parquet"):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS]), encoding="utf-8")
+    for name in ("a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.parquet"):
         assert list(iter_texts([tmp_path / name])) == TEXTS, name
     assert list(iter_texts([tmp_path / "a.txt"])) == ["一本书\n\n第二段"]
 
@@ -270,7 +272,7 @@ def test_minimind_v1_columns(tmp_path):
 def test_a_comma_without_quotes_cuts_no_text_short(tmp_path, capsys):
     file = tmp_path / "a.csv"
     file.write_text('text\nhello, world\n"hello, you"\n', encoding="utf-8")
-    with pytest.raises(UserError, match="a.csv:2: more fields than columns"):
+    with pytest.raises(UserError, match="a.csv:2: broken CSV .2 fields for 1 columns"):
         tokenised(file, "text", TOKENIZER, tmp_path / "c")
     assert list(iter_texts([file], skip_bad_lines=True)) == ["hello, you"]
     cache = tokenised(file, "text", TOKENIZER, tmp_path / "c", skip_bad_lines=True)
@@ -284,9 +286,9 @@ def test_a_long_txt_file_without_blank_lines_is_cut_all_the_same(tmp_path, monke
     rows = list(iter_texts([file]))
     assert "".join(rows) == text and max(map(len, rows)) < 2 * reading.TXT_DOCUMENT_CHARS + 20
     assert [line for line, _ in reading.raw_rows(file)][:2] == [1, rows[0].count("\n") + 1]
-    monkeypatch.setattr(read, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 1000)
     file.write_text("一\n" + "字" * 1001, encoding="utf-8")
-    with pytest.raises(UserError, match="a.txt:2: a line longer than"):
+    with pytest.raises(UserError, match="a.txt:2: line too long"):
         list(iter_texts([file]))
 
 
@@ -370,7 +372,14 @@ def test_a_bad_line_stops_with_file_and_line_or_is_skipped_and_counted(content, 
         ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20], "cannot be read"),
         ("no.parquet", b"no parquet", "not a parquet file"),
         ("quote.csv", b'text\n"broken\n', "broken CSV"),
-        ("gbk.txt", "中文".encode("gbk"), "not UTF-8"),
+        ("gbk.txt", "中文".encode("gbk"), r"gbk.txt:1: not UTF-8 .*GB18030"),
+        ("fields.csv", b"text,id\none\n", r"fields.csv:2: broken CSV \(1 fields for 2 columns\)"),
+        (
+            "utf16.jsonl",
+            '{"text": "a"}'.encode("utf-16"),
+            "utf16.jsonl: cannot be read past row 0: binary file .*UTF-16",
+        ),
+        ("open.json", b'[{"text": "a"}, {"text":', "open.json: cannot be read past row 1: not JSON .element 2"),
     ],
 )
 def test_files_that_cannot_be_read(name, content, message, tmp_path):
@@ -380,8 +389,22 @@ def test_files_that_cannot_be_read(name, content, message, tmp_path):
         tokenised(tmp_path / name, "text", TOKENIZER, tmp_path / "c")
 
 
+def test_a_bad_record_of_a_table_can_be_skipped_as_a_bad_line_can(tmp_path, capsys):
+    (tmp_path / "a.csv").write_bytes(b'text,id\none,1\n"two,2\nthree\nfour,4\n')
+    cache = tokenised(tmp_path / "a.csv", "text", TOKENIZER, tmp_path / "c", skip_bad_lines=True)
+    assert len(cache) == 2 and cache.meta["bad_lines"] == 2
+    assert "line 3: broken CSV" in (err := capsys.readouterr().err) and "line 4: broken CSV" in err
+
+
+@pytest.mark.parametrize("think_share, kind", [(None, "chat"), (0.8, "chat:0.8")])
+def test_a_cache_is_named_as_in_earlier_versions_and_so_found_again(think_share, kind, chat_file):
+    words = f"4 {kind} {tokenizer_hash(TOKENIZER)} False ['.jsonl']"
+    key = hashlib.blake2b(words.encode() + chat_file.read_bytes(), digest_size=8).hexdigest()
+    assert cache_module.cache_key(chat_file, "chat", TOKENIZER, False, think_share) == key
+
+
 def _build_slowly(file, folder):
-    cache_module.BATCH_BYTES = 200
+    cache_module.BATCH_CHARS = 200
     original = cache_module.encode_batch
 
     def slow(*args):
@@ -420,7 +443,7 @@ def test_a_damaged_cache_is_named(text_file, tmp_path, damage):
 
 def test_rows_hold_every_token_once(text_file, tmp_path):
     cache = tokenised(text_file, "text", TOKENIZER, tmp_path / "c")
-    rows = PackedRows([cache], np.arange(len(cache)), "text", 64, seed=1)
+    rows = TextRows([cache], np.arange(len(cache)), 64, seed=1)
     for epoch in (0, 3):
         targets = sorted(label for _, labels in all_documents(rows, epoch) for label in labels if label != IGNORED)
         expected = sorted(token for text in TEXTS for token in encode_document(TOKENIZER, text)[1:])
@@ -429,7 +452,7 @@ def test_rows_hold_every_token_once(text_file, tmp_path):
 
 def test_chat_rows_learn_what_render_masks(chat_file, tmp_path):
     cache = tokenised(chat_file, "chat", TOKENIZER, tmp_path / "c")
-    rows = PackedRows([cache], np.arange(len(cache)), "chat", 512, seed=1)
+    rows = ChatRows([cache], np.arange(len(cache)), 512, seed=1)
     found = sorted(all_documents(rows))
     expected = []
     for chat in CHATS:
@@ -450,7 +473,7 @@ def test_a_row_of_a_split_conversation_reads_as_a_conversation_does(tmp_path):
         chats.append(chat)
     file = write_jsonl(tmp_path / "c.jsonl", [{"conversations": c} for c in chats])
     cache = tokenised(file, "chat", TOKENIZER, tmp_path / "c")
-    rows = PackedRows([cache], np.arange(len(cache)), "chat", 64, seed=1)
+    rows = ChatRows([cache], np.arange(len(cache)), 64, seed=1)
     answers = []
     for ids, labels in all_documents(rows):
         turns = re.findall(r"<\|im_start\|>(\w+)\n(\d+)?-?(\d+)?.*?<\|im_end\|>\n", TOKENIZER.decode(ids))
@@ -472,7 +495,7 @@ def test_shares_are_those_of_the_rows_counted_token_by_token(kind, seq_len, text
         pairs = [{"chosen": c, "rejected": [*c[:-1], c[-1] | {"content": "错" * 30}]} for c in CHATS]
         write_jsonl(file, pairs)
     cache = tokenised(file, kind, TOKENIZER, tmp_path / "c")
-    rows = PackedRows([cache], np.arange(len(cache)), kind, seq_len, seed=1)
+    rows = ROWS[kind]([cache], np.arange(len(cache)), seq_len, seed=1)
     batch = rows.batch(range(len(rows)))
     learned, slots = int((batch["labels"] != IGNORED).sum()), batch["labels"].numel()
     in_documents = int(cache.learn.sum()) if kind != "text" else len(cache.tokens) - len(cache)
@@ -495,7 +518,7 @@ def test_counting_what_is_learned_takes_no_memory_by_the_token(tmp_path):
     (tmp_path / "meta.json").write_text('{"dtype": "uint16", "bad_lines": 0}')
     cache = cache_module.Cache(tmp_path)
     tracemalloc.start()
-    rows = PackedRows([cache], np.arange(1000), "chat", 512, seed=1)
+    rows = ChatRows([cache], np.arange(1000), 512, seed=1)
     assert rows.shares() == {"real_token_share": 1.0, "learned_token_share": 1.0, "learned_kept_share": 0.512}
     assert tracemalloc.get_traced_memory()[1] < len(cache.tokens)
     tracemalloc.stop()
@@ -503,21 +526,21 @@ def test_counting_what_is_learned_takes_no_memory_by_the_token(tmp_path):
 
 def test_the_order_is_a_permutation_that_changes_with_the_epoch_and_only_with_it(text_file, tmp_path):
     cache = tokenised(text_file, "text", TOKENIZER, tmp_path / "c")
-    one, two = (PackedRows([cache], np.arange(len(cache)), "text", 128, seed=5) for _ in range(2))
+    one, two = (TextRows([cache], np.arange(len(cache)), 128, seed=5) for _ in range(2))
     first = one.batch(range(len(one)))["input_ids"]
     second = one.batch(range(len(one), 2 * len(one)))["input_ids"]
     assert not torch.equal(first, second)
     assert torch.equal(two.batch(range(len(two), 2 * len(two)))["input_ids"], second)  # no memory of epoch 0
-    other_seed = PackedRows([cache], np.arange(len(cache)), "text", 128, seed=6)
+    other_seed = TextRows([cache], np.arange(len(cache)), 128, seed=6)
     assert not torch.equal(other_seed.batch(range(len(one)))["input_ids"], first)
 
 
 def test_two_threads_may_ask_for_batches_at_once(text_file, tmp_path):
     """One fetches ahead, another reads elsewhere: each gets what it asked for."""
     cache = tokenised(text_file, "text", TOKENIZER, tmp_path / "c")
-    rows = PackedRows([cache], np.arange(len(cache)), "text", 128, seed=5)
+    rows = TextRows([cache], np.arange(len(cache)), 128, seed=5)
     places = [epoch * len(rows) for epoch in range(400)]
-    expected = [PackedRows([cache], np.arange(len(cache)), "text", 128, seed=5).batch([i])["input_ids"] for i in places]
+    expected = [TextRows([cache], np.arange(len(cache)), 128, seed=5).batch([i])["input_ids"] for i in places]
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -561,12 +584,12 @@ def with_calls(i: int, spelling: int) -> list[dict]:
     return [{"role": "system", "content": "", "tools": tools}, question, answer]
 
 
-@pytest.mark.parametrize("kind", ["chat", "chat:0.5"])
-def test_validation_is_disjoint_also_for_copies_that_are_spelled_otherwise(kind, tmp_path):
+@pytest.mark.parametrize("think_share", [None, 0.5])
+def test_validation_is_disjoint_also_for_copies_that_are_spelled_otherwise(think_share, tmp_path):
     chats = [with_calls(i, spelling) for spelling in range(5) for i in range(60)]
     chats += [[m | {"id": n, "score": n} for m in exchange(i)] for n in range(5) for i in range(60)]
     file = write_jsonl(tmp_path / "a.jsonl", [{"conversations": c} for c in chats])
-    cache = tokenised(file, kind, TOKENIZER, tmp_path / "c")
+    cache = tokenised(file, "chat", TOKENIZER, tmp_path / "c", think_share=think_share)
     train, val = split_documents([cache], 0.2)
     said = np.array([what * 1000 + i for what in range(2) for _ in range(5) for i in range(60)])
     assert not set(said[train]) & set(said[val])
@@ -590,7 +613,7 @@ def test_an_empty_row_teaches_nothing(text_file, tmp_path):
     rows, val = packed_splits([cache], "text", 64, 0, val_split=0.0)
     assert val is None
     batch = rows.batch([-1])
-    assert batch["weight"] == 0 and batch["real_tokens"] == 0
+    assert batch["count"] == 0 and batch["real_tokens"] == 0
 
 
 @pytest.mark.parametrize("kind", ["text", "chat"])
@@ -600,7 +623,7 @@ def test_packed_equals_unpacked(kind, text_file, chat_file, tmp_path):
     config = LMConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=len(TOKENIZER))
     model = MiniMindForCausalLM(config)
     cache = tokenised(text_file if kind == "text" else chat_file, kind, TOKENIZER, tmp_path / "c")
-    rows = PackedRows([cache], np.arange(24), kind, 256, seed=0)
+    rows = ROWS[kind]([cache], np.arange(24), 256, seed=0)
     batch = rows.batch(range(len(rows)))
     packed, count = lm_loss(model(batch["input_ids"], segment_ids=batch["segment_ids"]).logits, batch["labels"])
     (packed / count).backward()
@@ -611,7 +634,7 @@ def test_packed_equals_unpacked(kind, text_file, chat_file, tmp_path):
         loss, n = lm_loss(model(torch.tensor([ids])).logits, torch.tensor([labels]))
         alone, alone_count = alone + loss, alone_count + n
     (alone / alone_count).backward()
-    assert count == alone_count == batch["weight"]
+    assert count == alone_count == batch["count"]
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-4)
     for p, gradient in zip(model.parameters(), gradients):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)

@@ -163,7 +163,7 @@ def begin(tmp_path, alpha):
 def micro_batches(batch, size):
     for i in range(0, 4, size):
         part = {name: tensor[i : i + size] for name, tensor in batch.items()}
-        yield part | {"weight": (part["labels"][:, 1:] != -100).sum(), "real_tokens": torch.tensor(24 * size)}
+        yield part | {"count": (part["labels"][:, 1:] != -100).sum(), "real_tokens": torch.tensor(24 * size)}
 
 
 def gradients(args, student, loss_fn, micro):

@@ -67,15 +67,16 @@ def test_pairs_fit_the_row_and_lose_the_front_of_the_prompt_first(pairs, longest
     lengths = np.array([[prompt + a, prompt + b] for prompt, a, b in pairs]).flatten()
     answers = np.repeat([prompt for prompt, _, _ in pairs], 2)
     items, prompts_cut, answers_cut = pair_items(lengths, answers, longest)
-    sizes = (items[:, 3] - items[:, 2]).reshape(-1, 2)
-    assert (sizes.sum(axis=1) <= longest).all() and (items[::2, 2] == items[1::2, 2]).all()
-    for (prompt, a, b), (one, two), size in zip(pairs, items.reshape(-1, 2, 5), sizes):
+    sizes = items.lengths.reshape(-1, 2)
+    start, end = items.start.reshape(-1, 2), items.end.reshape(-1, 2)
+    assert (sizes.sum(axis=1) <= longest).all() and (start[:, 0] == start[:, 1]).all()
+    for (prompt, a, b), (cut, _), (one, two), size in zip(pairs, start, end, sizes):
         fits, answers_fit = 2 * prompt + a + b <= longest, a + b <= longest
-        assert fits == (one[2] == 0 and one[3] == prompt + a and two[3] == prompt + b)
+        assert fits == (cut == 0 and one == prompt + a and two == prompt + b)
         if answers_fit:
-            assert one[3] == prompt + a and two[3] == prompt + b and (fits or sum(size) >= longest - 1)
+            assert one == prompt + a and two == prompt + b and (fits or sum(size) >= longest - 1)
         else:
-            assert one[2] == prompt and sum(size) == longest
+            assert cut == prompt and sum(size) == longest
     assert prompts_cut == sum(2 * p + a + b > longest for p, a, b in pairs)
     assert answers_cut == sum(a + b > longest for _, a, b in pairs)
 

@@ -47,7 +47,7 @@ def batch_of(B=2, T=24):
     ids = torch.randint(3, 320, (B, T), generator=torch.Generator().manual_seed(1))
     segments = torch.ones_like(ids)
     segments[:, T // 2 :] = 2
-    return {"input_ids": ids, "labels": ids, "segment_ids": segments, "weight": torch.tensor(B * (T - 1)),
+    return {"input_ids": ids, "labels": ids, "segment_ids": segments, "count": torch.tensor(B * (T - 1)),
             "real_tokens": torch.tensor(B * T)}  # fmt: skip
 
 

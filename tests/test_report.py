@@ -3,7 +3,9 @@
 import json
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from cleaning.report import describe, histogram, histogram_of, quantiles
 from common.errors import UserError
@@ -87,3 +89,14 @@ def test_a_file_without_rows_is_one_line(tmp_path):
     for rows, said in (([{"text": ""}], "no usable rows"), ([], "is empty")):
         with pytest.raises(UserError, match=said):
             describe(write(tmp_path / "a.jsonl", rows))
+
+
+def test_a_row_of_a_table_that_has_no_json_is_a_bad_row(tmp_path):
+    tools = [[{"name": b"f"}], None]
+    rows = [
+        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}], "tools": t}
+        for t in tools
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = describe(tmp_path / "a.parquet")
+    assert (found["rows"], found["bad_rows"]) == (1, 1)

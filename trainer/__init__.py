@@ -1,1 +1,1 @@
-"""How a model learns: setup, the loop, losses, optimizers, processes, checkpoints. Imports common/, model/ and data/."""
+"""How a model learns: setup, loop, losses, optimizers, processes, checkpoints. Imports common/, model/ and data/."""

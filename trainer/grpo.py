@@ -208,7 +208,7 @@ def deal(answers: list[Answer], batch_size: int, micro_batches: int, device) -> 
 def as_tensors(answers: list[Answer]) -> dict[str, torch.Tensor]:
     """Rows of prompt and answer, padded on the right to one of few lengths; no answer at all: one empty row.
 
-    input_ids, labels, segment_ids (B, T) as in data/rows.py, advantage (B,), weight: tokens of the answers.
+    input_ids, labels, segment_ids (B, T) as in data/rows.py, advantage (B,), count: tokens of the answers.
     """
     longest = max(map(len, answers), default=2)
     B, T = max(len(answers), 1), -(-longest // LENGTHS) * LENGTHS
@@ -222,7 +222,7 @@ def as_tensors(answers: list[Answer]) -> dict[str, torch.Tensor]:
         advantage[row] = answer.advantage
     return {
         "input_ids": ids, "labels": labels, "segment_ids": segments, "advantage": advantage,
-        "weight": (labels != IGNORED).sum(), "real_tokens": (segments > 0).sum(),
+        "count": (labels != IGNORED).sum(), "real_tokens": (segments > 0).sum(),
     }  # fmt: skip
 
 

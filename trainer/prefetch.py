@@ -52,10 +52,10 @@ def ready_for(device: torch.device, batch: dict, most_documents: int) -> dict[st
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """Its tensors on `device`; single numbers (weight, real_tokens) stay where the loop can read them at once."""
+    """Its tensors on `device`; single numbers (count, real_tokens) stay where the loop can read them at once."""
     return {name: x.to(device, non_blocking=True) if x.dim() else x for name, x in batch.items()}
 
 
 def amounts(batches) -> tuple[int, int]:
-    """(weight, real tokens) of a process's micro-batches together."""
-    return sum(int(b["weight"]) for b in batches), sum(int(b["real_tokens"]) for b in batches)
+    """(count, real tokens) of a process's micro-batches together."""
+    return sum(int(b["count"]) for b in batches), sum(int(b["real_tokens"]) for b in batches)

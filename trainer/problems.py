@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, note
-from data.reading import UNUSABLE, raw_rows
-from data.row_shapes import BadRow, as_chat, parse_record, with_beside
+from data.reading import raw_rows
+from data.row_shapes import UNUSABLE, BadRow, as_chat, parse_record, with_beside
 from model.tokenizer import render
 from trainer.rewards import known_answer
 

@@ -47,23 +47,26 @@ class Start:
     fixed: dict[str, str] = field(default_factory=dict)  # fingerprints of what is used and not trained, by its role
     other_parameters: int = 0  # of further models in memory
 
-    def caches(self, kind: str, world, files=None) -> list[Cache]:
+    def caches(self, kind: str, world, files=None, think_share=None) -> list[Cache]:
         """The data files (or others), tokenised: by the first process, found by the others."""
         folder, skip = Path(self.args.out_dir) / "cache", self.args.skip_bad_lines
 
         def find():
-            return [tokenised(file, kind, self.tokenizer, folder, skip) for file in files or self.data_files]
+            return [
+                tokenised(file, kind, self.tokenizer, folder, skip, think_share=think_share)
+                for file in files or self.data_files
+            ]
 
         return world.first_then_all(find)
 
-    def packed(self, kind: str, world, val_files=None):
+    def packed(self, kind: str, world, val_files=None, think_share=None):
         """(training rows, validation rows or None) of the data files, see data/rows.py.
 
-        kind: as for data.token_cache.tokenised. val_files: validate on these instead of on a part of the data.
+        kind, think_share: as for data.token_cache.tokenised. val_files: validate on these, not on a part of the data.
         """
-        args, caches = self.args, self.caches(kind, world)
-        val_caches = self.caches(kind, world, val_files) if val_files else None
-        rows = packed_splits(caches, kind.partition(":")[0], args.seq_len, args.seed, args.val_split, val_caches)
+        args, caches = self.args, self.caches(kind, world, think_share=think_share)
+        val_caches = self.caches(kind, world, val_files, think_share) if val_files else None
+        rows = packed_splits(caches, kind, args.seq_len, args.seed, args.val_split, val_caches)
         if world.first and (kept := rows[0].learned_kept_share()) < ENOUGH_KEPT:
             print(f"warning: answers longer than a row lose their end, {1 - kept:.1%} of what could be learned; "
                   f"raise --seq_len {args.seq_len}", file=sys.stderr)  # fmt: skip
