@@ -22,7 +22,8 @@ from cleaning.dedup import Fingerprints, exact_key, find_copies, signature
 from cleaning.filters import PROFILES
 from cleaning.normalise import normalise_row
 from cleaning.published_shapes import to_row
-from data.reading import dirty_rows, find_files
+from data.files import find_files
+from data.reading import dirty_rows
 from data.row_shapes import BadRow, parse_record
 from inference.engine import Engine
 from model.weights import load_model

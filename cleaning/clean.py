@@ -30,7 +30,8 @@ from cleaning.published_shapes import check_rendering, knows, to_row
 from cleaning.work import Cleaned, Work, foreign, new_folder, publish
 from common.errors import UserError
 from common.workers import Pool, peak_memory
-from data.reading import UNREADABLE, columns_of, dirty_rows, find_files, in_batches
+from data.files import find_files
+from data.reading import UNREADABLE, columns_of, dirty_rows, in_batches
 from data.row_shapes import BadRow, parse_record
 
 SHAPE = {"pretrain": "text", "sft": "chat", "dpo": "pair", "tokenizer": "any"}  # of a stage's rows

@@ -12,19 +12,15 @@ import codecs
 import csv
 import io
 import json
-import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
-from data.archives import DAMAGED, open_bytes, parquet_rows
+from data.files import DAMAGED, ENDINGS, kind_of, open_bytes, parquet_rows
 from data.row_shapes import BadRow, Dropped, parse, parse_record, record_text
 
-KINDS = (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet")
-ARCHIVES = (".gz", ".zst")
-ENDINGS = f"{', '.join(KINDS)} (.gz, .zst)"
 MAX_ROW_BYTES = 64 * 2**20  # a longer "line" is a binary file or a file without line ends, not a document
 MAX_CSV_RECORD = 4 * 2**20  # characters; a longer record is a quote that does not close
 TXT_DOCUMENT_CHARS = 100_000  # a longer .txt is cut at the next blank line
@@ -110,11 +106,6 @@ def in_batches(rows, characters: int) -> Iterator[list]:
 
 
 # -------------------------------------------------------------------------------------------------------------- files
-def kind_of(path: Path) -> str | None:
-    """The ending that counts, ".jsonl" of "a.jsonl.gz"; None if the file is of no kind we read."""
-    name = Path(path.name.lower())
-    suffix = Path(name.stem).suffix if name.suffix in ARCHIVES else name.suffix
-    return suffix if suffix in KINDS else None
 
 
 def check_file(path) -> Path:
@@ -133,33 +124,6 @@ def check_file(path) -> Path:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return path
-
-
-def find_files(path) -> tuple[list[Path], list[Path]]:
-    """(data files, what else there is: files of other kinds, links to folders and to nothing): the file itself, or a
-    folder walked in the order of its names."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no such file or folder: {path}")
-    if path.is_file() and kind_of(path) is None:
-        raise UserError(f"{path}: unknown kind of file; data files end in {ENDINGS}")
-    inside = [path] if path.is_file() else sorted(_files_in(path))
-    files = {file: None for file in inside if kind_of(file) and file.is_file()}  # in their order
-    if not files:
-        raise UserError(f"no data files in {path}; they end in {ENDINGS}")
-    return list(files), [file for file in inside if file not in files]
-
-
-def _files_in(folder: Path) -> Iterator[Path]:
-    """All files in a folder and those in it (pathlib passes over one that cannot be read without a word), and links to
-    folders, which may lead in a circle and are not followed."""
-
-    def refuse(error: OSError):
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
-
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        links = (name for name in folders if os.path.islink(os.path.join(place, name)))
-        yield from (Path(place) / name for name in (*links, *names))
 
 
 def columns_of(path: Path, encoding: str = "utf-8") -> list[str] | None:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from common.errors import RunFailed
 from common.files import replaced
-from data.archives import DAMAGED, parquet_rows
+from data.files import DAMAGED, parquet_rows
 
 SPLITS = ("dev", "val", "test", "train")
 

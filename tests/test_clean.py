@@ -22,7 +22,8 @@ from cleaning.filters import PROFILES, Profile, check_row, language_of, lost_sha
 from cleaning.normalise import normalise_text
 from cleaning.published_shapes import to_row
 from common.errors import run_main
-from data.reading import dirty_rows, find_files, iter_rows
+from data.files import find_files
+from data.reading import dirty_rows, iter_rows
 from data.row_shapes import BadRow, Dropped, parse, parse_record, record_text
 from data_process import main
 from model.tokenizer import load_tokenizer, render

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.cleaning import read
 from cleaning import report
 from cleaning.distill import read_prompts
 from cleaning.fill import fill

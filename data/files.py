@@ -1,13 +1,56 @@
-"""The bytes of a packed file, and the rows of a Parquet file; damage in them is an error, never a silent end."""
+"""Data files: finding them in a folder, opening packed ones, the rows of Parquet files. Damage is an error, never a silent
+end."""
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import UserError
+
+KINDS = (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet")
+ARCHIVES = (".gz", ".zst")
+ENDINGS = f"{', '.join(KINDS)} (.gz, .zst)"
+
+
+def kind_of(path: Path) -> str | None:
+    """The ending that counts, ".jsonl" of "a.jsonl.gz"; None if the file is of no kind we read."""
+    name = Path(path.name.lower())
+    suffix = Path(name.stem).suffix if name.suffix in ARCHIVES else name.suffix
+    return suffix if suffix in KINDS else None
+
+
 DAMAGED = (OSError, EOFError, ValueError, zlib.error)  # what reading a damaged or cut-off file raises
 ZSTANDARD_BYTES = 2**14  # unpacked at a time; of a file made to harm they are 64 MB at most
+
+
+def find_files(path) -> tuple[list[Path], list[Path]]:
+    """(data files, what else there is: files of other kinds, links to folders and to nothing): the file itself, or a
+    folder walked in the order of its names."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no such file or folder: {path}")
+    if path.is_file() and kind_of(path) is None:
+        raise UserError(f"{path}: unknown kind of file; data files end in {ENDINGS}")
+    inside = [path] if path.is_file() else sorted(_files_in(path))
+    files = {file: None for file in inside if kind_of(file) and file.is_file()}  # in their order
+    if not files:
+        raise UserError(f"no data files in {path}; they end in {ENDINGS}")
+    return list(files), [file for file in inside if file not in files]
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """All files in a folder and those in it (pathlib passes over one that cannot be read without a word), and links to
+    folders, which may lead in a circle and are not followed."""
+
+    def refuse(error: OSError):
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        links = (name for name in folders if os.path.islink(os.path.join(place, name)))
+        yield from (Path(place) / name for name in (*links, *names))
 
 
 def open_bytes(path):
