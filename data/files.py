@@ -1,5 +1,4 @@
-"""Data files: finding them in a folder, opening packed ones, the rows of Parquet files. Damage is an error, never a silent
-end."""
+"""Data files: found in a folder, opened where they are packed, the rows of Parquet files. Damage is always an error."""
 
 import gzip
 import io
@@ -13,15 +12,6 @@ from common.errors import UserError
 KINDS = (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet")
 ARCHIVES = (".gz", ".zst")
 ENDINGS = f"{', '.join(KINDS)} (.gz, .zst)"
-
-
-def kind_of(path: Path) -> str | None:
-    """The ending that counts, ".jsonl" of "a.jsonl.gz"; None if the file is of no kind we read."""
-    name = Path(path.name.lower())
-    suffix = Path(name.stem).suffix if name.suffix in ARCHIVES else name.suffix
-    return suffix if suffix in KINDS else None
-
-
 DAMAGED = (OSError, EOFError, ValueError, zlib.error)  # what reading a damaged or cut-off file raises
 ZSTANDARD_BYTES = 2**14  # unpacked at a time; of a file made to harm they are 64 MB at most
 
@@ -51,6 +41,13 @@ def _files_in(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder, onerror=refuse):
         links = (name for name in folders if os.path.islink(os.path.join(place, name)))
         yield from (Path(place) / name for name in (*links, *names))
+
+
+def kind_of(path: Path) -> str | None:
+    """The ending that counts, ".jsonl" of "a.jsonl.gz"; None if the file is of no kind we read."""
+    name = Path(path.name.lower())
+    suffix = Path(name.stem).suffix if name.suffix in ARCHIVES else name.suffix
+    return suffix if suffix in KINDS else None
 
 
 def open_bytes(path):
