@@ -116,7 +116,7 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
 
     engine: what runs clean_batch in the place of a pool of `workers` processes, see cleaning/cluster.py.
     """
-    begin, out, engine = time.time(), Path(out_dir), engine or Pool(workers)
+    begin, out, engine = time.monotonic(), Path(out_dir), engine or Pool(workers)
     files, others, weights = _inputs(paths, settings)
     _check_places(paths, files, out)
     if others:
@@ -136,13 +136,13 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
             work.close()
         for name, rows in _damaged(files, work.counts).items():
             print(f"warning: {name} cannot be read to its end, only {rows:,} rows of it", file=sys.stderr)
-        read_seconds = time.time() - begin
+        read_seconds = time.monotonic() - begin
         if not work.kept:
             raise UserError(f"no row is left: {_reasons_in_words(work.counts)}")
         rows = work.counts.total()  # before copies are taken out; every row, kept or dropped
         summary = _write(work, plan, files, others, weights, settings)
         publish(building, out, overwrite)
-    seconds = time.time() - begin
+    seconds = time.monotonic() - begin
     return summary | {
         "out_dir": str(out), "workers": engine.workers, "seconds": round(seconds, 1),
         "read_seconds": round(read_seconds, 1), "documents_per_second": round(rows / seconds, 1),

@@ -56,10 +56,11 @@ def save_peft(folder, model, base: str = "", name: str | None = None) -> None:
         file.write(json.dumps(content, indent=2))
 
 
-def load_peft(model, folder, name: str = "peft"):
-    """Adds the adapter of a peft folder to a model, under this name, and makes it active; ValueError where it has no
-    counterpart here."""
+def load_peft(model, folder, name: str | None = None):
+    """Adds the adapter of a peft folder to a model, under this name (by default the folder's), and makes it active;
+    ValueError where it has no counterpart here."""
     folder = Path(folder)
+    name = (name or folder.absolute().stem).replace(".", "_")  # of ".", which has no name, the folder's
     if not (folder / CONFIG).exists() or not (folder / TENSORS).exists():
         raise ValueError(f"{folder} is no peft folder: it lacks {CONFIG} or {TENSORS}")
     try:

@@ -6,7 +6,6 @@ all. Also read: transformers folders and MiniMind's releases (see model/convert.
 """
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from model.LMConfig import LMConfig
 from model.lora import attach, merge_lora
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_to_dict
-from model.weights_file import FORMAT, LORA_FORMAT, describe, read_file, save_atomically
+from model.weights_file import FORMAT, LORA_FORMAT, describe, read_file, save_atomically, told_of
 
 
 def load_model(path, preset=None):
@@ -28,28 +27,31 @@ def load_model(path, preset=None):
     Raises ValueError, in a sentence, for anything that cannot be read or does not fit.
     """
     path = Path(path)
-    if not path.exists():
-        raise ValueError(f"no weights at {path}")
-    if path.is_dir():
-        return _load_folder(path)
+    with told_of(path):
+        if not path.exists():
+            raise ValueError(f"no weights at {path}")
+        return _load_folder(path) if path.is_dir() else _load_file(path, preset)
+
+
+def _load_file(path: Path, preset):
     content = read_file(path)
     if isinstance(content, dict) and content.get("format") == LORA_FORMAT:
         return load_merged(path, content)
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        with _told_of(path):
-            config, state = LMConfig(**content["config"]), content["model"]
+        config, state = LMConfig(**content["config"]), content["model"]
         tokenizer = tokenizer_from_dict(content["tokenizer"]) if content["tokenizer"] else None
         record = content["record"]
     else:
         state = convert.state_dict_of(content, path)
-        with _told_of(path):
-            config, state = convert.from_minimind(state, preset)
+        config, state = convert.from_minimind(state, preset)
         tokenizer, record = _tokenizer_beside(path.parent), {}
     return build_model(config, state, path), tokenizer, record
 
 
 def build_model(config: LMConfig, state: dict, path="these weights") -> MiniMindForCausalLM:
     """A model of this shape holding these weights; ValueError names what does not fit."""
+    if config.n_layers > len(state):  # a wrong number would fill the memory with layers before they are compared
+        raise ValueError(f"{path} does not fit a model of {describe(config)}: it holds {len(state)} tensors")
     with torch.device("meta"):
         model = MiniMindForCausalLM(config)
     if config.tie_word_embeddings:
@@ -82,17 +84,6 @@ def save_weights(path, model, tokenizer, record: dict) -> None:
     save_atomically(content, path)
 
 
-@contextmanager
-def _told_of(path):
-    """Puts the path before what is wrong with its content."""
-    try:
-        yield
-    except convert.NoCounterpart as error:
-        raise convert.NoCounterpart(f"{path}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
 def _tokenizer_beside(folder: Path):
     return load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
 
@@ -101,20 +92,16 @@ def _load_folder(folder: Path):
     """A transformers folder: config.json, weights in safetensors or .bin (shards too), tokenizer files if any."""
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no config.json: it is not a transformers folder")
-    try:
-        raw_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    raw_config = _json_object(folder / "config.json")
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise ValueError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
     state = {}
     for file in files:
         state |= convert.state_dict_of(read_file(file), file)
-    with _told_of(folder):
-        config, state = convert.from_transformers(raw_config, state)
+    config, state = convert.from_transformers(raw_config, state)
     record_file = folder / "training_record.json"
-    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
+    record = _json_object(record_file) if record_file.exists() else {}
     return build_model(config, state, folder), _tokenizer_beside(folder), record
 
 
@@ -128,3 +115,13 @@ def load_merged(path, content: dict) -> tuple[MiniMindForCausalLM, object, dict]
         )
     model, tokenizer, _ = load_model(base, content["record"].get("preset"))
     return merge_lora(attach(model, content, "default", path)), tokenizer, content["record"]
+
+
+def _json_object(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content

@@ -1,20 +1,21 @@
 """Files of weights: how they are written, read, recognised and found. Which model they make is said in weights.py."""
 
 import hashlib
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from common.files import replaced
+from model.convert import NoCounterpart
 from model.LMConfig import LMConfig
 
+OURS = "minimind-"  # how the formats of our files begin
 FORMAT = "minimind-weights-1"
-
 LORA_FORMAT = "minimind-lora-1"  # of an adapter's file, see model/lora.py
-
 FREE_FIELDS = ("dropout", "aux_loss_alpha", "seq_aux", "max_seq_len", "use_cache")  # a trained model may change them
-
 STATE_SUFFIX = "_resume"  # <name>_resume.pth beside the weights holds what a resumed run needs
 
 
@@ -53,7 +54,8 @@ def all_weights(folder) -> list[Path]:
     folder = Path(folder)
     found = [*folder.glob("*.pth"), *folder.glob("*/*.pth")]
     found = [p for p in found if not p.stem.endswith(STATE_SUFFIX) and p.parent.name != "lora" and p.name[0] != "."]
-    return sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    files = [p for p in found if p.is_file()]  # no folder, no link that leads nowhere
+    return sorted(files, key=lambda p: (p.stat().st_mtime_ns, p), reverse=True)  # an unpacked archive has one time
 
 
 def newest_weights(folder, want=None, unwanted=None) -> Path | None:
@@ -71,7 +73,32 @@ def read_file(path: Path, mmap=False):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
+        if not mmap and isinstance(content, dict) and str(content.get("format")).startswith(OURS):
+            check_sums(path)
+        return content
     except Exception as error:  # torch reports damaged files by a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as weights: {reason}") from None
+
+
+def check_sums(path) -> None:
+    """ValueError where a bit of a file of ours has turned, on a disk or on its way: torch writes a checksum of every
+    tensor and reads none. (Other writers may leave them out.)"""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in it is damaged, its checksum is another")
+
+
+@contextmanager
+def told_of(path):
+    """Around what reads a file that anybody may have made: whatever is wrong with it becomes a ValueError that begins
+    with the path."""
+    try:
+        yield
+    except ValueError as error:
+        kind = NoCounterpart if isinstance(error, NoCounterpart) else ValueError
+        said = str(error)
+        raise kind(said if str(path) in said else f"{path}: {said}") from None
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} holds other things than such a file does: {error!r}") from None
