@@ -23,7 +23,8 @@ import torch
 from common.errors import UserError, run_main
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.tokenizer import load_tokenizer, tokenizer_hash
+from model.tokenizer import load_tokenizer
+from model.tokenizer_files import tokenizer_hash
 from model.weights_file import FREE_FIELDS
 from trainer.loop import train
 from trainer.losses import distillation_sums, inputs, with_balance

@@ -14,7 +14,8 @@ import resource
 from pathlib import Path
 
 from benchmarks.stages import stage
-from model.tokenizer import save_tokenizer, train_tokenizer
+from model.tokenizer_files import save_tokenizer
+from model.vocabulary import train_tokenizer
 from sample.arithmetic import compute, reason_messages, same_sum, worked_sums
 
 LIMIT_MINUTES = 30

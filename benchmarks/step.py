@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.report import spread
 from export.counterpart import transformers_config
+from model.attention import packed_mask, packed_positions
 from model.LMConfig import LMConfig
-from model.model import MiniMindForCausalLM, packed_mask, packed_positions
+from model.model import MiniMindForCausalLM
 from trainer.log import flops_per_token
 from trainer.losses import lm_loss
 

@@ -23,7 +23,8 @@ from common.files import named, replaced
 from common.workers import ordered_map
 from data.reading import check_file, in_batches, raw_rows
 from data.row_shapes import UNUSABLE, BadRow, parse, parse_record
-from model.tokenizer import encode_texts, load_tokenizer, render_spans, tokenizer_from_dict, tokenizer_to_dict
+from model.tokenizer import encode_texts, load_tokenizer, render_spans
+from model.tokenizer_files import tokenizer_from_dict, tokenizer_to_dict
 
 KINDS = {"text": "pretraining text", "chat": "conversations", "pair": "preference pairs"}
 SAMPLE_CHARS = 300

@@ -36,13 +36,8 @@ from data.reading import check_file, in_batches, raw_rows
 from data.row_shapes import UNUSABLE, BadRow, parse
 from data.thinking import keep_thinking
 from model.chat_template import ROLES, assistant_text, normalise_conversation
-from model.tokenizer import (
-    encode_texts,
-    render_spans,
-    tokenizer_from_dict,
-    tokenizer_hash,
-    tokenizer_to_dict,
-)
+from model.tokenizer import encode_texts, render_spans
+from model.tokenizer_files import tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict
 
 # Of this layout and of how rows are read: with another number old caches are not found, and runs on them not resumed.
 VERSION, TEXT_VERSION = 4, 3  # the second of texts in .jsonl and .parquet files, which are read as they were

@@ -9,10 +9,9 @@ Llama's and Qwen3's parameters have our names. The experts' are renamed and cut:
 of the model stays what it was. Legend: E experts, I width of one, D width of the model.
 """
 
-import re
-
 from torch import Tensor, cat
 
+from model.convert import GRANITE_NAMES
 from model.LMConfig import LMConfig
 
 CLASSES = {
@@ -101,20 +100,16 @@ def transformers_state(model) -> dict[str, Tensor]:
 
 def _granite_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Granite keeps the stacks of experts as ours, (E, 2I, D) and (E, D, I), and joins the shared gate and up."""
-    names = {
-        "mlp.gate.weight": "block_sparse_moe.router.layer.weight",
-        "mlp.experts.gate_up_proj": "block_sparse_moe.input_linear.weight",
-        "mlp.experts.down_proj": "block_sparse_moe.output_linear.weight",
-        "mlp.shared_experts.down_proj.weight": "shared_mlp.output_linear.weight",
-    }
     out = {}
     for name, tensor in state.items():
-        layer, own = _split_name(name)
-        if own == "mlp.shared_experts.gate_proj.weight":
+        layer, found, which = name.partition("mlp.shared_experts.")
+        if found and which == "gate_proj.weight":
             up = state[f"{layer}mlp.shared_experts.up_proj.weight"]
             out[f"{layer}shared_mlp.input_linear.weight"] = cat([tensor, up])
-        elif own != "mlp.shared_experts.up_proj.weight":
-            out[layer + names.get(own, own)] = tensor
+        elif which != "up_proj.weight":
+            for ours, theirs in GRANITE_NAMES:
+                name = name.replace(ours, theirs)
+            out[name] = tensor
     return out
 
 
@@ -132,9 +127,3 @@ def _qwen3_moe_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             out[name] = tensor
     return out
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """ "model.layers.3.mlp.gate.weight" -> ("model.layers.3.", "mlp.gate.weight")."""
-    layer = re.match(r"(model\.layers\.\d+\.)?", name)[0]
-    return layer, name.removeprefix(layer)

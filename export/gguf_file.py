@@ -12,28 +12,17 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Legend: H hea
 model, E experts, I width of one.
 """
 
-import json
-import re
-
 import torch
 
 from export.counterpart import model_type
 from export.transformers_folder import cast
 from model.LMConfig import LMConfig
-from model.tokenizer import SPLIT_PATTERN, tokenizer_to_dict
+from model.tokenizer_files import backend_json
+from model.vocabulary import SPLIT_PATTERN
 
 ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "granitemoeshared": "granitemoe", "qwen3_moe": "qwen3moe"}
 STORED = ("float32", "float16", "bfloat16", "q8_0")
 Q8_BLOCK = 32  # q8_0 keeps 32 numbers of a row as bytes with one common scale
-TENSORS = {  # our names within a layer -> GGUF's
-    "input_layernorm.weight": "attn_norm", "post_attention_layernorm.weight": "ffn_norm",
-    "self_attn.q_proj.weight": "attn_q", "self_attn.k_proj.weight": "attn_k", "self_attn.v_proj.weight": "attn_v",
-    "self_attn.o_proj.weight": "attn_output", "self_attn.q_norm.weight": "attn_q_norm",
-    "self_attn.k_norm.weight": "attn_k_norm", "mlp.gate_proj.weight": "ffn_gate", "mlp.up_proj.weight": "ffn_up",
-    "mlp.down_proj.weight": "ffn_down", "mlp.gate.weight": "ffn_gate_inp", "mlp.experts.down_proj": "ffn_down_exps",
-    "mlp.shared_experts.gate_proj.weight": "ffn_gate_shexp", "mlp.shared_experts.up_proj.weight": "ffn_up_shexp",
-    "mlp.shared_experts.down_proj.weight": "ffn_down_shexp",
-}  # fmt: skip
 
 
 def write_gguf(path, model, tokenizer, name: str, dtype: str = "float32") -> str:
@@ -119,30 +108,29 @@ def rope_scaling(config: LMConfig) -> tuple[str, float, int] | None:
 
 def gguf_tensors(model):
     """Yields (GGUF's name, tensor) of all weights; a tied head is left out."""
-    config = model.config
-    interleave = model_type(config) in ("llama", "granitemoeshared")
-    outer = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm"}
-    if not config.tie_word_embeddings:
-        outer["lm_head.weight"] = "output"
-    for name, tensor in model.state_dict().items():
-        layer = re.match(r"model\.layers\.(\d+)\.(.+)", name)
-        if layer is None:
-            if name in outer:
-                yield f"{outer[name]}.weight", tensor
-        elif layer[2] == "mlp.experts.gate_up_proj":  # (E, 2I, D)
-            gate, up = tensor.chunk(2, dim=1)
-            yield f"blk.{layer[1]}.ffn_gate_exps.weight", gate.contiguous()
-            yield f"blk.{layer[1]}.ffn_up_exps.weight", up.contiguous()
-        else:
-            if interleave and layer[2] in ("self_attn.q_proj.weight", "self_attn.k_proj.weight"):
-                tensor = halves_to_interleaved(tensor, config.head_dim)
-            yield f"blk.{layer[1]}.{TENSORS[layer[2]]}.weight", tensor
+    import gguf
+
+    config, state = model.config, dict(model.state_dict())
+    kind = model_type(config)
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[kind])
+    names = gguf.get_tensor_name_map(architecture, config.n_layers)  # it knows the names of transformers' classes
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    for name, tensor in state.items():
+        parts = {name.removesuffix(".weight"): tensor}
+        if name.endswith("experts.gate_up_proj"):  # (E, 2I, D)
+            layer, (gate, up) = name.removesuffix("gate_up_proj"), tensor.chunk(2, dim=1)
+            parts = {f"{layer}gate_proj": gate.contiguous(), f"{layer}up_proj": up.contiguous()}
+        elif kind in ("llama", "granitemoeshared") and name.endswith(("q_proj.weight", "k_proj.weight")):
+            parts = {name.removesuffix(".weight"): halves_to_interleaved(tensor, config.head_dim)}
+        for ours, part in parts.items():
+            yield f"{names.get_name(ours)}.weight", part
 
 
 def halves_to_interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Reorders the rows of a q or k projection from pairs (0, h/2), (1, h/2+1), ... to pairs (0, 1), (2, 3), ...
 
-    llama.cpp rotates neighbours in these architectures; the inverse of model.convert.interleaved_to_halves.
+    In these architectures llama.cpp rotates neighbours. The inverse of model.convert.interleaved_to_halves.
     """
     rows = weight.view(-1, 2, head_dim // 2, weight.shape[1])  # (heads, which of the pair, pair, D)
     return rows.transpose(1, 2).reshape(weight.shape)
@@ -160,7 +148,7 @@ def storage(name: str, tensor: torch.Tensor, kind: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- words
 def splitter_name(tokenizer) -> str:
     """llama.cpp's name of the way this tokenizer cuts text before merging; ValueError if it has none."""
-    content = json.loads(tokenizer_to_dict(tokenizer)["tokenizer.json"])
+    content = backend_json(tokenizer)
     if content["model"]["type"] != "BPE" or content["normalizer"] is not None:
         raise ValueError("only byte-level BPE without a normalizer can be written as GGUF")
     cut = content["pre_tokenizer"] or {}
@@ -179,7 +167,7 @@ def write_vocabulary(writer, config: LMConfig, tokenizer, splitter: str) -> None
     """The tokens with their types, the merges, the markers and the chat template."""
     import gguf
 
-    content = json.loads(tokenizer_to_dict(tokenizer)["tokenizer.json"])
+    content = backend_json(tokenizer)
     tokens = [f"[UNUSED{i}]" for i in range(config.vocab_size)]
     types = [gguf.TokenType.UNUSED] * config.vocab_size
     for text, i in content["model"]["vocab"].items():

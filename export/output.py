@@ -39,12 +39,12 @@ def publish_folder(stage: Path, out: Path, overwrite: bool) -> None:
     if not out.exists():
         os.rename(stage, out)
         return
-    same = filecmp.dircmp(stage, out, ignore=[], hide=[])
-    equal = not same.left_only and not same.right_only and _all_equal(stage, out, same.common)
-    if equal:
+    names, there = ({path.name for path in folder.iterdir()} for folder in (stage, out))
+    if names == there and filecmp.cmpfiles(stage, out, names, shallow=False)[0] == list(names):
         return
-    if any(out.iterdir()) and not overwrite:
+    if there and not overwrite:
         raise ValueError(f"--out {out} holds another export, which was kept; --overwrite replaces it")
+    # A folder cannot take the place of one that holds files, so the old one is moved away first, and then deleted.
     with stage_beside(out) as aside:
         try:
             os.rename(out, aside / "old")
@@ -58,7 +58,7 @@ def publish_folder(stage: Path, out: Path, overwrite: bool) -> None:
 def publish_files(stage: Path, folder: Path, overwrite: bool) -> None:
     """Moves the files of `stage` into `folder`; where one is there with other content, none unless `overwrite`."""
     files = sorted(stage.iterdir())
-    for path in files:
+    for path in files:  # all are checked before the first is moved
         _settle(path)
         there = folder / path.name
         if there.exists() and not overwrite and not filecmp.cmp(path, there, shallow=False):
@@ -67,13 +67,9 @@ def publish_files(stage: Path, folder: Path, overwrite: bool) -> None:
         os.replace(path, folder / path.name)
 
 
-def _all_equal(a: Path, b: Path, names) -> bool:
-    return all(filecmp.cmp(a / name, b / name, shallow=False) for name in names)
-
-
 def _settle(path: Path) -> None:
-    """To the disk, so that a crash after the renaming finds the content there; readable by all (servers run as
-    other users, and safetensors writes for the owner alone)."""
+    """Flushes a file to the disk, so that a crash after the renaming does not leave an empty one, and makes it readable
+    by all: servers run as other users, and safetensors writes for the owner alone."""
     path.chmod(0o644)
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

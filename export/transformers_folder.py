@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from export.counterpart import transformers_config, transformers_state
 from export.model_card import model_card, public_record
-from model.tokenizer import tokenizer_to_dict
+from model.tokenizer_files import tokenizer_to_dict
 
 # Every name that an export may write: a folder that holds anything else is not replaced.
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -26,6 +26,7 @@ def write_transformers_folder(folder, model, tokenizer, record: dict, name: str,
     state = {key: cast(tensor, dtype, key) for key, tensor in transformers_state(model).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # A base model has the template in its tokenizer too, but has never seen a chat.
     chat = bool(tokenizer.chat_template) and record.get("stage") != "pretrain"
     texts = {
         "config.json": to_json(config),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from inference.stream_text import ThinkingStream, overlap
 from model.chat_template import to_json
-from model.tokenizer import TAGS
+from model.vocabulary import TAGS
 
 OPEN, CLOSE = TAGS[4:6]  # <tool_call>, </tool_call>
 

@@ -102,6 +102,7 @@ class LMConfig(PretrainedConfig):
     eos_token_id: int | None = 2
 
     def __post_init__(self, **kwargs):
+        # Aliases first: what is left in kwargs after them must be a field of transformers' own.
         for alias, field in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, field, kwargs.pop(alias))
@@ -119,6 +120,7 @@ class LMConfig(PretrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.dim // self.n_heads
         if self.hidden_dim is None:
+            # SwiGLU has three matrices where a plain block of width 4 dim has two: 2/3 of the width, equal parameters.
             self.hidden_dim = self.multiple_of * -(-int(8 * self.dim / 3) // self.multiple_of)
         if self.moe_hidden_dim is None:
             self.moe_hidden_dim = self.hidden_dim
@@ -134,7 +136,7 @@ class LMConfig(PretrainedConfig):
             optional = value is None and name in ("head_dim", "hidden_dim", "moe_hidden_dim")
             if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 faults.append(f"{name} must be a whole number of at least 1, not {value!r}")
-        if faults:
+        if faults:  # what follows computes with these numbers
             raise ValueError("; ".join(faults))
         if self.head_dim is None and self.dim % self.n_heads:
             faults.append(f"dim {self.dim} does not divide into {self.n_heads} heads")

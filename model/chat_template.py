@@ -89,7 +89,7 @@ CHAT_TEMPLATE = (
 
 
 def normalise_conversation(messages, tools=None) -> tuple[list[dict], list[dict] | None]:
-    """Brings every accepted way to write a conversation into the one that apply_chat_template takes, too.
+    """Brings every accepted way to write a conversation into one, which apply_chat_template takes, too.
 
     Content becomes a string, JSON text becomes lists, tool calls become {"name", "arguments"}, `tools` of a first
     system message become the second value (the argument wins where both are given). Keys that are None are absent.

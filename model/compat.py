@@ -1,4 +1,4 @@
-"""The one place that knows how versions of transformers differ, and which of their keywords our models may pass over.
+"""The one place that knows how versions of transformers differ, and which of their keywords our models may ignore.
 
 transformers 5.24 renamed the key/value cache: `cache` where older versions say `past_key_values`, in forward methods,
 in their outputs and in the mask's arguments. The same version renamed the switch of activation checkpointing.
@@ -32,9 +32,9 @@ def checkpoint_activations(model) -> None:
 
 
 def check_keywords(keywords: dict) -> None:
-    """TypeError for a keyword that a forward method does not know: passed over in silence, it would change the answer.
+    """TypeError for a keyword that a forward method does not know: ignored, it would change the answer unseen.
 
-    keywords: what is left after the method's own.
+    keywords: those that are not the method's own.
     """
     for name, value in keywords.items():
         if name not in HARMLESS:

@@ -1,6 +1,6 @@
 """State dicts made elsewhere, renamed and reshaped into ours: MiniMind v1, v2, v3 and transformers' classes.
 
-Ours: Llama's names; the experts of a layer stacked into two tensors; shared experts as one block.
+No number changes. Ours: Llama's names; the experts of a layer stacked into two tensors; shared experts as one block.
 """
 
 import math
@@ -18,6 +18,13 @@ _V1_NAMES = [
     ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"), ("feed_forward.", "mlp."),
     (".w1.", ".gate_proj."), (".w2.", ".down_proj."), (".w3.", ".up_proj."),
 ]  # fmt: skip
+# Ours and GraniteMoeShared's. Its gate and up of the shared experts are one tensor, `shared_mlp.input_linear.weight`.
+GRANITE_NAMES = [
+    ("mlp.gate.weight", "block_sparse_moe.router.layer.weight"),
+    ("mlp.experts.gate_up_proj", "block_sparse_moe.input_linear.weight"),
+    ("mlp.experts.down_proj", "block_sparse_moe.output_linear.weight"),
+    ("mlp.shared_experts.down_proj.weight", "shared_mlp.output_linear.weight"),
+]
 _ONLY = {  # settings of transformers' classes that change what is computed, and the one value known here
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
     "partial_rotary_factor": 1, "decoder_sparse_step": 1, "mlp_only_layers": [], "embedding_multiplier": 1,
@@ -45,7 +52,7 @@ def from_minimind(state: dict[str, Tensor], preset: str | None = None) -> tuple[
     The number of heads cannot be read off the tensors, so they must have the shape of a preset, or `preset` names the
     one with the same heads and rotation; width, layers and experts are then the tensors' own.
     """
-    interleaved = "tok_embeddings.weight" in state
+    interleaved = "tok_embeddings.weight" in state  # MiniMind v1, in names and in how it pairs numbers to rotate
     if interleaved:
         state = {_v1_name(name): tensor for name, tensor in state.items()}
     if "model.embed_tokens.weight" not in state:
@@ -93,6 +100,7 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
     for key, value in _ONLY.items():
         if raw.get(key) is not None and raw[key] != value:
             raise NoCounterpart(f"a model with {key} {raw[key]!r} has no counterpart here, only with {value!r}")
+    # What a config.json leaves out has the default of transformers' class, which is not always ours.
     fields = {key: value for key, value in raw.items() if value is not None}
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     if rope:
@@ -159,8 +167,8 @@ def _whole(parts: dict, name: str) -> int:
 def interleaved_to_halves(weight: Tensor, head_dim: int) -> Tensor:
     """Reorders the rows of a q or k projection from pairs (0,1), (2,3), ... to pairs (0, h/2), (1, h/2+1), ...
 
-    MiniMind v1 rotates neighbouring numbers, transformers' Llama numbers half a head apart; after this both do the
-    same to their own order.
+    MiniMind v1 rotates neighbouring numbers, transformers' Llama numbers half a head apart. The pairs and their angles
+    are the same, only their places in the head differ; and as q and k change places alike, their product stays.
     """
     rows = weight.view(-1, head_dim // 2, 2, weight.shape[1])  # (heads, pair, which of the pair, D)
     return rows.transpose(1, 2).reshape(weight.shape)
@@ -173,21 +181,16 @@ def _v1_name(name: str) -> str:
 
 
 def _from_granite(state):
-    """GraniteMoeShared's block_sparse_moe and shared_mlp under our names; its fused gate-and-up split again."""
+    """GraniteMoeShared's tensors under our names; its joined gate and up of the shared experts split again."""
     out = {}
     for name, tensor in state.items():
-        if name.endswith("block_sparse_moe.router.layer.weight"):
-            out[name.replace("block_sparse_moe.router.layer", "mlp.gate")] = tensor
-        elif name.endswith("block_sparse_moe.input_linear.weight"):
-            out[name.replace("block_sparse_moe.input_linear.weight", "mlp.experts.gate_up_proj")] = tensor
-        elif name.endswith("block_sparse_moe.output_linear.weight"):
-            out[name.replace("block_sparse_moe.output_linear.weight", "mlp.experts.down_proj")] = tensor
-        elif name.endswith("shared_mlp.input_linear.weight"):
+        for ours, theirs in GRANITE_NAMES:
+            name = name.replace(theirs, ours)
+        layer, found, _ = name.partition("shared_mlp.input_linear.weight")
+        if found:
             gate, up = (half.clone() for half in tensor.chunk(2))  # two tensors, not two views of one
-            prefix = name.replace("shared_mlp.input_linear.weight", "mlp.shared_experts.")
-            out[f"{prefix}gate_proj.weight"], out[f"{prefix}up_proj.weight"] = gate, up
-        elif name.endswith("shared_mlp.output_linear.weight"):
-            out[name.replace("shared_mlp.output_linear", "mlp.shared_experts.down_proj")] = tensor
+            out[f"{layer}mlp.shared_experts.gate_proj.weight"] = gate
+            out[f"{layer}mlp.shared_experts.up_proj.weight"] = up
         else:
             out[name] = tensor
     return out

@@ -2,15 +2,24 @@
 
     y = W x + (alpha / rank) B A x        W (out, in) frozen, A (rank, in) random, B (out, rank) zero at the start
 
+What fine-tuning adds to W is close to a matrix of low rank, and one of rank r is a product B A of r (in + out) numbers
+instead of in * out. Only A and B are trained, so only they need gradients and an optimizer's state.
+
+    dL/dB = s dL/dW' A'      dL/dA = s B' dL/dW'      s = alpha / rank, W' = W + s B A
+
+B = 0 at the start, so the model begins as what it was; A must not be zero as well, or both gradients would be zero for
+good. Dividing by the rank keeps the size of the update when the rank is changed, so alpha and the learning rate stay.
+As W' is one matrix of W's shape, a trained adapter can be added to W for good: the model then costs what it did.
+
 A layer becomes its adapted twin in place: same module, same weight, same name, and beside them any number of adapters
 by name, one of which is active. Experts are stacks of matrices, and so are their adapters.
 
-    add_lora(model, rank=8, alpha=16, dropout=0.05)     freeze the model, add adapters to train
-    save_lora(path, model)                              the adapters alone: a few hundred kilobytes
-    load_lora(model, path, name="medical")              put saved ones beside those that are there
+    add_lora(model, rank=8, alpha=16, dropout=0.05)     freeze the model, add an adapter to train
+    save_lora(path, model)                              the adapter alone: a few hundred kilobytes
+    load_lora(model, path, name="medical")              put a saved one beside those that are there
     use_lora(model, "medical")                          switch; None: the model without any
     remove_lora(model, "medical")                       forget it
-    merge_lora(model)                                   add them to the weights for good: a plain model again
+    merge_lora(model)                                   add the active one to the weights for good: a plain model again
 """
 
 import fnmatch
@@ -55,14 +64,15 @@ class Adapter(nn.Module):
     def __init__(self, weight: Tensor, config: LoraConfig):
         super().__init__()
         *stack, n_out, n_in = weight.shape
-        bound = n_in**-0.5  # peft's start: uniform in +-1 / sqrt(in)
+        bound = n_in**-0.5  # peft's start: uniform in +-1 / sqrt(in), so A x is about as large as x
         self.A = nn.Parameter(weight.new_empty(*stack, config.rank, n_in).uniform_(-bound, bound))
         self.B = nn.Parameter(weight.new_zeros(*stack, n_out, config.rank))
         self.scaling, self.dropout = config.alpha / config.rank, config.dropout
 
     def forward(self, x: Tensor, expert: int | None = None) -> Tensor:
-        """x (..., in) -> what is added to W x, (..., out)."""
+        """x (..., in) -> what is added to W x, (..., out). expert: which of the stack, where there is one."""
         A, B = (self.A, self.B) if expert is None else (self.A[expert], self.B[expert])
+        # B (A x), never (B A) x: the product B A would be as large as W.
         return self.scaling * F.linear(F.linear(F.dropout(x, self.dropout, self.training), A), B)
 
     def delta(self) -> Tensor:
@@ -75,7 +85,6 @@ class LoraLayer(nn.Module):
 
     adapters: nn.ModuleDict
     active: str | None
-    plain: dict[str, Tensor]  # the weights as they were, while an adapter is merged into them
 
     def add(self, name: str, config: LoraConfig) -> None:
         weights = [(key, p) for key, p in self.named_parameters(recurse=False) if p.ndim >= 2]
@@ -84,21 +93,7 @@ class LoraLayer(nn.Module):
     @property
     def adapter(self) -> nn.ModuleDict | None:
         """The one that computes."""
-        return None if self.active is None or self.plain else self.adapters[self.active]
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        if self.adapter is not None:
-            adapter = self.adapter
-            self.plain = {key: getattr(self, key).detach().clone() for key in adapter}
-            for key in adapter:
-                getattr(self, key).add_(adapter[key].delta())
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        for key, weight in self.plain.items():
-            getattr(self, key).copy_(weight)  # not subtracted again: that would leave rounding behind
-        self.plain = {}
+        return None if self.active is None else self.adapters[self.active]
 
 
 class LoraLinear(LoraLayer, nn.Linear):
@@ -108,21 +103,19 @@ class LoraLinear(LoraLayer, nn.Linear):
 
 
 class LoraExperts(LoraLayer, Experts):
-    """One adapter for each expert, and therefore one expert after the other: their tokens meet different A and B."""
+    """An A and a B for each expert. The fast ways to compute experts know none, so the plain loop of moe.py serves."""
 
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """x (N, D) -> (N, D); the arguments of Experts.forward."""
-        if self.adapter is None:
-            return super().forward(x, token, weight, counts)
-        widen, narrow = self.adapter["gate_up_proj"], self.adapter["down_proj"]
-        counts, out = counts.tolist(), torch.zeros_like(x)
-        for e, (t, w) in enumerate(zip(token.split(counts), weight.split(counts), strict=True)):
-            rows = x[t]  # (n, D)
-            gate, up = (F.linear(rows, self.gate_up_proj[e]) + widen(rows, e)).chunk(2, dim=-1)
-            inner = F.silu(gate) * up  # (n, I)
-            routed = F.linear(inner, self.down_proj[e]) + narrow(inner, e)
-            out = out.index_add(0, t, (routed * w.unsqueeze(-1)).to(out.dtype))
-        return out
+        """The arguments of Experts.forward."""
+        way = super().forward if self.adapter is None else self.plain_loop
+        return way(x, token, weight, counts)
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        """What the plain loop asks for: x (n, D) -> (n, D)."""
+        gate_up, down = self.adapter["gate_up_proj"], self.adapter["down_proj"]
+        gate, up = (F.linear(x, self.gate_up_proj[e]) + gate_up(x, e)).chunk(2, dim=-1)
+        inner = F.silu(gate) * up  # (n, I)
+        return F.linear(inner, self.down_proj[e]) + down(inner, e)
 
 
 ADAPTED = {nn.Linear: LoraLinear, Experts: LoraExperts}
@@ -139,11 +132,12 @@ def add_lora(model, rank=8, alpha=16.0, dropout=0.0, targets=PROJECTIONS, name="
     config = LoraConfig(rank, alpha, dropout, targets)
     if name in getattr(model, "lora_configs", {}) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"the adapter's name {name!r} is taken; give it another one")
-    base = getattr(model, "lora_base", None) or fingerprint(model)
+    base = getattr(model, "lora_base", None) or fingerprint(model)  # of the weights, which stay from here on
     layers = targeted(model, config.targets)
     largest = max(min(p.shape[-2:]) for layer in layers.values() for p in layer.parameters() if p.ndim >= 2)
     if config.rank > largest:
         raise ValueError(f"rank {config.rank}: no update of these layers can have a rank above {largest}")
+    # All mistakes are found above, before anything is changed.
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in layers.values():
@@ -154,9 +148,10 @@ def add_lora(model, rank=8, alpha=16.0, dropout=0.0, targets=PROJECTIONS, name="
 
 
 def _adapt(layer) -> LoraLayer:
+    """Changes the layer's class and not the layer: a wrapper around it would rename its weight in state dicts."""
     if type(layer) in ADAPTED:
         layer.__class__ = ADAPTED[type(layer)]
-        layer.adapters, layer.active, layer.plain = nn.ModuleDict(), None, {}
+        layer.adapters, layer.active = nn.ModuleDict(), None
     return layer
 
 
@@ -178,6 +173,7 @@ def targeted(model, targets) -> dict[str, nn.Module]:
     for target in targets:
         found = {name: m for name, m in layers.items() if matches(target, name)}
         if is_pattern(target):
+            # "*" means the projections: an adapted router would send tokens elsewhere, and a head is tied.
             found = {n: m for n, m in found.items() if not n.endswith(("lm_head", "mlp.gate", "experts"))}
         if not found and not (model.config.use_moe and target in PROJECTIONS):  # there without shared experts
             ends = sorted({name.rsplit(".", 1)[-1] for name in layers})
@@ -189,11 +185,10 @@ def targeted(model, targets) -> dict[str, nn.Module]:
 
 
 def use_lora(model, name: str | None):
-    """Makes the adapter called `name` the one that computes, and alone trainable; None: none does."""
+    """Makes the adapter called `name` the one that computes, and the only one that is trained; None: none."""
     if name is not None and name not in getattr(model, "lora_configs", {}):
         raise ValueError(f"no adapter {name!r} is loaded; there are {', '.join(getattr(model, 'lora_configs', {}))}")
     for layer in adapted_layers(model).values():
-        layer.unmerge()
         layer.active = name if name in layer.adapters else None
         for key, adapter in layer.adapters.items():
             adapter.requires_grad_(key == name)
@@ -204,7 +199,6 @@ def remove_lora(model, name: str):
     """Takes an adapter out; where it was the active one, none is."""
     for layer in adapted_layers(model).values():
         if layer.active == name:
-            layer.unmerge()
             layer.active = None
         if name in layer.adapters:
             del layer.adapters[name]
@@ -216,41 +210,35 @@ def adapted_layers(model) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def merge_lora(model, keep=False):
+@torch.no_grad()
+def merge_lora(model):
     """Adds the active adapter to the weights: the same outputs without its cost; returns the model.
 
-    The layers are plain ones again and all adapters gone; with `keep` they stay, and unmerge_lora takes the active
-    one out again to the last bit. A head that has an adapter is untied from the embedding, which has none.
+    The layers are plain ones again, all adapters are gone, and everything can be trained.
     """
     head = model.lm_head
     if isinstance(head, LoraLinear) and model.config.tie_word_embeddings:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        # The head shares the embedding's matrix, and the embedding has no adapter: merged into both it would change
+        # what is read, too.
+        head.weight = nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False
     for layer in adapted_layers(model).values():
-        layer.merge()
-        if not keep:
-            del layer.adapters, layer.active, layer.plain
-            layer.__class__ = PLAIN[type(layer)]
-    if not keep:
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-        for attribute in ("lora_base", "lora_configs"):
-            model.__dict__.pop(attribute, None)
-    return model
-
-
-def unmerge_lora(model):
-    """Takes back merge_lora(model, keep=True)."""
-    for layer in adapted_layers(model).values():
-        layer.unmerge()
+        for key, adapter in (layer.adapter or {}).items():
+            getattr(layer, key).add_(adapter.delta())
+        del layer.adapters, layer.active
+        layer.__class__ = PLAIN[type(layer)]
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for attribute in ("lora_base", "lora_configs"):
+        model.__dict__.pop(attribute, None)
     return model
 
 
 # ---------------------------------------------------------------------------------------------------- save and load
-def adapter_tensors(model, name: str) -> dict[str, Tensor]:
+def adapter_parameters(model, name: str) -> dict[str, nn.Parameter]:
     """{"model.layers.0.self_attn.q_proj.weight.A": ...} of one adapter: the parameter it belongs to, then A or B."""
     return {
-        f"{layer_name}.{key}": p.detach().cpu()
+        f"{layer_name}.{key}": p
         for layer_name, layer in adapted_layers(model).items() if name in layer.adapters
         for key, p in layer.adapters[name].named_parameters()
     }  # fmt: skip
@@ -259,9 +247,10 @@ def adapter_tensors(model, name: str) -> dict[str, Tensor]:
 def save_lora(path, model, record: dict | None = None, name: str | None = None) -> None:
     """Writes one adapter (the active one by default), what it fits on and its training record, atomically."""
     name = name or active_lora(model)
+    tensors = {key: p.detach().cpu() for key, p in adapter_parameters(model, name).items()}
     content = {
         "format": LORA_FORMAT, "config": model.config.fields(), "lora": asdict(model.lora_configs[name]),
-        "base": model.lora_base, "tokenizer": None, "record": record or {}, "model": adapter_tensors(model, name),
+        "base": model.lora_base, "tokenizer": None, "record": record or {}, "model": tensors,
     }  # fmt: skip
     save_atomically(content, path)
 
@@ -305,12 +294,8 @@ def attach(model, content: dict, name: str, path):
 
 @torch.no_grad()
 def fill(model, name: str, tensors: dict[str, Tensor], path):
-    """Copies tensors, named as in adapter_tensors, into the adapter `name`; ValueError where they are not its own."""
-    own = {
-        f"{layer_name}.{key}": p
-        for layer_name, layer in adapted_layers(model).items() if name in layer.adapters
-        for key, p in layer.adapters[name].named_parameters()
-    }  # fmt: skip
+    """Copies tensors, named as in adapter_parameters, into the adapter `name`; ValueError where they do not fit."""
+    own = adapter_parameters(model, name)
     odd = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
     if odd:
         remove_lora(model, name)

@@ -1,7 +1,12 @@
-"""Mixture of experts: a router sends each token to a few feed-forward blocks, computed in groups.
+"""Mixture of experts: a router sends each token to a few of many feed-forward blocks.
+
+    out = sum over the token's K best experts of (routing weight) expert(x)  +  shared experts(x)
+
+So a model has the parameters of all experts and pays for K of them a token. Read from the top: a block, the router, the
+experts, their sum, and the loss that keeps the router from sending all tokens to the same few.
 
 Legend: N tokens of the batch laid end to end, D width of the model, E routed experts, K experts a token is sent to,
-I width of an expert.
+M = N K pairs of a token and one of its experts, I width of an expert.
 
 Sources: top-k routing, Shazeer et al. 2017 (arXiv 1701.06538); shared experts and the balance loss per sequence,
 DeepSeekMoE (arXiv 2401.06066) and DeepSeek-V2 (arXiv 2405.04434).
@@ -11,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.device import compute_dtype
-from model.expert_loop import ExpertLoop
+from model.expert_loop import compute_experts
 from model.LMConfig import LMConfig
 
 
@@ -30,27 +34,50 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def route(scores: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    """scores (N, E), rows summing to 1 -> weights (N, K) and experts (N, K) of each token's top-k.
+
+    The choice itself has no gradient: the router learns through the weights alone. With k = 1, normalised, the weight
+    is score / score = 1 whatever the score, and its gradient is zero: the router would never learn. Dividing by the
+    detached score leaves the value at 1 and gives the gradient of log(score): where more of the expert would lower the
+    loss, its score rises.
+    """
+    weight, chosen = scores.topk(k, dim=-1, sorted=False)
+    if normalise and k == 1:
+        weight = weight / weight.detach()
+    elif normalise:
+        weight = weight / weight.sum(dim=-1, keepdim=True)
+    return weight, chosen
+
+
 class Experts(nn.Module):
-    """The E routed feed-forward blocks as two stacks of matrices, gate and up in one: (E, 2I, D) and (E, D, I)."""
+    """The E routed feed-forward blocks as two stacks of matrices, gate and up in one: (E, 2I, D) and (E, D, I).
+
+    Both methods take the pairs sorted by expert: token (M,) which row of x, weight (M,) the routing weight, counts (E,)
+    how many pairs each expert has. They give the same (N, D): for each token the weighted sum of its experts' outputs.
+    """
 
     def __init__(self, n_experts: int, dim: int, hidden_dim: int):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * hidden_dim, dim))
         self.down_proj = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
 
-    def forward(self, x: Tensor, token: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """x (N, D) -> (N, D), for each token the weighted sum of its experts' outputs.
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        """Expert e on its tokens, x (n, D) -> (n, D): the SwiGLU of FeedForward."""
+        gate, up = F.linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)  # (n, I) each
+        return F.linear(F.silu(gate) * up, self.down_proj[e])
 
-        The M = N K pairs of a token and one of its experts come sorted by expert: token (M,) indices into x, weight
-        (M,) routing weights, counts (E,) pairs of each expert.
-        """
-        gate_up, down = self.gate_up_proj, self.down_proj
-        dtype = compute_dtype(x)  # neither way below is on autocast's list
-        x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-        weight = weight.to(x.dtype)
-        if experts_kind(x.device, x.dtype, gate_up.shape) == "grouped_mm":
-            return experts_together(x, token, weight, counts, gate_up, down)
-        return experts_in_turn(x, token, weight, counts, gate_up, down)
+    def plain_loop(self, x: Tensor, token: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """One expert after the other. Serves experts with adapters (lora.py); the tests hold `forward` equal to it."""
+        counts, out = counts.tolist(), torch.zeros_like(x)
+        for e, (rows, w) in enumerate(zip(token.split(counts), weight.split(counts), strict=True)):
+            y = self.expert(e, x[rows]) * w.unsqueeze(-1)  # (n, D)
+            out = out.index_add(0, rows, y.to(out.dtype))  # each row of y is added to that of its token
+        return out
+
+    def forward(self, x: Tensor, token: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """The same, faster: see expert_loop.py."""
+        return compute_experts(x, token, weight, counts, self.gate_up_proj, self.down_proj)
 
 
 class MoEFeedForward(nn.Module):
@@ -73,13 +100,15 @@ class MoEFeedForward(nn.Module):
         one document a row.
         """
         B, T, D = x.shape
-        flat = x.reshape(-1, D)  # (N, D)
+        flat = x.reshape(-1, D)  # (N, D): which row a token stands in does not matter to a feed-forward block
         scores = self._scores(flat)  # (N, E)
         weight, chosen = route(scores, self.config.num_experts_per_tok, self.config.norm_topk_prob)  # (N, K) each
 
-        pairs = chosen.flatten()  # (N*K,) expert of each (token, expert) pair
+        # Tokens are gathered by expert, so that each expert is one matrix product and not one product a token.
+        pairs = chosen.flatten()  # (M,) the expert of each pair; pair i belongs to token i // K
+        # bincount would do, but on a GPU it waits for the largest value.
         counts = pairs.new_zeros(self.config.n_routed_experts).scatter_add_(0, pairs, torch.ones_like(pairs))  # (E,)
-        order = pairs.argsort(stable=True)  # the pairs expert by expert
+        order = pairs.argsort(stable=True)  # expert by expert, and in the order of the tokens within each
         token = order // chosen.shape[1]
         out = self.experts(flat, token, weight.flatten()[order], counts)  # (N, D)
         if self.shared_experts is not None:
@@ -90,84 +119,43 @@ class MoEFeedForward(nn.Module):
             if documents is None:
                 documents = torch.arange(B, device=x.device).unsqueeze(-1).expand(B, T)
             if not self.config.seq_aux:
-                documents = documents.clamp(max=0)  # the whole batch is one document
+                documents = documents.clamp(max=0)  # the whole batch is one document; padding stays negative
             loss = self.config.aux_loss_alpha * balance_loss(scores, chosen, documents.flatten())
         return out.view(B, T, D), loss
 
     def _scores(self, flat: Tensor) -> Tensor:
-        """flat (N, D) -> each expert's share of the softmax (N, E), in float32: experts that are nearly equal change
-        places by less than half precision can tell (Switch Transformer, arXiv 2101.03961, section 2.4)."""
+        """flat (N, D) -> each expert's share of the softmax (N, E).
+
+        In float32 under autocast too: between two nearly equal experts the rounding of half precision would decide
+        (Switch Transformer, arXiv 2101.03961, section 2.4).
+        """
         training_in_half = torch.is_autocast_enabled(flat.device.type)  # the weights are float32
         with torch.autocast(flat.device.type, enabled=False):
             return self.gate(flat.float() if training_in_half else flat).softmax(dim=-1, dtype=torch.float32)
 
 
-def route(scores: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tensor]:
-    """scores (N, E), rows summing to 1 -> weights (N, K) and experts (N, K) of each token's top-k.
-
-    A single normalised weight is 1 whatever the score, which would leave the router without a gradient. Dividing by
-    the detached score keeps the value 1 and lets the gradient of the score's logarithm through.
-    """
-    weight, chosen = scores.topk(k, dim=-1, sorted=False)
-    if normalise and k == 1:
-        weight = weight / weight.detach()
-    elif normalise:
-        weight = weight / weight.sum(dim=-1, keepdim=True)
-    return weight, chosen
-
-
 def balance_loss(scores: Tensor, chosen: Tensor, documents: Tensor) -> Tensor:
-    """Mean over real tokens of their document's imbalance, sum_e f_e P_e, which is 1 where all experts get the same.
+    """How unevenly the tokens of a document are spread over the experts, a mean over all real tokens.
 
-    scores (N, E), chosen (N, K), documents (N,) with negative numbers for padding. f_e is the expert's share of the
-    document's assignments times E, P_e its mean score in the document. A document counts by its length, so the mean
-    over a step does not depend on how its rows were cut into micro-batches.
+    Of one document of L tokens: f_e = E / (L K) times the number of its tokens sent to e, and P_e = the mean of their
+    scores s_te. Its imbalance is sum_e f_e P_e: 1 where all experts get the same, up to E where one gets all. The f_e
+    are counts and have no gradient; the gradient lowers P_e of those experts whose f_e is large.
+
+    scores (N, E), chosen (N, K), documents (N,) with negative numbers for padding. A document counts by its length, so
+    the mean over a step does not depend on how its rows were cut into micro-batches.
     """
     N, E = scores.shape
     real = documents >= 0
-    group = torch.where(real, documents, 0)
-    n_groups = N if documents.numel() else 1  # an upper bound that needs no look at the values, hence no GPU wait
+    group = torch.where(real, documents, 0)  # an index must not be negative; what padding adds is multiplied by 0
+    # Documents are numbered below N. How many there are would have to be read from the GPU: a wait.
+    n_groups = N if documents.numel() else 1
     assigned = torch.zeros(N, E, device=scores.device).scatter_add_(
         1, chosen, torch.ones_like(chosen, dtype=torch.float32)
-    )
+    )  # 1 where the token is sent to the expert
     assigned = assigned * real.unsqueeze(-1)
-    length = torch.zeros(n_groups, device=scores.device).index_add_(0, group, real.float())
+    length = torch.zeros(n_groups, device=scores.device).index_add_(0, group, real.float())  # L of each document
     counts = torch.zeros(n_groups, E, device=scores.device).index_add_(0, group, assigned)
     f = counts * E / (length.clamp(min=1) * chosen.shape[1]).unsqueeze(-1)  # (documents, E)
-    # length * sum_e f_e P_e summed over documents = sum over tokens and experts of f_e s_te
+    # The mean weighted by length is sum over documents of L sum_e f_e P_e, and L P_e is the sum of s_te: so it is the
+    # sum over tokens and experts of f_e s_te, where f is that of the token's document.
     return (f[group] * scores * real.unsqueeze(-1)).sum() / length.sum().clamp(min=1)
-
-
-# ------------------------------------------------------------------------------- two ways to compute the experts
-def experts_kind(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> str:
-    """ "grouped_mm" on a GPU that has the kernel (bf16, compute capability 9 and up), else "loop".
-
-    On older GPUs torch's grouped_mm is a loop too, and one that waits for the group sizes at each of its six products a
-    layer; ours waits once.
-
-    shape: of the stack of gate and up matrices, (E, 2I, D).
-    """
-    if device.type == "cuda" and hasattr(F, "grouped_mm") and dtype == torch.bfloat16:
-        aligned = shape[1] % 16 == 0 and shape[2] % 8 == 0  # strides must be multiples of 16 bytes
-        if aligned and torch.cuda.get_device_capability(device) >= (9, 0):
-            return "grouped_mm"
-    return "loop"
-
-
-def experts_together(x, token, weight, counts, gate_up, down) -> Tensor:
-    """Arguments of `Experts.forward` and its matrices -> (N, D): two kernels, each for all experts at once."""
-    gate, up = grouped_linear(x[token], gate_up, counts).chunk(2, dim=-1)  # (M, I) each
-    # Weighting the inner values is weighting the outputs, and spares keeping the outputs for the weights' gradient.
-    routed = grouped_linear(F.silu(gate) * up * weight.unsqueeze(-1), down, counts)  # (M, D)
-    return torch.zeros_like(x).index_add(0, token, routed)
-
-
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x (M, in) sorted by group, weight (E, out, in), counts (E,) rows of each group -> (M, out)."""
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
-
-
-@torch.compiler.disable  # group sizes differ at every step: there is nothing to compile once
-def experts_in_turn(x, token, weight, counts, gate_up, down) -> Tensor:
-    """The same, one expert after the other."""
-    return ExpertLoop.apply(x, token, weight, counts.tolist(), gate_up, down)

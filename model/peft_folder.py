@@ -11,7 +11,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 
 from common.files import replaced
-from model.lora import LoraConfig, active_lora, adapter_tensors, add_lora, fill, targeted
+from model.lora import LoraConfig, active_lora, adapter_parameters, add_lora, fill, targeted
+from model.weights_file import told_of
 
 PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,9 +48,9 @@ def save_peft(folder, model, base: str = "", name: str | None = None) -> None:
         "target_modules": sorted(layers), "fan_in_fan_out": False, "init_lora_weights": True,
     }  # fmt: skip
     tensors = {}
-    for key, tensor in adapter_tensors(model, name).items():
+    for key, parameter in adapter_parameters(model, name).items():
         layer, _, matrix = key.rsplit(".", 2)  # "model.layers.0.self_attn.q_proj", "weight", "A"
-        tensors[f"{PREFIX}{layer}.lora_{matrix}.weight"] = tensor.contiguous()
+        tensors[f"{PREFIX}{layer}.lora_{matrix}.weight"] = parameter.detach().cpu().contiguous()
     with replaced(Path(folder) / TENSORS) as file:
         file.write(save(tensors, metadata={"format": "pt"}))
     with replaced(Path(folder) / CONFIG, text=True) as file:
@@ -61,6 +62,11 @@ def load_peft(model, folder, name: str | None = None):
     ValueError where it has no counterpart here."""
     folder = Path(folder)
     name = (name or folder.absolute().stem).replace(".", "_")  # of ".", which has no name, the folder's
+    with told_of(folder):
+        return _attach(model, folder, name)
+
+
+def _attach(model, folder: Path, name: str):
     if not (folder / CONFIG).exists() or not (folder / TENSORS).exists():
         raise ValueError(f"{folder} is no peft folder: it lacks {CONFIG} or {TENSORS}")
     try:

@@ -1,8 +1,8 @@
-"""Reads weights of every kind and writes one.
+"""Loads weights of every kind as a model, and writes our own.
 
-Ours is a single file, `out/pretrain_512.pth`: a dict of config, tokenizer, training record and state dict, made of
-plain containers and tensors so that it loads with `weights_only=True` and runs no code. It is written whole or not at
-all. Also read: transformers folders and MiniMind's releases (see model/convert.py).
+Ours is a single file, `out/pretrain_512.pth`: a dict of config, tokenizer, training record and state dict. It holds
+plain containers and tensors only, so it loads with `weights_only=True`, which refuses a file that would run code. Also
+read: transformers folders and MiniMind's releases (see convert.py). How files are read and found: weights_file.py.
 """
 
 import json
@@ -14,7 +14,8 @@ from model import convert
 from model.LMConfig import LMConfig
 from model.lora import attach, merge_lora
 from model.model import MiniMindForCausalLM
-from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_to_dict
+from model.tokenizer import load_tokenizer
+from model.tokenizer_files import tokenizer_from_dict, tokenizer_to_dict
 from model.weights_file import FORMAT, LORA_FORMAT, describe, read_file, save_atomically, told_of
 
 
@@ -52,9 +53,10 @@ def build_model(config: LMConfig, state: dict, path="these weights") -> MiniMind
     """A model of this shape holding these weights; ValueError names what does not fit."""
     if config.n_layers > len(state):  # a wrong number would fill the memory with layers before they are compared
         raise ValueError(f"{path} does not fit a model of {describe(config)}: it holds {len(state)} tensors")
+    # On the device "meta" tensors have shapes and no memory: no time is spent on random weights that are thrown away.
     with torch.device("meta"):
         model = MiniMindForCausalLM(config)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings:  # many files hold a shared matrix once
         state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight"))
     wanted, found = model.state_dict(), {name: t.float() for name, t in state.items() if t is not None}
     faults = [f"{n} is missing" for n in wanted if n not in found]
@@ -64,8 +66,8 @@ def build_model(config: LMConfig, state: dict, path="these weights") -> MiniMind
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise ValueError(f"{path} does not fit a model of {describe(config)}: {faults[0]}{more}")
-    model.load_state_dict(found, assign=True)
-    model.tie_weights()
+    model.load_state_dict(found, assign=True)  # the tensors themselves take the places of the empty ones
+    model.tie_weights()  # and the head is the embedding's matrix again, not a copy of it
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()

@@ -1,4 +1,4 @@
-"""Files of weights: how they are written, read, recognised and found. Which model they make is said in weights.py."""
+"""Files of weights: how they are written, read, recognised and found. weights.py makes models of them."""
 
 import hashlib
 import zipfile
@@ -15,7 +15,8 @@ from model.LMConfig import LMConfig
 OURS = "minimind-"  # how the formats of our files begin
 FORMAT = "minimind-weights-1"
 LORA_FORMAT = "minimind-lora-1"  # of an adapter's file, see model/lora.py
-FREE_FIELDS = ("dropout", "aux_loss_alpha", "seq_aux", "max_seq_len", "use_cache")  # a trained model may change them
+# Fields that say how a model is trained and used, not what its weights mean: an adapter fits where these differ.
+FREE_FIELDS = ("dropout", "aux_loss_alpha", "seq_aux", "max_seq_len", "use_cache")
 STATE_SUFFIX = "_resume"  # <name>_resume.pth beside the weights holds what a resumed run needs
 
 
@@ -26,7 +27,10 @@ def describe(config: LMConfig) -> str:
 
 
 def fingerprint(model) -> str:
-    """16 hex digits of a model's weights and what is computed with them, adapters left out."""
+    """16 hex digits that stand for a model's weights and the config fields that decide what they compute.
+
+    Adapters are left out: one keeps the fingerprint of the weights it was trained on, and is checked against it.
+    """
     fields = {key: value for key, value in model.config.fields().items() if key not in FREE_FIELDS}
     digest = hashlib.blake2b(repr(sorted(fields.items())).encode(), digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
@@ -36,13 +40,13 @@ def fingerprint(model) -> str:
 
 
 def save_atomically(content, path) -> None:
-    """torch.save to a file that appears at `path` when it is whole."""
+    """torch.save. Readers of `path` see the old file or the new one, never a partial one."""
     with replaced(path) as file:
         torch.save(content, file)
 
 
 def read_header(path) -> dict:
-    """All of one of our files, or of an adapter's, but its tensors (they are mapped, not read)."""
+    """What one of our files, or an adapter's, says besides its tensors, which are mapped and not read: it is fast."""
     content = read_file(Path(path), mmap=True)
     if not isinstance(content, dict) or content.get("format") not in (FORMAT, LORA_FORMAT):
         raise ValueError(f"{path} is not one of our weights files")

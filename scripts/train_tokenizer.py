@@ -20,15 +20,9 @@ from tqdm import tqdm
 
 from common.errors import UserError, run_main
 from data.reading import check_file, iter_texts
-from model.tokenizer import (
-    DEFAULT_VOCAB_SIZE,
-    MIN_VOCAB_SIZE,
-    encode_texts,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_hash,
-    train_tokenizer,
-)
+from model.tokenizer import encode_texts, load_tokenizer
+from model.tokenizer_files import save_tokenizer, tokenizer_hash
+from model.vocabulary import DEFAULT_VOCAB_SIZE, MIN_VOCAB_SIZE, train_tokenizer
 
 DEFAULT_FILES = ("dataset/tokenizer_train.jsonl", "dataset/pretrain_hq.jsonl")  # MiniMind's names
 SAMPLE_FILES = ("dataset/sample/pretrain.jsonl", "dataset/sample/sft.jsonl")
@@ -146,12 +140,8 @@ class Corpus:
     """Iterates over the texts to learn from, each as often as its file's weight says; keeps the held-out ones."""
 
     def __init__(self, files, val_split: float, limit_bytes: float, skip_bad_lines: bool):
-        self.files, self.val_split, self.limit_bytes, self.skip_bad_lines = (
-            files,
-            val_split,
-            limit_bytes,
-            skip_bad_lines,
-        )
+        self.files, self.val_split = files, val_split
+        self.limit_bytes, self.skip_bad_lines = limit_bytes, skip_bad_lines
         self.documents = self.characters = 0  # learned from, repeats not counted
         self.held_out: dict[str, list[str]] = {path: [] for path, _ in files}
 
@@ -169,6 +159,7 @@ class Corpus:
             if self.limit_bytes and size > self.limit_bytes:
                 print(f"{path}: read the first {self.limit_bytes / 1e6:g} MB of text (--limit_mb)", file=sys.stderr)
                 break
+            # Not by chance: a document falls on the same side in every run, and so do its copies in other files.
             chance, other_chance = hash_numbers(text)
             if weight == 0 or chance < self.val_split:
                 if kept < HELD_OUT_CHARS:

@@ -11,7 +11,8 @@ from stage import STAGES, catch_gradients, chat_weights, load, run_flags, write_
 from common.errors import UserError
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.tokenizer import load_tokenizer, train_tokenizer
+from model.tokenizer import load_tokenizer
+from model.vocabulary import train_tokenizer
 from model.weights import load_model, save_weights
 from trainer.engine import Engine
 from trainer.loop import take_step

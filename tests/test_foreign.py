@@ -13,8 +13,9 @@ from common.errors import UserError, run_main
 from model.LMConfig import LMConfig
 from model.lora import LoraConfig, add_lora, load_lora, save_lora
 from model.model import MiniMindForCausalLM
-from model.peft_folder import CONFIG, TENSORS, save_peft
-from model.tokenizer import DEFAULT_FOLDER, load_tokenizer, tokenizer_from_dict
+from model.peft_folder import CONFIG, TENSORS, load_peft, save_peft
+from model.tokenizer import load_tokenizer
+from model.tokenizer_files import DEFAULT_FOLDER, tokenizer_from_dict
 from model.weights import load_model
 from model.weights_file import FORMAT, LORA_FORMAT, all_weights
 from trainer.checkpoint import read_state
@@ -36,7 +37,9 @@ def files(tmp_path_factory):
     torch.save(state, top / "x_32_resume.pth")
     readers = {"weights": load_model, "adapter": lambda path: load_lora(small(), path), "state": read_state}
     paths = {"weights": chat_weights(top), "adapter": top / "adapter.pth", "state": top / "x_32_resume.pth"}
-    return {name: (paths[name], readers[name]) for name in paths} | {"peft": (top / "peft", readers["adapter"])}
+    return {name: (paths[name], readers[name]) for name in paths} | {
+        "peft": (top / "peft", lambda path: load_peft(small(), path))
+    }
 
 
 @pytest.mark.parametrize("name", ["weights", "adapter", "state"])
@@ -103,12 +106,12 @@ def test_peft_folders_of_another_make(change, files, tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps(content | change))
     save_file(load_file(files["peft"][0] / TENSORS), tmp_path / TENSORS)
     with pytest.raises(ValueError, match=f"^{tmp_path}"):
-        load_lora(small(), tmp_path)
+        load_peft(small(), tmp_path)
 
 
 def test_an_adapter_is_named_after_its_folder(files, monkeypatch):
     monkeypatch.chdir(files["peft"][0])
-    assert load_lora(small(), ".").lora_configs.keys() == {"peft"}
+    assert load_peft(small(), ".").lora_configs.keys() == {"peft"}
     with pytest.raises(ValueError, match="'training' is taken"):  # a name that every module has
         add_lora(small(), name="training")
     with pytest.raises(ValueError, match="whole number"):

@@ -17,7 +17,8 @@ from model.chat_template import CHAT_TEMPLATE
 from model.convert import interleaved_to_halves
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.tokenizer import ADDED_TOKENS, load_tokenizer, render
+from model.tokenizer import load_tokenizer, render
+from model.vocabulary import ADDED_TOKENS
 
 WANTED = "needs requirements-export.txt"
 gguf = pytest.importorskip("gguf", reason=WANTED)

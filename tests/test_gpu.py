@@ -16,14 +16,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model.attention as attention_file
 import model.model as model_file
 from common.device import pick_dtype
 from common.errors import RunFailed
 from inference.engine import Engine as Speaker
 from inference.sampling import SamplingParams
+from model.attention import DocumentLengths, document_ends, repeat_heads
+from model.expert_loop import experts_kind
 from model.LMConfig import LMConfig
-from model.model import DocumentLengths, MiniMindForCausalLM, document_ends, next_token_losses, repeat_heads
-from model.moe import experts_kind
+from model.model import MiniMindForCausalLM, next_token_losses
 from model.tokenizer import load_tokenizer
 from trainer.engine import MOST_IN_A_ROW, Engine
 from trainer.log import device_flops
@@ -57,9 +59,11 @@ def batch_of(B=2, T=24):
 def test_attention_is_given_one_type_under_autocast(qk_norm, use_moe, monkeypatch):
     """Weights and angles are float32; the kernels for half precision take no other, and no mixture."""
     seen = []
-    attend = model_file.attend
+    attend = attention_file.attend
     monkeypatch.setattr(
-        model_file, "attend", lambda q, k, v, mask: seen.append({q.dtype, k.dtype, v.dtype}) or attend(q, k, v, mask)
+        attention_file,
+        "attend",
+        lambda q, k, v, mask: seen.append({q.dtype, k.dtype, v.dtype}) or attend(q, k, v, mask),
     )
     batch = batch_of()
     with torch.autocast("cpu", torch.bfloat16):
@@ -70,7 +74,7 @@ def test_attention_is_given_one_type_under_autocast(qk_norm, use_moe, monkeypatc
 def test_the_variable_length_kernel_knows_every_keyword_we_pass(monkeypatch):
     kernel = pytest.importorskip("torch.nn.attention.varlen", reason="torch before 2.10").varlen_attn
     passed = {}
-    monkeypatch.setattr(model_file, "varlen_attn", lambda q, k, v, *more, **keywords: passed.update(keywords) or q)
+    monkeypatch.setattr(attention_file, "varlen_attn", lambda q, k, v, *more, **keywords: passed.update(keywords) or q)
     q, kv = torch.zeros(1, 4, 6, 8), torch.zeros(1, 2, 6, 8)
     DocumentLengths(document_ends(torch.ones(1, 6, dtype=torch.long)), 6).attend(q, kv, kv)
     assert passed and passed.keys() <= inspect.signature(kernel).parameters.keys()
@@ -79,9 +83,9 @@ def test_the_variable_length_kernel_knows_every_keyword_we_pass(monkeypatch):
 def test_keys_are_repeated_for_a_kernel_that_cannot_share_them(monkeypatch):
     """torch 2.11's has no enable_gqa."""
     given = {}
-    monkeypatch.setattr(model_file, "VARLEN_ARGUMENTS", frozenset({"window_size"}))
+    monkeypatch.setattr(attention_file, "VARLEN_ARGUMENTS", frozenset({"window_size"}))
     monkeypatch.setattr(
-        model_file, "varlen_attn", lambda q, k, v, *more, **keywords: given.update(keywords, k=k, v=v) or q
+        attention_file, "varlen_attn", lambda q, k, v, *more, **keywords: given.update(keywords, k=k, v=v) or q
     )
     q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
     DocumentLengths(document_ends(torch.ones(1, 6, dtype=torch.long)), 6).attend(q, k, k + 1)

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from model.compat import CACHE, checkpoint_activations
-from model.LMConfig import PRESETS, LMConfig
-from model.model import (
+from model.attention import (
     DocumentLengths,
-    MiniMindForCausalLM,
     RMSNorm,
     document_ends,
     inverse_frequencies,
     packed_mask,
     packed_positions,
 )
+from model.compat import CACHE, checkpoint_activations
+from model.LMConfig import PRESETS, LMConfig
+from model.model import MiniMindForCausalLM
 
 DENSE = [name for name, shape in PRESETS.items() if not shape.get("use_moe")]
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 200}

@@ -7,18 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.expert_loop import ExpertLoop
+from model.expert_loop import ExpertLoop, experts_in_turn, experts_kind, experts_together, grouped_linear
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.moe import (
-    MoEFeedForward,
-    balance_loss,
-    experts_in_turn,
-    experts_kind,
-    experts_together,
-    grouped_linear,
-    route,
-)
+from model.moe import Experts, MoEFeedForward, balance_loss, route
 
 SHAPES = {  # top-1 with and without normalisation, top-k, many small experts, several shared or none
     "top2": {},
@@ -111,25 +103,24 @@ def test_weights_of_a_token_by_hand():
     assert pairs[1] == {1: pytest.approx(0.6), 2: pytest.approx(0.3)}
 
 
-# ------------------------------------------------------------------------------------------- two ways to compute them
+# ----------------------------------------------------------------------------------- two fast ways and the plain loop
+@pytest.mark.parametrize("way", [experts_in_turn, experts_together])
 @pytest.mark.parametrize("counts", [[4, 0, 7, 5], [0, 0, 16, 0], [16, 0, 0, 0], [4, 4, 4, 4], [0, 0, 0, 0]])
-def test_one_kernel_for_all_equals_one_expert_after_the_other(counts):
-    """grouped_mm runs on the CPU too, though nobody uses it there. Groups may be empty."""
+def test_the_fast_ways_equal_the_plain_loop(counts, way):
+    """In values and all gradients. grouped_mm runs on the CPU too, though nobody uses it there. Groups may be empty."""
     torch.manual_seed(0)
-    M = sum(counts)
-    x, weight = torch.randn(8, 16), torch.rand(M)
-    gate_up, down = torch.randn(4, 24, 16), torch.randn(4, 16, 12)
-    token, direction = torch.randint(8, (M,)), torch.randn(8, 16)
+    M, experts = sum(counts), Experts(4, 16, 12)
+    torch.nn.init.normal_(experts.gate_up_proj)
+    torch.nn.init.normal_(experts.down_proj)
+    x, weight = torch.randn(8, 16, requires_grad=True), torch.rand(M, requires_grad=True)
+    token, counts, direction = torch.randint(8, (M,)), torch.tensor(counts), torch.randn(8, 16)
+    learned = (x, weight, experts.gate_up_proj, experts.down_proj)
     results = []
-    for way in (experts_together, experts_in_turn):
-        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, gate_up, down)]
-        out = way(leaves[0], token, leaves[1], torch.tensor(counts), *leaves[2:])
-        out.backward(direction)
-        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-    for one, other in zip(*results):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
-    empty = [e for e, n in enumerate(counts) if n == 0]
-    assert not any(results[1][i][empty].any() for i in (3, 4))  # an expert without tokens: a gradient, of zeros
+    for out in (way(x, token, weight, counts, *learned[2:]), experts.plain_loop(x, token, weight, counts)):
+        results.append([out.detach(), *torch.autograd.grad(out, learned, direction)])
+    for fast, plain in zip(*results):
+        assert torch.allclose(fast, plain, rtol=1e-4, atol=1e-4)
+    assert not any(gradient[counts == 0].any() for gradient in results[0][3:])  # zeros where there is no token
 
 
 def test_grouped_linear_is_a_matrix_product_a_group():

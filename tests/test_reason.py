@@ -14,7 +14,8 @@ from data.thinking import REASONING_TAGS, keep_thinking
 from data.token_cache import tokenised
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.tokenizer import load_tokenizer, render, tokenizer_from_dict, tokenizer_to_dict
+from model.tokenizer import load_tokenizer, render
+from model.tokenizer_files import tokenizer_from_dict, tokenizer_to_dict
 from trainer.losses import language_model, lm_loss, weighted_sum
 
 STAGE = load(STAGES["reason"])

@@ -26,7 +26,9 @@ from common.errors import RunFailed, UserError, note, run_main
 from common.flags import boolean
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from model.tokenizer import load_tokenizer
+from model.tokenizer_files import save_tokenizer
+from model.vocabulary import train_tokenizer
 from model.weights import save_weights
 from trainer.checkpoint import FORMAT
 from trainer.stage_flags import parse, stage_parser

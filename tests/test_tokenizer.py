@@ -21,23 +21,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from common.errors import UserError, run_main
 from inference.open_model import load_foreign
 from model.chat_template import normalise_conversation
-from model.tokenizer import (
-    ADDED_TOKENS,
-    DEFAULT_FOLDER,
-    MIN_VOCAB_SIZE,
-    build_tokenizer,
-    encode_document,
-    encode_text,
-    encode_texts,
-    load_tokenizer,
-    render,
-    render_spans,
-    save_tokenizer,
-    tokenizer_from_dict,
-    tokenizer_hash,
-    tokenizer_to_dict,
-    train_tokenizer,
-)
+from model.tokenizer import encode_document, encode_text, encode_texts, load_tokenizer, render, render_spans
+from model.tokenizer_files import DEFAULT_FOLDER, save_tokenizer, tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict
+from model.vocabulary import ADDED_TOKENS, MIN_VOCAB_SIZE, build_tokenizer, train_tokenizer
 from scripts.train_tokenizer import HEADERS, Corpus, default_files, hash_numbers, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,10 +129,24 @@ def test_save_and_load(tmp_path):
     save_tokenizer(small, tmp_path / "a" / "b")
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == sorted(tokenizer_to_dict(small))
     assert tokenizer_hash(load_tokenizer(tmp_path / "a" / "b")) == tokenizer_hash(small)
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]  # no temporary folder stays
     (tmp_path / "a" / "b" / "config.json").write_text("{}")
     save_tokenizer(small, tmp_path / "a" / "b")  # into a folder with other files: they stay
     assert (tmp_path / "a" / "b" / "config.json").exists()
+
+
+def test_a_folder_that_was_left_half_written_is_no_tokenizer(tmp_path, monkeypatch):
+    def full(source, target):
+        if Path(target).name == "tokenizer.json":
+            raise OSError(28, "No space left on device", str(target))
+        return rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        save_tokenizer(train_tokenizer(SENTENCES, 300), tmp_path / "new")
+    assert (tmp_path / "new" / "tokenizer_config.json").exists()  # it did begin
+    with pytest.raises(ValueError, match="no tokenizer that can be read"):
+        load_tokenizer(tmp_path / "new")
 
 
 @pytest.mark.parametrize("reader", ["tokenizer", "model"])

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from common.flags import BOOLEANS
-from model.moe import experts_kind
+from model.expert_loop import experts_kind
 from model.weights_file import describe
 from trainer.engine import by_deepspeed_launcher, engine_in_words
 from trainer.memory import memory_line

@@ -15,7 +15,7 @@ from pathlib import Path
 from common.errors import RunFailed, UserError
 from common.files import lock, named
 from model.lora import save_lora
-from model.tokenizer import tokenizer_to_dict
+from model.tokenizer_files import tokenizer_to_dict
 from model.weights import save_weights
 from model.weights_file import STATE_SUFFIX, read_file, read_header, save_atomically
 

@@ -2,8 +2,9 @@
 
 import torch
 
-from model.model import LOSS_CHUNK_GPU, DocumentLengths
-from model.moe import experts_kind
+from model.attention import DocumentLengths
+from model.expert_loop import experts_kind
+from model.model import LOSS_CHUNK_GPU
 
 GB = 2**30
 FRAMEWORK = {"cpu": 0.45 * GB, "cuda": 0.0, "mps": 0.0}  # the process with torch loaded, as peak_memory counts it
@@ -54,8 +55,8 @@ def layer_bytes(config, world) -> int:
 def feed_forward_numbers(config, world) -> int:
     """Numbers a feed-forward block keeps of one token: gate, up, silu(gate) and their product.
 
-    Of a routed expert the loop keeps gate and up alone (model/moe.py), the grouped kernels the weighted product too,
-    and the token once for each of its experts.
+    Of a routed expert the loop (model/expert_loop.py) keeps gate and up alone, the grouped kernels the weighted product
+    too, and the token once for each of its experts.
     """
     if not config.use_moe:
         return 4 * config.hidden_dim

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from model.model import document_ends
+from model.attention import document_ends
 
 
 class Feed:

@@ -14,7 +14,8 @@ from data.rows import packed_splits, token_bytes
 from data.token_cache import Cache, tokenised
 from model.LMConfig import DEFAULT_PRESET, LMConfig
 from model.model import MiniMindForCausalLM
-from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_hash
+from model.tokenizer import load_tokenizer
+from model.tokenizer_files import tokenizer_from_dict, tokenizer_hash
 from model.weights import load_model
 from model.weights_file import fingerprint, newest_weights
 from trainer.checkpoint import AdapterFiles, Files, find_states, read_state

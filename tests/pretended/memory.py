@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import moe
+from model import expert_loop
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from trainer.losses import language_model
@@ -83,7 +83,7 @@ def counted(config: LMConfig, rows: int) -> int:
 
 def main(rows: str, *presets: str) -> None:
     pretend((9, 0))
-    moe.experts_in_turn = None  # the grouped kernels are what is counted
+    expert_loop.experts_in_turn = None  # the grouped kernels are what is counted
     found = {}
     for preset in presets:
         config = LMConfig.from_preset(preset)
