@@ -15,8 +15,8 @@ from trainer.world import join  # first: it says how torch's threads wait
 
 # isort: split
 from common.errors import run_main
+from data.rows import load_rows
 from trainer.loop import train
-from trainer.losses import language_model
 from trainer.setup import prepare
 from trainer.stage_flags import parse, stage_parser
 
@@ -27,9 +27,10 @@ def main(argv=None) -> dict:
     rates = {"muon": 4e-3, "adamw": 1e-3}  # docs/log.md, "Which optimizer"
     parser = stage_parser("pretrain", __doc__, learning_rate=rates, optimizer="muon", from_weight="none")
     args = parse(parser, argv)
-    start = prepare(args, MINIMIND_FILES, sample="pretrain.jsonl")
+    run = prepare(args, MINIMIND_FILES, sample="pretrain.jsonl")
     with join(args) as world:
-        return train(start, start.packed("text", world), language_model, world)
+        rows = load_rows("text", run.data_files, run.tokenizer, args, world)
+        return train(run, rows, world)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from trainer.world import join  # first: it says how torch's threads wait
 
 # isort: split
 from common.errors import run_main
+from data.rows import load_rows
 from trainer.loop import train
-from trainer.losses import language_model
 from trainer.setup import prepare
 from trainer.stage_flags import parse, stage_parser
 
@@ -29,9 +29,10 @@ MINIMIND_FILES = ("sft_mini_512.jsonl", "sft_t2t_mini.jsonl", "sft_512.jsonl", "
 def main(argv=None) -> dict:
     parser = stage_parser("full_sft", __doc__, learning_rate=5e-4, epochs=2.0, weight_decay=0.01)
     args = parse(parser, argv)
-    start = prepare(args, MINIMIND_FILES, sample="sft.jsonl", before=("pretrain",))
+    run = prepare(args, MINIMIND_FILES, sample="sft.jsonl", before=("pretrain",))
     with join(args) as world:
-        return train(start, start.packed("chat", world), language_model, world)
+        rows = load_rows("chat", run.data_files, run.tokenizer, args, world)
+        return train(run, rows, world)
 
 
 if __name__ == "__main__":

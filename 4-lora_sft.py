@@ -23,11 +23,11 @@ from trainer.world import join  # first: it says how torch's threads wait
 # isort: split
 from common.errors import UserError, run_main
 from data.reading import raw_rows
+from data.rows import load_rows
 from model.lora import PROJECTIONS, LoraConfig, add_lora, load_lora
 from model.peft_folder import check_peft, save_peft
 from model.weights import load_model
 from trainer.loop import train
-from trainer.losses import language_model
 from trainer.setup import prepare
 from trainer.stage_flags import parse, stage_parser
 
@@ -81,15 +81,15 @@ def main(argv=None) -> dict:
                 raise ValueError(f"--peft_dir {args.peft_dir}: cannot write the folder ({error.strerror})") from None
         add_lora(model, config.rank, config.alpha, config.dropout, config.targets)
 
-    start = prepare(args, MINIMIND_FILES, "lora_domain.jsonl", before=("full_sft",), required=True, adapt=adapt)
-    for path in start.data_files:
+    run = prepare(args, MINIMIND_FILES, "lora_domain.jsonl", before=("full_sft",), required=True, adapt=adapt)
+    for path in run.data_files:
         refuse_placeholders(path)
     with join(args) as world:
-        result = train(start, start.packed("chat", world), language_model, world)
+        result = train(run, load_rows("chat", run.data_files, run.tokenizer, args, world), world)
         if args.peft_dir and world.first and not args.dry_run:
-            model = load_model(start.came_from, args.preset)[0]  # a fresh one: ZeRO 3 spreads the trained one
+            model = load_model(run.came_from, args.preset)[0]  # a fresh one: ZeRO 3 spreads the trained one
             load_lora(model, result["weights"], "trained")
-            save_peft(args.peft_dir, model, base=start.came_from)
+            save_peft(args.peft_dir, model, base=run.came_from)
     return result
 
 

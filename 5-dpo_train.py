@@ -24,32 +24,31 @@ from trainer.world import join  # first: it says how torch's threads wait
 
 # isort: split
 from common.errors import UserError, run_main
-from data.reading import check_file
+from data.rows import load_rows
 from trainer import losses
 from trainer.loop import train
-from trainer.preference import Reference, pair_log_probs
-from trainer.setup import SAMPLE, prepare
+from trainer.preference import Reference, bound_to_its_start, chosen_and_rejected, pair_log_probs
+from trainer.setup import held_out_files, prepare
 from trainer.stage_flags import parse, stage_parser
 
 FLAGS = ("loss", "beta", "label_smoothing", "simpo_gamma", "per_token", "sft_weight", "reference")
 
 
 def parser():
-    p = stage_parser(
-        "dpo", __doc__, learning_rate=5e-5, batch_size=4, accumulation_steps=1, weight_decay=0.01, val_split=0.05
-    )
+    p = stage_parser("dpo", __doc__, learning_rate=5e-5, batch_size=4, accumulation_steps=1, weight_decay=0.01,
+                     val_split=0.05)  # fmt: skip
     g = p.add_argument_group("preferences")
     g.add_argument("--loss", choices=("sigmoid", "ipo", "simpo", "orpo"), default="sigmoid",
                    help="simpo and orpo compare with no reference (sigmoid)")  # fmt: skip
-    g.add_argument("--beta", type=float, default=0.1, metavar="X", help="how dear leaving the reference is (0.1)")
+    g.add_argument("--beta", type=float, default=0.1, metavar="X", help="strength of the KL penalty (0.1)")
     g.add_argument("--label_smoothing", type=float, default=0.0, metavar="SHARE",
-                   help="share of pairs thought to be swapped; sigmoid only (0)")  # fmt: skip
-    g.add_argument("--simpo_gamma", type=float, default=0.5, metavar="X", help="margin that simpo asks for (0.5)")
-    p.flag(g, "per_token", False, "compare log-probabilities a token, not summed; all but sigmoid always do")
+                   help="assumed share of mislabelled pairs; sigmoid only (0)")  # fmt: skip
+    g.add_argument("--simpo_gamma", type=float, default=0.5, metavar="X", help="SimPO target reward margin (0.5)")
+    p.flag(g, "per_token", False, "length-normalised log-probabilities; all losses but sigmoid use them anyway")
     g.add_argument("--sft_weight", type=float, default=1.0, metavar="X",
-                   help="of the chosen answer's cross-entropy a token beside the loss; 0: plain DPO (1)")  # fmt: skip
+                   help="weight of the SFT loss on the chosen answer; 0: plain DPO (1)")  # fmt: skip
     g.add_argument("--reference", choices=("cached", "live"), default="cached",
-                   help="live: a second model in memory at every step (cached)")  # fmt: skip
+                   help="log-probabilities computed once, or by a second model at every step (cached)")  # fmt: skip
     g.add_argument("--val_path", nargs="+", metavar="FILE", help="held-out pairs, in place of --val_split's")
     p.set_defaults(recipe_flags=FLAGS)
     return p
@@ -67,34 +66,39 @@ def check(args) -> None:
 
 
 def preference_loss(args, reference):
-    """The loss function: sums over pairs."""
+    """The loss function: sums over pairs. reference.log_probs(batch) as in trainer.preference.Reference."""
     per_token = args.per_token or args.loss != "sigmoid"
     sft_weight = 0.0 if args.loss == "orpo" else args.sft_weight  # orpo has such a part of its own
 
     def loss_fn(model, batch):
-        out, log_probs, counts = pair_log_probs(model, batch)  # (B, S): chosen, rejected, chosen, rejected, ...
-        frozen = reference.log_probs(batch)
-        real = batch["documents"][:, ::2] >= 0  # (B, S / 2); a row has as many places for pairs as the fullest one
-        *sums, tokens = [(x[:, ::2], x[:, 1::2]) for x in (log_probs, frozen, counts.clamp(min=1))]
-        means = [(chosen / tokens[0], rejected / tokens[1]) for chosen, rejected in sums]
-        policy, ref = means if per_token else sums
+        # Of each answer: the sum of its tokens' log-probabilities (nats), under the model that learns and under the
+        # frozen one, and its tokens. A pair is two neighbouring answers of a row. All below is (B, pairs of a row).
+        out, log_probs, tokens = pair_log_probs(model, batch)
+        chosen, rejected = chosen_and_rejected(log_probs)
+        ref_chosen, ref_rejected = chosen_and_rejected(reference.log_probs(batch))
+        chosen_tokens, rejected_tokens = chosen_and_rejected(tokens.clamp(min=1))
+        # Rows have as many places for pairs as the fullest one; empty places must count nothing.
+        real = chosen_and_rejected(batch["documents"])[0] >= 0
+
+        chosen_mean, rejected_mean = chosen / chosen_tokens, rejected / rejected_tokens
+        policy, ref = (chosen, rejected), (ref_chosen, ref_rejected)
+        if per_token:  # a long answer is not less likely for its length alone
+            policy, ref = (chosen_mean, rejected_mean), (ref_chosen / chosen_tokens, ref_rejected / rejected_tokens)
         if args.loss == "simpo":
             loss = losses.simpo_loss(*policy, args.beta, args.simpo_gamma)
         elif args.loss == "orpo":
             loss = losses.orpo_loss(*policy, args.beta)
         else:
             loss = losses.dpo_loss(*policy, *ref, args.beta, args.label_smoothing, args.loss)
-        learned = losses.masked_sum(loss, real) - sft_weight * losses.masked_sum(means[0][0], real)
-        learned, numbers = losses.with_balance(learned, out, batch)
-        more = {
-            "accuracy": sums[0][0] > sums[0][1],
-            "accuracy_per_token": means[0][0] > means[0][1],
+        # The chosen answer's cross-entropy a token (minus its mean log-probability) holds its probability up.
+        learned = losses.masked_sum(loss, real) - sft_weight * losses.masked_sum(chosen_mean, real)
+        printed = {
+            "loss": loss, "accuracy": chosen > rejected, "accuracy_per_token": chosen_mean > rejected_mean,
             "margin": args.beta * ((policy[0] - ref[0]) - (policy[1] - ref[1])),
-            "kl": (sum(sums[1]) - sum(sums[0])) / 2,
-        }
-        for name, values in {"loss": loss, **more}.items():
-            numbers[name] = losses.masked_sum(values.detach().float(), real)
-        return learned, real.sum(), numbers
+            "kl": (ref_chosen + ref_rejected - (chosen + rejected)) / 2,
+        }  # fmt: skip
+        numbers = {name: losses.masked_sum(x.detach().float(), real) for name, x in printed.items()}
+        return learned, real.sum(), numbers, out.aux_loss
 
     return loss_fn
 
@@ -102,15 +106,14 @@ def preference_loss(args, reference):
 def main(argv=None) -> dict:
     args = parse(parser(), argv)
     check(args)
-    start = prepare(args, ("dpo.jsonl",), sample="dpo.jsonl", before=("full_sft",), required=True)
-    start.bytes_of_token = None  # the loss is not that of a text
-    reference = Reference(start)
-    sampled = start.data_files == [SAMPLE / "dpo.jsonl"]
-    val_files = [check_file(f) for f in args.val_path or ([SAMPLE / "dpo_heldout.jsonl"] if sampled else [])]
+    run = bound_to_its_start(prepare(args, ("dpo.jsonl",), sample="dpo.jsonl", before=("full_sft",), required=True))
+    reference = Reference(run)
+    val_files = held_out_files(run, sample="dpo.jsonl", held_out="dpo_heldout.jsonl")
     with join(args) as world:
-        rows = start.packed("pair", world, val_files)
-        reference.ready(rows, world)
-        return train(start, rows, preference_loss(args, reference), world, reference.report(rows[1], world))
+        rows = load_rows("pair", run.data_files, run.tokenizer, args, world, val_files)
+        reference.ready(rows, world)  # before the first step: run.model still is what the run began with
+        run, loss_fn = run.using(reference.parameters), preference_loss(args, reference)
+        return train(run, rows, world, loss_fn, reference.report(rows[1], world), bits_per_byte=False)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,15 @@ from trainer.world import join  # first: it says how torch's threads wait
 import torch
 
 from common.errors import UserError, run_main
+from data.rows import load_rows
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
 from model.tokenizer_files import tokenizer_hash
-from model.weights_file import FREE_FIELDS
-from trainer.loop import train
-from trainer.losses import distillation_sums, inputs, with_balance
-from trainer.setup import find_frozen, load_weights, prepare, random_model, shape_flags
+from model.weights_file import FREE_FIELDS, fingerprint
+from trainer.loop import inputs, train
+from trainer.losses import distillation_sums
+from trainer.setup import Weights, find_frozen, load_weights, prepare, random_model, shape_flags
 from trainer.stage_flags import parse, stage_parser
 
 MINIMIND_FILES = ("sft_mini_512.jsonl", "sft_t2t_mini.jsonl", "sft_512.jsonl")
@@ -83,8 +84,8 @@ def distillation(args, teacher):
             out.logits, hidden, teacher.lm_head, batch["labels"], args.temperature, args.kl, args.skew,
             n=int(batch["count"]),
         )  # fmt: skip
-        loss, numbers = with_balance(args.alpha * ce + (1 - args.alpha) * kd, out, batch)
-        return loss, count, numbers | {"ce": ce.detach(), "kd": kd.detach()}
+        loss = args.alpha * ce + (1 - args.alpha) * kd
+        return loss, count, {"ce": ce.detach(), "kd": kd.detach()}, out.aux_loss
 
     return loss_fn
 
@@ -99,16 +100,18 @@ def main(argv=None) -> dict:
 
     def make():
         student, came_from = new_student(args, teacher)
-        return student, tokenizer, came_from, {}
+        return Weights(student, tokenizer, came_from, {})
 
-    start = prepare(args, files, "sft.jsonl" if args.rows == "chat" else "pretrain.jsonl", make=make)
-    widths = start.model.config.vocab_size, teacher.config.vocab_size
-    if tokenizer_hash(start.tokenizer) != tokenizer_hash(tokenizer) or widths[0] != widths[1]:
+    run = prepare(args, files, "sft.jsonl" if args.rows == "chat" else "pretrain.jsonl", make=make)
+    widths = run.model.config.vocab_size, teacher.config.vocab_size
+    if tokenizer_hash(run.tokenizer) != tokenizer_hash(tokenizer) or widths[0] != widths[1]:
         raise UserError(f"the teacher {path} has another vocabulary than the student: their words cannot be compared")
-    start.use_frozen("teacher", teacher, path)
+    run.files.check_apart(path)
+    run = run.using(teacher.num_parameters(), paths={"teacher": str(path)}, teacher=fingerprint(teacher))
     with join(args) as world:
         teacher.requires_grad_(False).to(world.device)
-        return train(start, start.packed(args.rows, world), distillation(args, teacher), world)
+        rows = load_rows(args.rows, run.data_files, run.tokenizer, args, world)
+        return train(run, rows, world, distillation(args, teacher))
 
 
 if __name__ == "__main__":

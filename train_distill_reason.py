@@ -20,9 +20,10 @@ from trainer.world import join  # first: it says how torch's threads wait
 import torch
 
 from common.errors import UserError, run_main
+from data.rows import load_rows
 from data.thinking import REASONING_TAGS
-from trainer.loop import train
-from trainer.losses import inputs, learned_targets, weighted_sum, with_balance
+from trainer.loop import inputs, learned_targets, train
+from trainer.losses import weighted_sum
 from trainer.setup import prepare
 from trainer.stage_flags import parse, stage_parser
 
@@ -63,8 +64,8 @@ def tagged_language_model(token_weight: torch.Tensor):
 
     def loss_fn(model, batch):
         out = model(**inputs(batch), labels=batch["labels"], reduction="none")
-        loss, numbers = with_balance(weighted_sum(out.loss, batch["labels"], token_weight), out, batch)
-        return loss, learned_targets(batch["labels"]), numbers | {"ce": out.loss.detach().sum()}
+        loss = weighted_sum(out.loss, batch["labels"], token_weight)
+        return loss, learned_targets(batch["labels"]), {"ce": out.loss.detach().sum()}, out.aux_loss
 
     return loss_fn
 
@@ -73,12 +74,12 @@ def main(argv=None) -> dict:
     args = parse(parser(), argv)
     check(args)
     files = ("r1_mix_1024.jsonl",)
-    start = prepare(args, files, sample="reason.jsonl", before=("full_sft", "dpo"), required=True)
-    weights = token_weights(start.tokenizer, start.model.config.vocab_size, args.tag_weight)
+    run = prepare(args, files, sample="reason.jsonl", before=("full_sft", "dpo"), required=True)
+    weights = token_weights(run.tokenizer, run.model.config.vocab_size, args.tag_weight)
     share = None if args.think_ratio == 1 else args.think_ratio
     with join(args) as world:
-        loss_fn = tagged_language_model(weights.to(world.device))
-        return train(start, start.packed("chat", world, think_share=share), loss_fn, world)
+        rows = load_rows("chat", run.data_files, run.tokenizer, args, world, think_share=share)
+        return train(run, rows, world, tagged_language_model(weights.to(world.device)))
 
 
 if __name__ == "__main__":

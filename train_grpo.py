@@ -18,21 +18,18 @@ match of greedy answers to held-out questions.
   python train_grpo.py --data_path questions.jsonl --group 16 --temperature 0.8 --max_new_tokens 256
 """
 
-import copy
-
 from trainer.world import join  # first: it says how torch's threads wait
 
 # isort: split
 from common.errors import UserError, run_main
-from data.reading import check_file
 from inference.engine import Engine
 from inference.sampling import SamplingParams
 from trainer import grpo
-from trainer.deepspeed_config import get, read_config
-from trainer.preference import Reference
-from trainer.problems import load_questions
+from trainer.deepspeed_config import read_config
+from trainer.preference import bound_to_its_start, frozen_copy, starting_model
+from trainer.problems import fingerprints, load_problems
 from trainer.rewards import generated_text
-from trainer.setup import SAMPLE, prepare
+from trainer.setup import held_out_files, prepare
 from trainer.stage_flags import parse, stage_parser
 
 FLAGS = ("group", "temperature", "max_new_tokens", "kl", "clip", "inner_steps", "format_reward")
@@ -45,15 +42,16 @@ def parser():
     g.add_argument("--group", type=int, default=8, metavar="N", help="answers to each question (8)")
     g.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of the sampling (1)")
     g.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer (128)")
-    g.add_argument("--kl", type=float, default=0.01, metavar="X", help="how dear leaving the first model is (0.01)")
+    g.add_argument("--kl", type=float, default=0.01, metavar="X",
+                   help="coefficient of the KL penalty towards the starting model (0.01)")  # fmt: skip
     g.add_argument("--clip", type=float, default=0.2, metavar="X",
-                   help="how far from 1 a token's ratio of new and old probability is rewarded (0.2)")  # fmt: skip
+                   help="PPO clip range (0.2)")  # fmt: skip
     g.add_argument("--inner_steps", type=int, default=2, metavar="N",
                    help="updates from the same answers; the clip matters from the second on (2)")  # fmt: skip
     g.add_argument("--format_reward", type=float, default=0.2, metavar="X",
                    help="for a well-formed answer, beside 1 for a right one (0.2)")  # fmt: skip
     g.add_argument("--val_path", nargs="+", metavar="FILE", help="held-out questions, in place of --val_split's")
-    p.set_defaults(recipe_flags=FLAGS)
+    p.set_defaults(recipe_flags=FLAGS, dropout=0.0)  # also where the starting weights were trained with some
     return p
 
 
@@ -71,11 +69,10 @@ def check(args) -> None:
     for name in ("kl", "format_reward"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
-    if args.deepspeed and get(read_config(args.deepspeed), "zero_optimization.stage", 0) == 3:
+    if args.deepspeed and read_config(args.deepspeed).get("zero_optimization", {}).get("stage") == 3:
         raise UserError(f"{args.deepspeed}: ZeRO stage 3 leaves no process whole weights to sample from; use stage 2")
     if args.dropout:
         raise UserError("--dropout has no place here: the network that learns must be the one that was sampled")
-    args.dropout = 0.0  # also where the starting weights were trained with some
 
 
 def sampler(tokenizer, max_new_tokens: int):
@@ -94,17 +91,18 @@ def sampler(tokenizer, max_new_tokens: int):
 def main(argv=None) -> dict:
     args = parse(parser(), argv)
     check(args)
-    start = prepare(args, sample="reason.jsonl", before=("reason",), required=True)
-    start.bytes_of_token = None  # the loss is not that of a text
-    sampled = start.data_files == [SAMPLE / "reason.jsonl"]
-    val_files = [check_file(f) for f in args.val_path or ([SAMPLE / "reason_heldout.jsonl"] if sampled else [])]
-    questions, held_out = load_questions(start, val_files)
-    origin = Reference(start).model() if args.kl else None
+    run = prepare(args, sample="reason.jsonl", before=("reason",), required=True)
+    val_files = held_out_files(run, sample="reason.jsonl", held_out="reason_heldout.jsonl")
+    problems, held_out = load_problems(run.data_files, run.tokenizer, args, val_files)
+    run, reference = run.using(**fingerprints(problems, held_out)), None
+    if args.kl:  # else nothing holds the model near its start
+        run = bound_to_its_start(run)
+        reference = frozen_copy(starting_model(run))
+        run = run.using(reference.num_parameters())
     with join(args) as world:
-        if origin is not None:
-            origin = copy.deepcopy(origin).to(world.device).requires_grad_(False).eval()
-            start.other_parameters = origin.num_parameters()
-        return grpo.train(start, questions, held_out, origin, sampler(start.tokenizer, args.max_new_tokens), world)
+        if reference is not None:
+            reference.to(world.device)
+        return grpo.train(run, problems, held_out, reference, sampler(run.tokenizer, args.max_new_tokens), world)
 
 
 if __name__ == "__main__":

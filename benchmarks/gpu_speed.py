@@ -26,10 +26,9 @@ from inference.sampling import SamplingParams
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
-from trainer.engine import Engine as TrainingEngine
+from trainer.engine import TrainingEngine
 from trainer.log import device_flops, flops_per_token
-from trainer.loop import take_step
-from trainer.losses import language_model
+from trainer.loop import language_model, take_step
 from trainer.memory import training_bytes
 from trainer.optimizers import make_optimizers
 from trainer.prefetch import ready_for

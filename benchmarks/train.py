@@ -32,7 +32,7 @@ from model.tokenizer import encode_document, load_tokenizer
 from model.weights import save_weights
 from trainer.engine import make_engine
 from trainer.log import flops_per_token
-from trainer.loop import take_step
+from trainer.loop import language_model, take_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py", "lora": "4-lora_sft.py", "dpo": "5-dpo_train.py"}
@@ -59,9 +59,9 @@ class Ours:
         spec = importlib.util.spec_from_file_location(stage, ROOT / SCRIPTS[stage])
         script = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
-        script.train = lambda start, rows, loss_fn, world, report=None: (start, rows[0], loss_fn, world)
-        start, self.rows, self.loss_fn, world = script.main([str(flag) for flag in flags])
-        self.engine, self.step = make_engine(start.model, start.args, world), 0
+        script.train = lambda run, rows, world, loss_fn=language_model, *_, **__: (run, rows[0], loss_fn, world)
+        run, self.rows, self.loss_fn, world = script.main([str(flag) for flag in flags])
+        self.engine, self.step = make_engine(run.model, run.args, world), 0
 
     def take(self) -> tuple[float, int]:
         """-> (CPU seconds, real tokens) of one step."""

@@ -1,4 +1,4 @@
-"""On which device, and in which type of numbers."""
+"""The choice of device and of precision."""
 
 import os
 
@@ -51,9 +51,10 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def upload(x, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Python's numbers, or a tensor on the CPU, as a tensor on `device`; a GPU copies them when it comes to it.
+    """Python's numbers, or a tensor on the CPU, as a tensor on `device`, without waiting for a GPU.
 
-    From ordinary memory the copy of a few numbers would wait until all work that the GPU was given before is done.
+    Only pinned memory can be copied asynchronously: from ordinary memory the program would stand still until the GPU
+    has done all work that is queued.
     """
     x = torch.as_tensor(x, dtype=dtype)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

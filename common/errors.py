@@ -31,7 +31,10 @@ def user_errors():
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What to say of an allocator's error; None for any other. Only CUDA's has a class of its own."""
+    """The message for an error of running out of memory; None for any other error.
+
+    Only CUDA's has a class of its own, so the others are known by their text.
+    """
     text = str(error)
     if not isinstance(error, MemoryError) and "out of memory" not in text and "can't allocate memory" not in text:
         return None
@@ -42,7 +45,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def disk_fault(error: BaseException) -> str | None:
-    """What to say of an error of the disk: which file it met, and where that disk is; None for any other error."""
+    """The message for an error of the disk, with the file and where its disk is mounted; None for any other error."""
     if not isinstance(error, OSError) or error.errno not in DISK_FAULTS:
         return None
     if error.filename is None:

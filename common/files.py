@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and errors of the disk that say which file they are of."""
+"""Files that are written whole or not at all, locks, and errors of the disk that name their file."""
 
 import os
 import sys
@@ -17,10 +17,11 @@ except ImportError:  # Windows
 
 @contextmanager
 def replaced(path, text: bool = False):
-    """A file to write into, which takes the place of `path` when the block ends: open for bytes, or for UTF-8 text.
+    """Opens a temporary file, for bytes or for UTF-8 text, that replaces `path` when the block ends.
 
-    It is written under another name in the same folder, made where there is none, flushed to the disk and renamed.
-    Whoever reads `path` meets the old content or the new, never a part; a full disk leaves the old one.
+    Readers see the old file or the new one, never a partial one, and a full disk or an error in the block leaves the
+    old one. The temporary file is in the same folder (made where there is none), since a rename is atomic only within
+    one disk.
     """
     path = Path(path)
     mode = {"mode": "w", "encoding": "utf-8", "newline": "\n"} if text else {"mode": "wb"}
@@ -31,7 +32,7 @@ def replaced(path, text: bool = False):
             with open(temporary, **mode) as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # before the rename: after a power cut the new name must not be an empty file
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -39,9 +40,9 @@ def replaced(path, text: bool = False):
 
 @contextmanager
 def named(path):
-    """Around what writes to `path`, a file or a folder: an OSError of a write does not know its file, and learns it.
+    """A context around writes to `path`, a file or a folder: adds its name to an OSError, which a failed write lacks.
 
-    torch's writer makes a RuntimeError of it, which becomes an OSError again.
+    torch's writer turns the OSError into a RuntimeError; it is turned back.
     """
     try:
         yield
@@ -55,11 +56,11 @@ def named(path):
 
 
 def lock(path, taken: str):
-    """The file `path`, made where there is none, for this process alone; open for appending bytes and for reading.
+    """Opens `path` (made where there is none) for appending and reading bytes, and locks it for this process.
 
-    UserError(taken) where another process has it. The system gives it free when the file is closed or the process
-    ends, in whatever way. A record lock, not flock: worker processes would inherit that one and hold it for a second
-    after a kill.
+    UserError(taken) where another process holds the lock. The system releases it when the file is closed or the
+    process ends, also by a kill. It is a record lock, not flock: worker processes would inherit a flock and hold it
+    for a second after the kill.
     """
     try:
         file = open(path, "ab+")

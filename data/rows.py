@@ -5,14 +5,18 @@ each other: `segment_ids` numbers them from 1, 0 is padding. The order is a func
 resumed run, or one with other processes, meets the same rows.
 """
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from common.errors import UserError
 from data.packing import Items, chat_items, pack, pack_texts, pair_items
-from data.token_cache import Cache
+from data.token_cache import Cache, tokenised
 
 IGNORED = -100  # label of a position from which nothing is learned, as in transformers
+ENOUGH_KEPT = 0.95  # of the tokens that could be learned: below it a run begins with a warning
 
 
 class PackedRows:
@@ -275,3 +279,26 @@ def token_bytes(tokenizer) -> torch.Tensor | None:
         table[i] = len(token)
     table[list(tokenizer.added_tokens_decoder)] = 0
     return table
+
+
+def load_rows(kind: str, files, tokenizer, args, world, val_files=None, think_share=None):
+    """(training rows, validation rows or None) of data files, tokenised into --out_dir's cache.
+
+    kind, think_share: as for data.token_cache.tokenised. args: --seq_len, --seed, --val_split, --out_dir and
+    --skip_bad_lines.
+    val_files: validate on these instead of on a part of the data.
+    """
+
+    def caches(files) -> list[Cache]:
+        folder = Path(args.out_dir) / "cache"
+        skip = args.skip_bad_lines
+        return [tokenised(file, kind, tokenizer, folder, skip, think_share=think_share) for file in files]
+
+    # The first process tokenises, the others find what it left.
+    train_caches = world.first_then_all(lambda: caches(files))
+    val_caches = world.first_then_all(lambda: caches(val_files)) if val_files else None
+    rows = packed_splits(train_caches, kind, args.seq_len, args.seed, args.val_split, val_caches)
+    if world.first and (kept := rows[0].learned_kept_share()) < ENOUGH_KEPT:
+        print(f"warning: answers longer than a row lose their end, {1 - kept:.1%} of what could be learned; "
+              f"raise --seq_len {args.seq_len}", file=sys.stderr)  # fmt: skip
+    return rows

@@ -29,7 +29,11 @@ def watched(job: dict) -> dict:
     """Runs the job, with notes of what happens in it."""
     notes = {"rows": [], "exchanged": [], "code": 0}
     rank = int(os.environ["RANK"])
-    batch, init, micro_batch = PackedRows.batch, engine.DistributedDataParallel.__init__, engine.Engine.micro_batch
+    batch, init, micro_batch = (
+        PackedRows.batch,
+        engine.DistributedDataParallel.__init__,
+        engine.TrainingEngine.micro_batch,
+    )
     meet = world.torch_dist.init_process_group
 
     def lose_this_process():
@@ -61,14 +65,14 @@ def watched(job: dict) -> dict:
         init(self, *args, **kwargs)
         self.register_comm_hook(None, count)
 
-    PackedRows.batch, engine.Engine.micro_batch = noted_batch, noted_micro_batch
+    PackedRows.batch, engine.TrainingEngine.micro_batch = noted_batch, noted_micro_batch
     engine.DistributedDataParallel.__init__, world.torch_dist.init_process_group = noted_init, noted_meeting
     try:
         run_main(load(job["script"]).main, job["flags"] + (job.get("more", []) if rank == 1 else []))
     except SystemExit as end:
         notes["code"] = end.code
     finally:
-        PackedRows.batch, engine.Engine.micro_batch = batch, micro_batch
+        PackedRows.batch, engine.TrainingEngine.micro_batch = batch, micro_batch
         engine.DistributedDataParallel.__init__, world.torch_dist.init_process_group = init, meet
     return notes
 

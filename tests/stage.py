@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from multiprocessing import context
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
 from model.weights import save_weights
+from trainer.loop import language_model, train
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
@@ -35,6 +37,12 @@ def load(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def with_loss(stage, wrap):
+    """The stage's script with wrap(the default loss) in the place of the default loss."""
+    stage.train = partial(train, loss_fn=wrap(language_model))
+    return stage
 
 
 def write_texts(path, n=60):

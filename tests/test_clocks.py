@@ -28,7 +28,7 @@ def listened(beats: int, rounds: int, monkeypatch) -> str:
     hours = iter(range(10**6))
     monkeypatch.setattr(heartbeat, "GRACE", 60)
     monkeypatch.setattr(time, "monotonic", lambda: 3600.0 * next(hours))
-    ours = heartbeat.Watch.__new__(heartbeat.Watch)
+    ours = heartbeat.Heartbeat.__new__(heartbeat.Heartbeat)
     ours.rank, ours.others, ours.store, ours.launcher = 0, [1], Store(beats), None
     ours.silence, ours.words, ours.lost = heartbeat.SILENCE, "", threading.Event()
     ours.done = SimpleNamespace(wait=lambda seconds: seconds == 60 or ours.store.rounds == rounds)

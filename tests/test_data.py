@@ -31,9 +31,10 @@ from inference.engine import Engine
 from model.chat_template import ROLES
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from model.tokenizer import encode_document, load_tokenizer, render, tokenizer_hash
+from model.tokenizer import encode_document, load_tokenizer, render
+from model.tokenizer_files import tokenizer_hash
 from trainer.losses import learned_bytes, lm_loss
-from trainer.problems import read_questions
+from trainer.problems import read_problems
 
 TOKENIZER = load_tokenizer()
 TEXTS = [f"第{i}篇。" + "春天来了，花儿开了。" * (i % 23 + 1) + f" The end of no. {i}." for i in range(120)]
@@ -321,7 +322,7 @@ def test_rows_that_cannot_be_written_as_json_are_bad_lines_to_every_reader(tmp_p
     refused = "parquet:1: .*JSON|jsonl:1: .*surrogates"
     for read_file, file in (
         (lambda f: tokenised(f, "chat", TOKENIZER, tmp_path / "c"), chats),
-        (lambda f: read_questions([f], TOKENIZER, 128), chats),
+        (lambda f: read_problems([f], TOKENIZER, 128), chats),
         (lambda f: fill(f, tmp_path / "filled.jsonl", {"name": "x"}), chats),
         (lambda f: fill(f, tmp_path / "filled.jsonl", {"name": "x"}), half),
         (read_prompts, dated),

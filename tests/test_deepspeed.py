@@ -14,7 +14,7 @@ from test_dist import TORCHRUN, assert_same_losses, flags_of, free_port
 
 from common.errors import UserError
 from model.weights import load_model
-from trainer.deepspeed_config import fill, get, read_config
+from trainer.deepspeed_config import fill, read_config
 from trainer.stage_flags import DEEPSPEED_CONFIG, parse, stage_parser
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
@@ -43,7 +43,7 @@ def test_auto_values_come_from_the_flags():
         assert config["optimizer"]["params"] == {
             "lr": 0.002, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True
         }  # fmt: skip
-        enabled = [name for name in ("bf16", "fp16", "torch_autocast") if get(config, f"{name}.enabled")]
+        enabled = [name for name in ("bf16", "fp16", "torch_autocast") if config.get(name, {}).get("enabled")]
         assert enabled == [low] * (low is not None)
 
 
@@ -52,18 +52,16 @@ def test_auto_values_come_from_the_flags():
     ({"gradient_accumulation_steps": 3}, [], ["gradient_accumulation_steps is 3", "--accumulation_steps is 4"]),
     ({"train_batch_size": 64}, [], ["train_batch_size is 64", "--batch_size is 8"]),
     ({"gradient_clipping": 2}, [], ["gradient_clipping is 2", "--grad_clip is 1"]),
-    ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, [], ["optimizer.params.lr is 0.0001",
-                                                                     "--learning_rate is 0.001"]),
-    ({"optimizer": {"type": "Lamb"}}, [], ["optimizer.type is Lamb", "--optimizer"]),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, [], ["lr is 0.0001", "--learning_rate is 0.001"]),
+    ({"optimizer": {"type": "Lamb"}}, [], ["type is Lamb", "--optimizer"]),
     ({"bf16": {"enabled": True}}, [], ["bf16 is enabled with bfloat16", "--dtype is float32"]),
     ({"torch_autocast": {"enabled": False}}, ["--dtype", "bfloat16"], ["none of bf16", "--dtype is bfloat16"]),
     ({"scheduler": {"type": "WarmupLR"}}, [], ["scheduler", "--schedule"]),
-    ({"gradient_cliping": 1}, [], ["unknown key gradient_cliping; did you mean gradient_clipping?"]),
-    ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1}}}, [], ["optimizer.params.learning_rate"]),
-    ({"zero_optimization": {"stage": 2, "overlap_com": True}}, [], ["unknown key zero_optimization.overlap_com"]),
-    ({"zero_optimization": {"stage": 7}}, [], ["zero_optimization.stage"]),
-    ({"zero_optimization": 2}, [], ["zero_optimization"]),
-    ({"steps_per_print": "auto"}, [], ['no flag says what "auto" means at steps_per_print']),
+    ({"zero_optimization": {"stage": 2, "overlap_com": True}}, [], ["ds.json: ", "overlap_com"]),
+    ({"zero_optimization": {"stage": 7}}, [], ["ds.json: ", "stage", "7"]),
+    ({"zero_optimization": 2}, [], ["zero_optimization must be a JSON object, not 2"]),
+    ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": True}}, ["--dtype", "bfloat16"],
+     ["torch_autocast and bf16 enabled", "--dtype is bfloat16"]),
     ({}, ["--optimizer", "muon"], ["--optimizer muon does not work with --deepspeed"]),
     ({}, ["--compile"], ["--compile does not work with --deepspeed"]),
 ])  # fmt: skip
@@ -75,7 +73,12 @@ def test_what_is_wrong_is_one_line(changes, flags, words, tmp_path):
 
 def test_files_that_are_no_config(tmp_path):
     (tmp_path / "bad.json").write_text("{stage: 2}")
-    for path, words in ((tmp_path / "bad.json", "is not JSON"), (tmp_path / "no.json", "cannot be read")):
+    (tmp_path / "list.json").write_text("[2]")
+    for path, words in (
+        (tmp_path / "bad.json", "is not JSON"),
+        (tmp_path / "list.json", "the file must be"),
+        (tmp_path / "no.json", "cannot be read"),
+    ):
         with pytest.raises(UserError, match=words):
             args_of("--deepspeed", path)
 

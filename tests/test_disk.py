@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stage import STAGES, load, run_flags, write_texts
+from stage import STAGES, load, run_flags, with_loss, write_texts
 
 from common.errors import RunFailed, disk_fault, run_main
 from common.files import named, replaced
@@ -109,22 +109,23 @@ def test_while_tokenising(disk, tmp_path):
 
 def test_filled_by_another_program_between_two_saves(disk, tmp_path):
     """The state of step 4 can be resumed when there is room again, and the run ends as one that was never stopped."""
-    stage = load(STAGES["pretrain"])
-    plain, calls = stage.language_model, []
+    stage, calls = load(STAGES["pretrain"]), []
 
-    def filling(model, batch):
-        calls.append(1)
-        if len(calls) == 10:  # in the fifth step
-            disk.fill()
-        return plain(model, batch)
+    def filling(plain):
+        def loss_fn(model, batch):
+            calls.append(1)
+            if len(calls) == 10:  # in the fifth step
+                disk.fill()
+            return plain(model, batch)
 
-    stage.language_model, flags = filling, flags_of("pretrain", tmp_path, disk)
+        return loss_fn
+
+    flags = flags_of("pretrain", tmp_path, disk)
     with pytest.raises(RunFailed, match=full(disk, r"out/pretrain_32(_resume)?\.\w+") + ". What was saved is whole"):
-        stage.main([*flags, "--eval_interval", "0"])
+        with_loss(load(STAGES["pretrain"]), filling).main([*flags, "--eval_interval", "0"])
     out = disk.place / "out"
     assert torch.load(out / "pretrain_32_resume.pth", weights_only=True)["step"] == 4 and not hidden_files(out)
     disk.free()
-    stage.language_model = plain
     stage.main([*flags, "--eval_interval", "0", "--resume"])
     stage.main([*flags, "--eval_interval", "0", "--out_dir", str(tmp_path / "twin")])
     one, two = (torch.load(d / "pretrain_32.pth", weights_only=True)["model"] for d in (out, tmp_path / "twin"))

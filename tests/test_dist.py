@@ -20,6 +20,7 @@ from stage import ROOT, STAGES, TINY, load, run_flags, write_chats, write_texts
 
 from common.errors import RunFailed, UserError
 from trainer import heartbeat
+from trainer.heartbeat import Heartbeat
 from trainer.plan import Plan
 from trainer.world import World, join
 
@@ -106,9 +107,10 @@ def test_only_a_steps_last_micro_batch_exchanges_gradients(number, job):
 def test_fewer_rows_than_processes_are_refused(job):
     assert [notes["code"] for notes in job.notes[2]] == [2, 2]
     assert "1 row(s) of data cannot be shared by 2 processes" in job.done.stderr
-    args = SimpleNamespace(batch_size=1, accumulation_steps=1, epochs=1, max_steps=None, warmup=0)
+    args = SimpleNamespace(epochs=1, max_steps=None, warmup=0)
+    run = SimpleNamespace(args=args, batch_size=1, accumulation_steps=1, state=None)
     with pytest.raises(UserError, match="3 row"):
-        Plan([0] * 3, args, World(0, 4, torch.device("cpu"), torch.float32), None)
+        Plan(run, [0] * 3, World(0, 4, torch.device("cpu"), torch.float32))
 
 
 def test_processes_that_were_given_different_commands_are_refused(job):
@@ -146,7 +148,7 @@ def test_a_process_that_does_not_come_is_named_by_those_who_wait(ranks, missing,
 
     def come(rank):
         with pytest.raises(RunFailed) as failed:
-            heartbeat.Watch(rank, 3)
+            Heartbeat(rank, 3)
         said.append(str(failed.value))
 
     threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
@@ -163,7 +165,7 @@ def test_several_processes_without_a_place_to_meet_are_the_users_mistake(monkeyp
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="use torchrun"):
-        heartbeat.Watch(0, 2)
+        Heartbeat(0, 2)
 
 
 def test_one_process_with_another_micro_batch_goes_on_where_two_were(job):
@@ -182,7 +184,7 @@ def test_an_error_in_one_process_ends_the_others_within_a_minute(tmp_path):
     (tmp_path / "jobs.json").write_text(json.dumps([job]))
     done = two_processes(tmp_path / "jobs.json")
     assert done.returncode == 1 and time.time() - float((tmp_path / "jobs.json.lost").read_text()) < 60
-    assert "failed: out of memory. What was saved" in done.stderr and "failed: rank 1 failed" in done.stderr
+    assert "failed: out of memory. What was saved" in done.stderr and "failed: rank 1 is lost" in done.stderr
     assert (tmp_path / "out" / "pretrain_32_resume.pth").exists()
 
 

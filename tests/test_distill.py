@@ -14,9 +14,9 @@ from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
 from model.vocabulary import train_tokenizer
 from model.weights import load_model, save_weights
-from trainer.engine import Engine
-from trainer.loop import take_step
-from trainer.losses import distillation_sums, kd_loss, language_model, lm_loss
+from trainer.engine import TrainingEngine
+from trainer.loop import language_model, take_step
+from trainer.losses import distillation_sums, kd_loss, lm_loss
 from trainer.stage_flags import parse
 from trainer.world import World
 
@@ -168,7 +168,7 @@ def micro_batches(batch, size):
 
 
 def gradients(args, student, loss_fn, micro):
-    engine = Engine(student, args, WORLD)
+    engine = TrainingEngine(student, args, WORLD)
     caught = catch_gradients(engine)
     numbers, _ = take_step(engine, list(micro), loss_fn, 1.0, 0)
     student.zero_grad(set_to_none=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,14 +22,16 @@ from stage import (
 from common.errors import UserError
 from data.packing import pair_items
 from data.row_shapes import as_pair
+from data.rows import load_rows
+from model.model import MiniMindForCausalLM
 from model.tokenizer import render
 from model.weights import load_model
 from model.weights_file import fingerprint
 from trainer.checkpoint import check_recipe
-from trainer.engine import Engine
+from trainer.engine import TrainingEngine
 from trainer.loop import evaluate, take_step
 from trainer.losses import dpo_loss, lm_loss, orpo_loss, simpo_loss
-from trainer.preference import Reference, answers_of, paired_bootstrap, preference_report
+from trainer.preference import Reference, answers_of, bound_to_its_start, paired_bootstrap, preference_report
 from trainer.setup import prepare
 from trainer.stage_flags import parse
 from trainer.world import World
@@ -84,11 +87,11 @@ def test_pairs_fit_the_row_and_lose_the_front_of_the_prompt_first(pairs, longest
 def begin(tmp_path, *more):
     flags = [*run_flags("dpo", tmp_path, steps=6), "--out_dir", tmp_path / "o", "--dropout", 0, *more]
     args = parse(STAGE.parser(), list(map(str, flags)))
-    start = prepare(args, sample="dpo.jsonl")
-    reference = Reference(start)
-    rows = start.packed("pair", WORLD)
+    run = bound_to_its_start(prepare(args, sample="dpo.jsonl"))
+    reference = Reference(run)
+    rows = load_rows("pair", run.data_files, run.tokenizer, args, WORLD)
     reference.ready(rows, WORLD)
-    return args, start, rows, reference
+    return args, run, rows, reference
 
 
 def alone(model, tokenizer, messages) -> tuple[float, int]:
@@ -100,13 +103,13 @@ def alone(model, tokenizer, messages) -> tuple[float, int]:
 
 
 def test_packed_answers_have_the_log_probabilities_of_single_ones(tmp_path):
-    args, start, rows, _ = begin(tmp_path)
+    args, run, rows, _ = begin(tmp_path)
     with torch.no_grad():
-        found, counts = answers_of(start.model, rows[0], WORLD, 3)
+        found, counts = answers_of(run.model, rows[0], WORLD, 3)
         for document in rows[0].documents[::2]:
             row = json.loads((tmp_path / "dpo.jsonl").read_text().splitlines()[document // 2])
             for offset, key in enumerate(("chosen", "rejected")):
-                expected, tokens = alone(start.model, start.tokenizer, row[key])
+                expected, tokens = alone(run.model, run.tokenizer, row[key])
                 assert found[document + offset] == pytest.approx(expected, rel=1e-5)
                 assert counts[document + offset] == tokens
     assert (rows[0].documents[1::2] == rows[0].documents[::2] + 1).all()
@@ -116,21 +119,20 @@ def test_packed_answers_have_the_log_probabilities_of_single_ones(tmp_path):
 def test_dropout_is_the_flags_where_a_run_starts_from_weights_that_had_none(tmp_path):
     ids = torch.arange(20, 40)[None]
     for share, same in ((0.3, False), (0, True)):
-        _, start, _, _ = begin(tmp_path, "--dropout", share)
-        model = start.model.train()
+        _, run, _, _ = begin(tmp_path, "--dropout", share)
+        model = run.model.train()
         assert torch.equal(model(ids).logits, model(ids).logits) == same
 
 
 def gradients(tmp_path, batch_size, accumulation, *more):
-    args, start, rows, reference = begin(tmp_path, *more)
-    args.batch_size, args.accumulation_steps = batch_size, accumulation
+    args, run, rows, reference = begin(tmp_path, *more)
     with torch.no_grad():  # a policy that is no longer the reference
-        start.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
-    engine = Engine(start.model, args, WORLD)
+        run.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    engine = TrainingEngine(run.model, args, WORLD)
     caught = catch_gradients(engine)
     micro = [rows[0].batch(range(i * batch_size, (i + 1) * batch_size)) for i in range(accumulation)]
     numbers, _ = take_step(engine, micro, STAGE.preference_loss(args, reference), 1.0, 0)
-    return caught, numbers, (args, start, rows, reference)
+    return caught, numbers, (args, run, rows, reference)
 
 
 def test_a_step_does_not_depend_on_how_it_was_dealt_out_nor_on_where_the_reference_is_kept(tmp_path):
@@ -147,25 +149,25 @@ def test_a_step_does_not_depend_on_how_it_was_dealt_out_nor_on_where_the_referen
 def test_the_sft_part_is_the_chosen_answers_mean_cross_entropy(tmp_path):
     """Gradients with and without it differ by those of a loss computed on each chosen conversation by itself."""
     without, numbers, _ = gradients(tmp_path, 4, 1, "--sft_weight", 0)
-    with_it, others, (_, start, rows, _) = gradients(tmp_path, 4, 1, "--sft_weight", 0.5)
+    with_it, others, (_, run, rows, _) = gradients(tmp_path, 4, 1, "--sft_weight", 0.5)
     assert others == pytest.approx(numbers)  # it is not part of the printed loss
-    start.model.zero_grad()
+    run.model.zero_grad()
     chosen = [d for d in rows[0].batch(range(4))["documents"].flatten().tolist()[::2] if d >= 0]
     for document in chosen:
         row = json.loads((tmp_path / "dpo.jsonl").read_text().splitlines()[document // 2])
-        ids, mask = (torch.tensor([x]) for x in render(start.tokenizer, row["chosen"]))
-        nats, count = lm_loss(start.model(ids).logits, torch.where(mask > 0, ids, -100))
+        ids, mask = (torch.tensor([x]) for x in render(run.tokenizer, row["chosen"]))
+        nats, count = lm_loss(run.model(ids).logits, torch.where(mask > 0, ids, -100))
         (0.5 * nats / count / len(chosen)).backward()
-    for name, parameter in start.model.named_parameters():
+    for name, parameter in run.model.named_parameters():
         torch.testing.assert_close(with_it[name] - without[name], parameter.grad, rtol=2e-3, atol=2e-6, msg=name)
 
 
 def test_printed_numbers_are_means_over_pairs(tmp_path):
     """Accuracy, margin and KL of a validation, from the log-probabilities of every single answer."""
-    _, _, (args, start, rows, reference) = gradients(tmp_path, 4, 1)
+    _, _, (args, run, rows, reference) = gradients(tmp_path, 4, 1)
     loss_fn = STAGE.preference_loss(args, reference)
-    found = evaluate(Engine(start.model, args, WORLD), rows[1], loss_fn, 3, None)
-    policy, counts = answers_of(start.model, rows[1], WORLD, 2)
+    found = evaluate(TrainingEngine(run.model, args, WORLD), rows[1], loss_fn, 3, None)
+    policy, counts = answers_of(run.model, rows[1], WORLD, 2)
     policy, ref, counts = (x[rows[1].documents] for x in (policy, rows[1].per_document["reference"], counts))
     chosen, rejected = (policy - ref)[::2], (policy - ref)[1::2]
     h = args.beta * (chosen - rejected)
@@ -176,7 +178,7 @@ def test_printed_numbers_are_means_over_pairs(tmp_path):
         "val_accuracy_per_token": (means[::2] > means[1::2]).mean(),
     }  # fmt: skip
     assert {k: v for k, v in found.items() if k != "val_bits_per_byte"} == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    report = reference.report(rows[1], WORLD)(Engine(start.model, args, WORLD))
+    report = reference.report(rows[1], WORLD)(TrainingEngine(run.model, args, WORLD))
     assert report["accuracy"] == pytest.approx(expected["val_accuracy"])
     assert report["accuracy_per_token"] == pytest.approx(expected["val_accuracy_per_token"])
 
@@ -293,12 +295,16 @@ def test_missing_weights_and_data_of_another_kind(tmp_path):
         run_dpo(tmp_path, "--from_weight", "nowhere/x.pth")
 
 
+def resumed(run, recipe):
+    """The run as it is when a state with this recipe is resumed; its own weights are not there yet."""
+    fresh = replace(run, state={"record": {"recipe": recipe}}, model=MiniMindForCausalLM(run.model.config), fixed={})
+    return bound_to_its_start(fresh)
+
+
 def test_a_run_needs_the_reference_it_began_with(tmp_path):
     """Its cached numbers are enough to go on; where they are gone, the weights must be what they were."""
-    _, start, rows, reference = begin(tmp_path)
-    recipe = start.recipe(rows, 4)
-    start.state = {"record": {"recipe": recipe}}
-    again = Reference(start)
+    _, run, rows, reference = begin(tmp_path)
+    again = Reference(resumed(run, run.recipe(rows[0], 4)))
     again.ready(rows, WORLD)
     chat_weights(tmp_path, seed=3)
     again.ready(rows, WORLD)
@@ -314,18 +320,12 @@ def test_a_run_needs_the_reference_it_began_with(tmp_path):
 
 def test_the_recipe_holds_what_reference_says_beside_the_references_fingerprint(tmp_path):
     """Or a run with a cached reference goes on with a live one."""
-    _, start, rows, _ = begin(tmp_path, "--reference", "live")
-    recipe = start.recipe(rows, 4)
-    assert recipe["reference"] == "live" and fingerprint(start.model) in recipe.values()
-    start.state, start.args.reference = {"record": {"recipe": recipe}}, "cached"
-    Reference(start)
-    with pytest.raises(UserError, match="reference was live, is now cached; --overwrite"):
-        check_recipe(recipe, start.recipe(rows, 4), "x.pth")
-    earlier = {key: value for key, value in recipe.items() if key != "reference_weights"}
-    start.state = {"record": {"recipe": earlier | {"reference": recipe["reference_weights"]}}}
-    Reference(start)
-    with pytest.raises(UserError, match="other settings: reference was None, is now cached; --overwrite"):
-        check_recipe(start.state["record"]["recipe"], start.recipe(rows, 4), "x.pth")
+    _, run, rows, _ = begin(tmp_path, "--reference", "live")
+    recipe = run.recipe(rows[0], 4)
+    assert recipe["reference"] == "live" and fingerprint(run.model) in recipe.values()
+    run.args.reference = "cached"
+    with pytest.raises(UserError, match="settings: reference was live, is now cached; --overwrite"):
+        check_recipe(recipe, resumed(run, recipe).recipe(rows[0], 4), "x.pth")
 
 
 # ------------------------------------------------------------------------------------------------------------- slow
@@ -335,7 +335,7 @@ def test_the_loss_is_trls(loss, tmp_path):
     """trl's trainer on the same tokens, one pair a padded row: the loss of our packed rows to 1e-6."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     flags = ["--loss", "ipo" if loss == "ipo" else "sigmoid", "--per_token", loss == "sigmoid_norm"]
-    _, numbers, (args, start, rows, _) = gradients(tmp_path, 4, 1, *flags)
+    _, numbers, (args, run, rows, _) = gradients(tmp_path, 4, 1, *flags)
     batch = rows[0].batch(range(4))
     answers = {}
     for ids, labels, segments, documents in zip(
@@ -357,8 +357,8 @@ def test_the_loss_is_trls(loss, tmp_path):
     )
     message = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
     data = datasets.Dataset.from_dict({"prompt": [message[0]], "chosen": [message[1]], "rejected": [message[1]]})
-    trainer = trl.DPOTrainer(start.model, ref_model=load_model(tmp_path / "full_sft_32.pth")[0], args=config,
-                             processing_class=start.tokenizer, train_dataset=data)  # fmt: skip
-    start.model.train()
-    theirs = trainer._compute_loss(start.model, inputs, False)
+    trainer = trl.DPOTrainer(run.model, ref_model=load_model(tmp_path / "full_sft_32.pth")[0], args=config,
+                             processing_class=run.tokenizer, train_dataset=data)  # fmt: skip
+    run.model.train()
+    theirs = trainer._compute_loss(run.model, inputs, False)
     assert numbers["loss"] == pytest.approx(theirs.item(), abs=1e-6, rel=2e-6)

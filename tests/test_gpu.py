@@ -20,17 +20,17 @@ import model.attention as attention_file
 import model.model as model_file
 from common.device import pick_dtype
 from common.errors import RunFailed
-from inference.engine import Engine as Speaker
+from inference.engine import Engine
 from inference.sampling import SamplingParams
 from model.attention import DocumentLengths, document_ends, repeat_heads
 from model.expert_loop import experts_kind
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM, next_token_losses
 from model.tokenizer import load_tokenizer
-from trainer.engine import MOST_IN_A_ROW, Engine
+from trainer.engine import MOST_IN_A_ROW, TrainingEngine
 from trainer.log import device_flops
-from trainer.loop import take_step
-from trainer.losses import language_model, lm_loss
+from trainer.loop import language_model, take_step
+from trainer.losses import lm_loss
 from trainer.memory import rows_that_fit
 from trainer.optimizers import Muon, orthogonalise
 from trainer.stage_flags import parse, stage_parser
@@ -109,7 +109,7 @@ def test_the_engine_generates_under_autocast(qk_norm):
     tokenizer = load_tokenizer()
     model = small(vocab_size=len(tokenizer), qk_norm=qk_norm).eval()
     with torch.autocast("cpu", torch.bfloat16):
-        found = Speaker(model, tokenizer).generate(["春天", "一年有四个季节"], SamplingParams(max_tokens=6, seed=1))
+        found = Engine(model, tokenizer).generate(["春天", "一年有四个季节"], SamplingParams(max_tokens=6, seed=1))
     assert all(len(completion.token_ids) == 6 for completion in found)
 
 
@@ -165,7 +165,7 @@ def stage_args(*flags):
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     """A finite loss with such a gradient: noticed before the step, not after it."""
     model = small()
-    engine = Engine(model, stage_args(), World(0, 1, CPU, torch.float32))
+    engine = TrainingEngine(model, stage_args(), World(0, 1, CPU, torch.float32))
     model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(RunFailed, match="gradient's norm is (nan|inf) at step 8; the weights are as they were"):
@@ -176,7 +176,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
 def test_float16_passes_over_a_step_lowers_its_scale_and_counts():
     """The scaler is a CPU's here; the arithmetic stays float32, as a CPU has none of float16."""
     model = small()
-    engine = Engine(model, stage_args("--optimizer", "muon"), World(0, 1, CPU, torch.float16))
+    engine = TrainingEngine(model, stage_args("--optimizer", "muon"), World(0, 1, CPU, torch.float16))
     engine.autocast = lambda: torch.autocast("cpu", enabled=False)
     broken = [True]
     model.model.norm.weight.register_hook(lambda gradient: gradient * float("nan") if broken[0] else gradient)
@@ -190,7 +190,7 @@ def test_float16_passes_over_a_step_lowers_its_scale_and_counts():
     numbers, _ = take_step(engine, [batch_of()], language_model, 1.0, 3)
     assert numbers["passed_over"] == 2 and not torch.equal(before[0], next(model.parameters()))
     plain = small()
-    take_step(Engine(plain, engine.args, World(0, 1, CPU, torch.float32)), [batch_of()], language_model, 1.0, 3)
+    take_step(TrainingEngine(plain, engine.args, World(0, 1, CPU, torch.float32)), [batch_of()], language_model, 1.0, 3)
     for name, parameter in plain.named_parameters():  # scaled and unscaled again, the step is the ordinary one
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-4, atol=1e-6)
     broken[0] = True

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,18 +23,28 @@ from stage import (
 
 from common.errors import UserError
 from data.row_shapes import BadRow
-from inference.engine import Engine as Speaker
+from inference.engine import Engine
 from inference.sampling import SamplingParams
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, render
 from model.weights import load_model
 from trainer import grpo
-from trainer.engine import Engine
+from trainer.engine import TrainingEngine
+from trainer.grpo import SampledAnswer
 from trainer.loop import take_step
 from trainer.losses import group_advantages, grpo_loss, token_log_probs
 from trainer.plan import Plan
-from trainer.problems import Question, Questions, as_question, load_questions, read_questions, split_questions
+from trainer.preference import bound_to_its_start, frozen_copy, starting_model
+from trainer.problems import (
+    Problem,
+    Problems,
+    as_problem,
+    fingerprints,
+    load_problems,
+    read_problems,
+    split_problems,
+)
 from trainer.rewards import final_answer, is_right, reward
 from trainer.setup import prepare
 from trainer.stage_flags import parse
@@ -145,17 +156,17 @@ def test_rewards():
 def test_questions_come_as_pairs_or_from_worked_examples(tmp_path):
     worked = "<think>\n<answer>3</answer>?\n</think>\n<answer>\n2\n</answer>"
     chat = [{"role": "user", "content": "1+1=？"}, {"role": "assistant", "content": worked}]
-    assert as_question({"conversations": chat}) == (chat[:1], "2")
-    assert as_question({"question": "1+1=？", "answer": 2}) == (chat[:1], "2")
-    assert as_question({"question": "1+1=？", "answer": 2.0}) == (chat[:1], "2")  # as pandas writes it
-    assert as_question({"question": "1+1=？", "answer": 2.5}) == (chat[:1], "2.5")
+    assert as_problem({"conversations": chat}) == (chat[:1], "2")
+    assert as_problem({"question": "1+1=？", "answer": 2}) == (chat[:1], "2")
+    assert as_problem({"question": "1+1=？", "answer": 2.0}) == (chat[:1], "2")  # as pandas writes it
+    assert as_problem({"question": "1+1=？", "answer": 2.5}) == (chat[:1], "2.5")
     tools = [{"name": "f"}]
     first = {"role": "system", "content": "短", "tools": tools}
-    assert as_question({"question": "1+1=？", "answer": 2, "system": "短", "tools": tools}) == ([first, *chat[:1]], "2")
-    assert as_question({"conversations": chat, "system": "短", "tools": tools}) == ([first, *chat[:1]], "2")
-    sample = read_questions([ROOT / "dataset/sample/reason.jsonl"], TOKENIZER, 128)
+    assert as_problem({"question": "1+1=？", "answer": 2, "system": "短", "tools": tools}) == ([first, *chat[:1]], "2")
+    assert as_problem({"conversations": chat, "system": "短", "tools": tools}) == ([first, *chat[:1]], "2")
+    sample = read_problems([ROOT / "dataset/sample/reason.jsonl"], TOKENIZER, 128)
     assert len(sample) > 2000 and all(q.answer.isdigit() for q in sample)
-    train, held_out = split_questions(sample, 0.2)
+    train, held_out = split_problems(sample, 0.2)
     assert not {tuple(q.prompt) for q in train} & {tuple(q.prompt) for q in held_out}
     assert abs(len(held_out) / len(sample) - 0.2) < 0.03 and len(train) + len(held_out) == len(sample)
 
@@ -174,12 +185,12 @@ def test_questions_come_as_pairs_or_from_worked_examples(tmp_path):
 )
 def test_rows_that_cannot_be_checked(row, message, folder, tmp_path):
     with pytest.raises(BadRow, match=message):
-        as_question(row)
+        as_problem(row)
     file = write_questions(tmp_path / "q.jsonl")
     file.write_text(file.read_text("utf-8") + json.dumps(row) + "\n", "utf-8")
     with pytest.raises(UserError, match=rf"q.jsonl:82: .*{message}"):
         main(folder, tmp_path / "o", "--data_path", file)
-    assert len(read_questions([file], TOKENIZER, 64, skip_bad_lines=True)) == 81
+    assert len(read_problems([file], TOKENIZER, 64, skip_bad_lines=True)) == 81
 
 
 @pytest.mark.parametrize(
@@ -222,22 +233,22 @@ def test_without_a_reasoning_model_the_command_to_run_first_is_named(tmp_path, m
 def begin(folder, tmp_path, *more):
     args = parse(STAGE.parser(), [*grpo_flags(folder), "--out_dir", str(tmp_path / "o"), *map(str, more)])
     STAGE.check(args)
-    start = prepare(args, before=("reason",), required=True)
-    questions, held_out = load_questions(start, [])
-    return args, start, questions, held_out
+    run = prepare(args, before=("reason",), required=True)
+    problems, held_out = load_problems(run.data_files, run.tokenizer, args)
+    return args, run, problems, held_out
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_what_is_learned_from_has_the_probabilities_it_was_sampled_with(temperature, folder, tmp_path):
     """Log-probabilities of the loss = those of the sampling, at its temperature; so the first ratio is 1."""
-    args, start, questions, _ = begin(folder, tmp_path, "--temperature", temperature)
-    asked = [questions[i] for i in (0, 8)]
+    args, run, problems, _ = begin(folder, tmp_path, "--temperature", temperature)
+    asked = [problems[i] for i in (0, 8)]
     params = SamplingParams(max_tokens=12, temperature=temperature, seed=3, logprobs=6400)
-    said = Speaker(start.model, start.tokenizer).generate([q.prompt for q in asked], params)
+    said = Engine(run.model, run.tokenizer).generate([q.prompt for q in asked], params)
     answers = [
-        grpo.Answer(i, q.prompt, c.token_ids, 0, False, False, False) for i, (q, c) in enumerate(zip(asked, said))
+        SampledAnswer(i, q.prompt, c.token_ids, 0, False, False, False) for i, (q, c) in enumerate(zip(asked, said))
     ]
-    engine = Engine(start.model, args, WORLD)
+    engine = TrainingEngine(run.model, args, WORLD)
     (batch,) = grpo.deal(answers, 8, 1, WORLD.device)
     grpo.add_log_probs(engine, [batch], None, args)
     for row, answer in enumerate(sorted(answers, key=len)):
@@ -248,7 +259,7 @@ def test_what_is_learned_from_has_the_probabilities_it_was_sampled_with(temperat
         sampled = (model / temperature).log_softmax(-1).gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
         learned = batch["old"][row, len(answer.prompt) - 1 : len(answer) - 1]
         torch.testing.assert_close(learned, sampled, rtol=1e-4, atol=2e-5)
-    _, count, numbers = grpo.policy_loss(args)(start.model, batch)
+    _, count, numbers, _ = grpo.policy_loss(args)(run.model, batch)
     assert numbers["clip_share"] == 0 and count == sum(len(a.tokens) for a in answers)
 
 
@@ -258,7 +269,7 @@ def some_answers(n=8):
     def tokens(length):
         return torch.randint(3, 6400, (length,), generator=generator).tolist()
 
-    return [grpo.Answer(i, tokens(4 + i % 3), tokens(3 + 5 * i % 7), 0, True, True, False, (-1) ** i * (i + 1) / 4)
+    return [SampledAnswer(i, tokens(4 + i % 3), tokens(3 + 5 * i % 7), 0, True, True, False, (-1) ** i * (i + 1) / 4)
             for i in range(n)]  # fmt: skip
 
 
@@ -270,7 +281,7 @@ def gradients(args, use_moe, batch_size, accumulation):
     reference = copy.deepcopy(model).eval()
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.mul_(4)
-    engine = Engine(model, args, WORLD)
+    engine = TrainingEngine(model, args, WORLD)
     batches = grpo.deal(some_answers(), batch_size, accumulation, WORLD.device)
     grpo.add_log_probs(engine, batches, reference, args)
     with torch.no_grad():
@@ -295,7 +306,7 @@ def test_gradients_do_not_depend_on_how_the_answers_are_dealt_out(use_moe, folde
 
 def test_a_group_is_compared_as_a_whole():
     answers = [
-        grpo.Answer(i, [1], [2], r, r > 0, r == 1, False) for i, r in enumerate((1, 0, 0, 1, 0.2, 0.2, 0.2, 0.2))
+        SampledAnswer(i, [1], [2], r, r > 0, r == 1, False) for i, r in enumerate((1, 0, 0, 1, 0.2, 0.2, 0.2, 0.2))
     ]
     numbers = grpo.compare(answers[::-1], 4, WORLD)
     a = 0.5 / (math.sqrt(1 / 3) + 1e-4)
@@ -324,29 +335,29 @@ def a_model_that_says(tokens: list[int]) -> MiniMindForCausalLM:
 @pytest.mark.parametrize("place", [0, 1, 4, 6])  # before all, in the thought, in the answer block, behind it
 def test_what_is_judged_is_what_was_generated(marker, place, folder, tmp_path):
     """A special token anywhere, which the engine's text leaves out, costs the reward."""
-    args, _, questions, _ = begin(folder, tmp_path)
+    args, _, problems, _ = begin(folder, tmp_path)
     words = ["<think>", "x", "</think>", "<answer>", "7", "</answer>", "<|im_end|>"]
     words[place:place] = [marker] * bool(marker)
     tokens = TOKENIZER.convert_tokens_to_ids(words)
-    asked = Questions([Question(questions.questions[0].prompt, "7")], 8, 0)
-    engine = Engine(a_model_that_says(tokens), args, WORLD)
+    asked = Problems([Problem(problems.problems[0].prompt, "7")], 8, 0)
+    engine = TrainingEngine(a_model_that_says(tokens), args, WORLD)
     (answer,) = grpo.sample(engine, STAGE.sampler(TOKENIZER, 16), asked, [0], args)
     assert answer.tokens == tokens and not answer.truncated
     assert answer.reward == (0 if marker else 1.2) and answer.right == answer.well_formed == (not marker)
-    held_out = grpo.evaluate(engine, STAGE.sampler(TOKENIZER, 16), asked.questions)[1]
+    held_out = grpo.evaluate(engine, STAGE.sampler(TOKENIZER, 16), asked.problems)[1]
     assert held_out == {"exact_match": not marker, "well_formed": not marker}
 
 
 def test_answers_do_not_depend_on_the_process_that_gives_them(folder, tmp_path):
     """Two processes of 4 answers, one of 8, one of 2 x 4: the same answers at the same places of the run."""
-    args, start, questions, _ = begin(folder, tmp_path)
-    rollout, found = STAGE.sampler(start.tokenizer, 16), []
+    args, run, problems, _ = begin(folder, tmp_path)
+    rollout, found = STAGE.sampler(run.tokenizer, 16), []
     for size, batch_size, accumulation in ((1, 8, 1), (2, 4, 1), (1, 4, 2), (4, 1, 2)):
-        args.batch_size, args.accumulation_steps = batch_size, accumulation
-        engine, answers = Engine(start.model, args, WORLD), []
+        run = replace(run, batch_size=batch_size, accumulation_steps=accumulation)
+        engine, answers = TrainingEngine(run.model, args, WORLD), []
         for rank in range(size):
-            plan = Plan(questions, args, World(rank, size, WORLD.device, WORLD.dtype), None)
-            answers += grpo.sample(engine, rollout, questions, grpo.step_indices(plan, 3), args)
+            plan = Plan(run, problems, World(rank, size, WORLD.device, WORLD.dtype))
+            answers += grpo.sample(engine, rollout, problems, grpo.step_indices(plan, 3), args)
         found.append(sorted((a.index, a.prompt, a.tokens) for a in answers))
         assert [index for index, *_ in found[-1]] == list(range(24, 32))
     assert found[0] == found[1] == found[2] == found[3]
@@ -354,16 +365,16 @@ def test_answers_do_not_depend_on_the_process_that_gives_them(folder, tmp_path):
 
 
 def test_a_step_makes_what_was_better_than_its_group_likelier(folder, tmp_path):
-    args, start, questions, _ = begin(folder, tmp_path, "--kl", 0, "--learning_rate", 1e-4)
-    engine = Engine(start.model.train(), args, WORLD)
-    answers = grpo.sample(engine, STAGE.sampler(start.tokenizer, 16), questions, list(range(32)), args)
+    args, run, problems, _ = begin(folder, tmp_path, "--kl", 0, "--learning_rate", 1e-4)
+    engine = TrainingEngine(run.model.train(), args, WORLD)
+    answers = grpo.sample(engine, STAGE.sampler(run.tokenizer, 16), problems, list(range(32)), args)
     assert grpo.compare(answers, 8, WORLD)["learning_groups"] > 0
     batches = grpo.deal(answers, 16, 2, WORLD.device)
     grpo.add_log_probs(engine, batches, None, args)
     for _ in range(args.inner_steps):
         take_step(engine, batches, grpo.policy_loss(args), 1.0, 0)
     with torch.no_grad():
-        gains = [grpo.log_probs(start.model, b, args.temperature)[1] - b["old"] for b in batches]
+        gains = [grpo.log_probs(run.model, b, args.temperature)[1] - b["old"] for b in batches]
     changes = [(b["advantage"] * gain.sum(1)).sum().item() for b, gain in zip(batches, gains)]
     assert sum(changes) > 0.1
 
@@ -400,9 +411,10 @@ def test_a_run_that_dies_amid_a_step_goes_on_as_if_nothing_had_happened(folder, 
     def go(out, *more, dies_at=None):
         args = parse(STAGE.parser(), [*grpo_flags(folder, 6), "--out_dir", str(out), *more])
         STAGE.check(args)
-        start = prepare(args, before=("reason",), required=True)
-        questions, held_out = load_questions(start, [])
-        rollout, calls = STAGE.sampler(start.tokenizer, 16), []
+        run = prepare(args, before=("reason",), required=True)
+        problems, held_out = load_problems(run.data_files, run.tokenizer, args)
+        run = bound_to_its_start(run.using(**fingerprints(problems, held_out)))
+        rollout, calls = STAGE.sampler(run.tokenizer, 16), []
 
         def dying(*arguments):
             calls.append(1)
@@ -410,8 +422,8 @@ def test_a_run_that_dies_amid_a_step_goes_on_as_if_nothing_had_happened(folder, 
                 raise Killed
             return rollout(*arguments)
 
-        origin = STAGE.Reference(start).model()
-        return grpo.train(start, questions, held_out, copy.deepcopy(origin).eval(), dying, WORLD)
+        reference = frozen_copy(starting_model(run))
+        return grpo.train(run, problems, held_out, reference, dying, WORLD)
 
     whole = go(tmp_path / "whole")
     with pytest.raises(Killed):  # greedy answers, then a step a call; the one at 4 was saved

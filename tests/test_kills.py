@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from stage import STAGES, Forked, after_a_save, last_json, load, popen, run_flags, same_after_a_kill
+from stage import STAGES, Forked, after_a_save, last_json, load, popen, run_flags, same_after_a_kill, with_loss
 
 BASE = ["pretrain", "full_sft"]
 
@@ -44,17 +44,18 @@ class KilledInAStep(Forked):
         super().__init__(script, flags, log)
 
     def run(self):
-        stage = load(self.script)
-        plain, left = stage.language_model, [self.calls]
+        left = [self.calls]
 
-        def fatal(model, batch):
-            left[0] -= model.training
-            if model.training and not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return plain(model, batch)
+        def fatal(plain):
+            def loss_fn(model, batch):
+                left[0] -= model.training
+                if model.training and not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return plain(model, batch)
 
-        stage.language_model = fatal
-        stage.main(self.flags)
+            return loss_fn
+
+        with_loss(load(self.script), fatal).main(self.flags)
 
 
 def test_two_kills_between_the_same_saves_lose_no_step_of_the_log(tmp_path):

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from stage import STAGES, Forked, load, run_flags
+from stage import STAGES, Forked, load, run_flags, with_loss
 
 from cleaning.distill import Teacher, distill
 from common.errors import UserError, run_main
@@ -70,17 +70,18 @@ class Waiting(Forked):
     """The stage's main(), which stands still in its tenth micro-batch."""
 
     def run(self):
-        stage = load(self.script)
-        plain, calls = stage.language_model, []
+        calls = []
 
-        def waiting(model, batch):
-            calls.append(1)
-            if len(calls) == 10:
-                time.sleep(60)
-            return plain(model, batch)
+        def waiting(plain):
+            def loss_fn(model, batch):
+                calls.append(1)
+                if len(calls) == 10:
+                    time.sleep(60)
+                return plain(model, batch)
 
-        stage.language_model = waiting
-        stage.main(self.flags)
+            return loss_fn
+
+        with_loss(load(self.script), waiting).main(self.flags)
 
 
 def test_a_second_run_into_the_same_files_is_refused(tmp_path, capsys):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,15 +28,15 @@ from stage import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.errors import RunFailed, UserError
+from data.rows import load_rows
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
 from model.weights import load_model
 from trainer.announce import resume_command
 from trainer.checkpoint import Files
-from trainer.engine import Engine
-from trainer.loop import check_alike, take_step, train
-from trainer.losses import language_model
+from trainer.engine import TrainingEngine
+from trainer.loop import check_alike, language_model, take_step, train
 from trainer.plan import Plan, SaveTimes, StopSignals
 from trainer.setup import prepare
 from trainer.stage_flags import parse, stage_parser
@@ -44,22 +45,22 @@ from trainer.world import World
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
 
 
-def make_start(tmp_path, *flags, kind="text"):
+def make_run(tmp_path, *flags, kind="text"):
     file = (write_texts if kind == "text" else write_chats)(tmp_path / f"{kind}.jsonl")
     argv = [*TINY, "--data_path", file, "--out_dir", tmp_path / "out", "--max_steps", 6, "--overwrite", *flags]
     args = parse(stage_parser("pretrain", "", from_weight="none"), list(map(str, argv)))
-    start = prepare(args)
-    return start, start.packed(kind, WORLD)
+    run = prepare(args)
+    return run, load_rows(kind, run.data_files, run.tokenizer, args, WORLD)
 
 
-def gradients_of_a_step(start, rows, batch_size, accumulation, size=1):
+def gradients_of_a_step(run, rows, batch_size, accumulation, size=1):
     """Gradients of step 0 as left before the optimizer moves, summed over the micro-batches of `size` processes."""
-    start.args.batch_size, start.args.accumulation_steps = batch_size, accumulation
+    run = replace(run, batch_size=batch_size, accumulation_steps=accumulation)
     torch.manual_seed(0)
-    model = MiniMindForCausalLM(start.model.config)
-    engine = Engine(model, start.args, WORLD)
+    model = MiniMindForCausalLM(run.model.config)
+    engine = TrainingEngine(model, run.args, WORLD)
     caught = catch_gradients(engine)
-    plans = [Plan(rows[0], start.args, World(r, size, WORLD.device, WORLD.dtype), None) for r in range(size)]
+    plans = [Plan(run, rows[0], World(r, size, WORLD.device, WORLD.dtype)) for r in range(size)]
     micro = [rows[0].batch(plan.rows(0, i)) for plan in plans for i in range(accumulation)]
     numbers, tokens = take_step(engine, micro, language_model, 1.0, 0)
     return caught, numbers, tokens
@@ -68,10 +69,10 @@ def gradients_of_a_step(start, rows, batch_size, accumulation, size=1):
 @pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_gradients_do_not_depend_on_how_a_step_is_dealt_out(kind, use_moe, tmp_path):
-    start, rows = make_start(tmp_path, "--use_moe", str(use_moe), kind=kind)
-    expected, numbers, tokens = gradients_of_a_step(start, rows, 8, 1)
+    run, rows = make_run(tmp_path, "--use_moe", str(use_moe), kind=kind)
+    expected, numbers, tokens = gradients_of_a_step(run, rows, 8, 1)
     for batch_size, accumulation, size in ((4, 2, 1), (1, 8, 1), (2, 2, 2)):
-        found, other, n = gradients_of_a_step(start, rows, batch_size, accumulation, size)
+        found, other, n = gradients_of_a_step(run, rows, batch_size, accumulation, size)
         assert n == tokens and other["loss"] == pytest.approx(numbers["loss"], rel=1e-6)
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=2e-4, atol=2e-7, msg=name)
@@ -80,19 +81,19 @@ def test_gradients_do_not_depend_on_how_a_step_is_dealt_out(kind, use_moe, tmp_p
 
 def test_ten_losses_equal_those_of_transformers_trained_the_same_way(tmp_path):
     """LlamaForCausalLM, torch's AdamW, one document a row with an ordinary mask: the same ten losses."""
-    start, rows = make_start(tmp_path, "--learning_rate", "3e-3", "--max_steps", "10")
-    args, config = start.args, start.model.config
+    run, rows = make_run(tmp_path, "--learning_rate", "3e-3", "--max_steps", "10")
+    args, config = run.args, run.model.config
     llama = LlamaForCausalLM(LlamaConfig(
         hidden_size=config.dim, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
         num_key_value_heads=config.n_kv_heads, intermediate_size=config.hidden_dim, vocab_size=config.vocab_size,
         rms_norm_eps=config.norm_eps, tie_word_embeddings=True, rope_parameters=dict(config.rope_parameters),
     )).train()  # fmt: skip
-    llama.load_state_dict(start.model.state_dict())
+    llama.load_state_dict(run.model.state_dict())
     matrices = [p for p in llama.parameters() if p.ndim >= 2]
     vectors = [p for p in llama.parameters() if p.ndim < 2]
     reference = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
                                   lr=args.learning_rate, betas=(0.9, 0.95))  # fmt: skip
-    engine, plan = Engine(start.model, args, WORLD), Plan(rows[0], args, WORLD, None)
+    engine, plan = TrainingEngine(run.model, args, WORLD), Plan(run, rows[0], WORLD)
     for step in range(10):
         micro = [rows[0].batch(plan.rows(step, i)) for i in range(args.accumulation_steps)]
         ours, _ = take_step(engine, micro, language_model, 1.0, step)
@@ -114,8 +115,8 @@ def test_ten_losses_equal_those_of_transformers_trained_the_same_way(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_one_batch_can_be_learned_by_heart(optimizer, tmp_path):
-    start, rows = make_start(tmp_path, "--optimizer", optimizer, "--learning_rate", "5e-3", "--weight_decay", "0")
-    engine = Engine(start.model, start.args, WORLD)
+    run, rows = make_run(tmp_path, "--optimizer", optimizer, "--learning_rate", "5e-3", "--weight_decay", "0")
+    engine = TrainingEngine(run.model, run.args, WORLD)
     batch = rows[0].batch(range(2))
     for step in range(150):
         numbers, _ = take_step(engine, [dict(batch)], language_model, 1.0, step)
@@ -125,8 +126,8 @@ def test_one_batch_can_be_learned_by_heart(optimizer, tmp_path):
 
 
 def test_nothing_to_learn_in_a_step_is_said_and_harmless(tmp_path, capsys):
-    start, rows = make_start(tmp_path)
-    engine = Engine(start.model, start.args, WORLD)
+    run, rows = make_run(tmp_path)
+    engine = TrainingEngine(run.model, run.args, WORLD)
     before = [p.clone() for p in engine.module.parameters()]
     assert take_step(engine, [rows[0].batch([-1, -1])], language_model, 1.0, 4)[0] == {}
     assert "step 5 has nothing to learn" in capsys.readouterr().err
@@ -134,10 +135,10 @@ def test_nothing_to_learn_in_a_step_is_said_and_harmless(tmp_path, capsys):
 
 
 def test_a_nan_stops_before_the_weights_are_touched(tmp_path):
-    start, rows = make_start(tmp_path)
+    run, rows = make_run(tmp_path)
     with torch.no_grad():
-        start.model.model.norm.weight[0] = float("nan")
-    engine = Engine(start.model, start.args, WORLD)
+        run.model.model.norm.weight[0] = float("nan")
+    engine = TrainingEngine(run.model, run.args, WORLD)
     before = [p.clone() for p in engine.module.parameters()]
     with pytest.raises(RunFailed, match="loss is nan at step 3"):
         take_step(engine, [rows[0].batch(range(2))], language_model, 1.0, 2)
@@ -145,11 +146,11 @@ def test_a_nan_stops_before_the_weights_are_touched(tmp_path):
 
 
 def test_the_plan_covers_each_row_once_for_any_number_of_processes(tmp_path):
-    start, rows = make_start(tmp_path)
-    start.args.max_steps, start.args.epochs = None, 2.0
+    run, rows = make_run(tmp_path)
+    run.args.max_steps, run.args.epochs = None, 2.0
     for size, batch_size, accumulation in ((1, 2, 2), (2, 2, 1), (2, 1, 2), (4, 1, 1)):
-        start.args.batch_size, start.args.accumulation_steps = batch_size, accumulation
-        plans = [Plan(rows[0], start.args, World(r, size, WORLD.device, WORLD.dtype), None) for r in range(size)]
+        run = replace(run, batch_size=batch_size, accumulation_steps=accumulation)
+        plans = [Plan(run, rows[0], World(r, size, WORLD.device, WORLD.dtype)) for r in range(size)]
         steps = [[r for p in plans for i in range(accumulation) for r in p.rows(s, i)] for s in range(plans[0].steps)]
         seen = [r for step in steps for r in step if r >= 0]
         assert sorted(seen) == list(range(2 * len(rows[0])))
@@ -338,7 +339,7 @@ def test_weights_that_a_step_ruined_are_not_saved(tmp_path):
 
 def test_a_run_that_learned_nothing_has_no_loss(tmp_path):
     """All of its rows are empty: no NaN in the result."""
-    start, rows = make_start(tmp_path, "--max_steps", "1")
+    run, rows = make_run(tmp_path, "--max_steps", "1")
     rows[0].batch = lambda indices, batch=rows[0].batch: batch([-1] * len(indices))
-    result = train(start, rows, language_model, WORLD)
+    result = train(run, rows, WORLD)
     assert result["loss"] is None and "NaN" not in json.dumps(result)

@@ -18,6 +18,7 @@ from stage import (
     reasoning_weights,
     run,
     run_flags,
+    with_loss,
     write_chats,
     write_texts,
 )
@@ -222,19 +223,21 @@ def test_run_main_gives_failures_exit_code_1(capsys):
 
 def test_out_of_memory_is_one_line_whose_advice_leads_to_the_same_weights(texts, tmp_path):
     """A batch of two rows needs a petabyte from the third step on, one row does not."""
-    stage = load("1-pretrain.py")
-    plain = stage.language_model
+    stage, calls = load("1-pretrain.py"), []
 
-    def greedy(model, batch):
-        greedy.calls += 1
-        if greedy.calls > 4 and len(batch["input_ids"]) > 1:
-            torch.empty(2**48)
-        return plain(model, batch)
+    def greedy(plain):
+        def loss_fn(model, batch):
+            calls.append(1)
+            if len(calls) > 4 and len(batch["input_ids"]) > 1:
+                torch.empty(2**48)
+            return plain(model, batch)
+
+        return loss_fn
 
     flags = [*TINY, "--max_steps", 6, "--save_interval", 2, "--data_path", texts]
     flags = list(map(str, flags))
     expected = stage.main([*flags, "--out_dir", str(tmp_path / "twin")])
-    greedy.calls, stage.language_model = 0, greedy
+    stage = with_loss(stage, greedy)
     flags += ["--out_dir", str(tmp_path / "o")]
     with pytest.raises(RunFailed, match=r"out of memory \(1048576.00 GiB more .* --resume goes on from it") as caught:
         stage.main(flags)

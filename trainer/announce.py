@@ -15,21 +15,22 @@ from trainer.memory import memory_line
 from trainer.plan import Plan
 
 
-def announce(start, plan: Plan, rows: list[tuple[str, str]], world, state) -> None:
+def announce(run, plan: Plan, rows: list[tuple[str, str]], world) -> None:
     """Says what is about to be done, before anything is; rows: the data in words, a line each."""
-    args, config = start.args, start.model.config
+    args, config = run.args, run.model.config
     total, active = config.parameter_count(), config.active_parameter_count()
-    learned = learned_parameters(start)
+    learned = learned_parameters(run)
     print(
         f"{args.stage}: {describe(config)}; {total:,} parameters"
         + (f", {active:,} active" if active != total else "")
         + (f", {learned:,} trained" if learned != total else "")
     )
-    print(f"  weights   {start.came_from}")
-    print(f"  data      {', '.join(map(str, start.data_files))}")
+    print(f"  weights   {run.came_from}")
+    print(f"  data      {', '.join(map(str, run.data_files))}")
     for what, text in rows:
         print(f"  {what:<9} {text}")
-    print(f"  steps     {plan.steps:,} of {plan.rows_per_step} rows ({plan.rows_per_step * args.seq_len:,} tokens): "
+    print(f"  steps     {plan.steps:,} of {plan.global_batch_size} rows "
+          f"({plan.global_batch_size * args.seq_len:,} tokens): "
           f"{plan.batch_size} x {plan.accumulation_steps} x {world.size} process(es)")  # fmt: skip
     print(f"  optimizer {args.optimizer}, rate {args.learning_rate:g}, {args.schedule}, warmup {plan.warmup} steps, "
           f"decay {args.weight_decay:g}, clip {args.grad_clip:g}, seed {args.seed}")  # fmt: skip
@@ -38,10 +39,10 @@ def announce(start, plan: Plan, rows: list[tuple[str, str]], world, state) -> No
     if config.use_moe:
         shape = (config.n_routed_experts, 2 * config.moe_hidden_dim, config.dim)
         print(f"  experts   {experts_kind(world.device, world.dtype, shape)}")
-    print(f"  memory    {memory_line(config, args, world, plan.batch_size, learned, start.other_parameters)}")
-    print(f"  output    {start.files.weights}")
-    if state is not None:
-        print(f"  resumed   at step {state['step']}")
+    print(f"  memory    {memory_line(config, args, world, plan.batch_size, learned, run.other_parameters)}")
+    print(f"  output    {run.files.weights}")
+    if run.state is not None:
+        print(f"  resumed   at step {run.state['step']}")
     elif args.resume:
         print("  resumed   nothing: there is no saved state yet, starting at step 0")
     print(f"  to resume {resume_command()}", flush=True)
@@ -58,8 +59,8 @@ def in_words(rows) -> list[tuple[str, str]]:
     return list(zip(("train", "held out"), texts, strict=True))
 
 
-def learned_parameters(start) -> int:
-    return sum(p.numel() for p in start.model.parameters() if p.requires_grad)
+def learned_parameters(run) -> int:
+    return sum(p.numel() for p in run.model.parameters() if p.requires_grad)
 
 
 def resume_command() -> str:

@@ -1,9 +1,14 @@
-"""What a run writes: its weights, and beside them the state from which it can go on.
+"""What a run writes: its weights, and beside them the state from which it can be resumed.
 
 `out/pretrain_512.pth` is for use, `out/pretrain_512_resume.pth` for resuming. The state holds its own copy of the
-weights, so no crash between the two files can leave a pair that does not belong together. It is removed when the run is
-finished; the weights' record then holds the result. What is not trained is in neither: a LoRA run writes its adapter
-alone.
+weights, so a crash between writing the two files cannot leave a pair that does not belong together. The state is
+removed when the run is finished; the weights' record then holds the result. What is not trained is in neither file: a
+LoRA run writes its adapter alone.
+
+A resumed run equals the run that was never stopped, bit for bit. Its state therefore holds all that the next step
+depends on and that is not a function of the step itself: the weights in float32, the optimizer's moments, float16's
+scaler, the random numbers of each process (dropout), the step and the counters. Learning rate and data order are not in
+it: they are functions of the step, and of the recipe, which must be the same.
 """
 
 import os
@@ -23,13 +28,16 @@ FORMAT = "minimind-resume-1"
 
 
 class Files:
-    """The paths of one run's files and what may be done to them."""
+    """The paths of one run's files, and what may be done to them.
 
-    def __init__(self, args, config):
+    first_part: of the files' names, what --save_weight says or stands for.
+    """
+
+    def __init__(self, args, first_part: str, config):
         self.folder = Path(args.out_dir) / args.subfolder
-        self.configuration = {"config": config.fields()}  # what a file at our place must have to be replaced unasked
-        name = f"{args.save_weight}_{config.dim}{'_moe' if config.use_moe else ''}"
-        self.name = name
+        # A file that is there already is replaced without --overwrite only if it has the same configuration.
+        self.configuration = {"config": config.fields()}
+        self.name = name = f"{first_part}_{config.dim}{'_moe' if config.use_moe else ''}"
         self.weights = self.folder / f"{name}.pth"
         self.state = self.folder / f"{name}{STATE_SUFFIX}.pth"
         self.shards = self.folder / f"{name}{STATE_SUFFIX}"  # a folder, if the engine's processes write on their own
@@ -40,7 +48,8 @@ class Files:
         """Raises UserError where nothing can be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # other processes of the run do the same; no file of the run has a longer name
+            # The process's number in the name, as the run's other processes try the same at the same time. No file of
+            # the run has a longer name, so one that the disk refuses is refused here.
             probe = self.folder / f".{self.state.name}.{os.getpid()}.probe"
             probe.write_bytes(b"")
             probe.unlink()
@@ -49,12 +58,14 @@ class Files:
 
     def lock(self) -> None:
         """Keeps other runs away from these files until this process ends; UserError where one is at work on them."""
+        # Only the first process of the run writes, so only it holds the lock.
         if int(os.environ.get("RANK", 0)) == 0:
             taken = f"another run is at work on {self.weights}; wait for it, or use --save_weight NAME, or --out_dir"
             self.held = lock(self.folder / f".{self.name}.lock", taken)
 
     def check_apart(self, path) -> None:
-        """Raises UserError where the run would write over weights that it needs; path may be no path, but words."""
+        """Raises UserError where the run would write over weights that it needs. path: theirs, or words such as
+        "random", which name no file."""
         if Path(path).resolve() == self.weights.resolve():
             raise UserError(f"this run needs {path} and would write over it; use --save_weight NAME, or --out_dir")
 
@@ -86,14 +97,16 @@ class Files:
             return None
         result = record.get("result")
         if result and not result.get("stopped"):
-            rows_per_step = {"rows_per_step": record["recipe"]["rows_per_step"]}  # other processes do not matter now
-            check_recipe(record["recipe"], recipe | rows_per_step, self.weights)
+            # No step is left to take, so it does not matter if other processes or flags would make a step larger.
+            global_batch = {"rows_per_step": record["recipe"]["rows_per_step"]}
+            check_recipe(record["recipe"], recipe | global_batch, self.weights)
             return result
         return None
 
     def save(self, engine, tokenizer, record: dict, step: int, counters: dict) -> None:
         """Writes the state and the weights; all processes call it, the first one writes."""
         check_finite(engine.module, step)
+        # All processes: under ZeRO each holds a part of the state and of the weights.
         with named(self.shards):
             state = engine.state(self.shards)
         model = engine.whole_model()
@@ -104,6 +117,8 @@ class Files:
             "config": model.config.fields(), "tokenizer": tokenizer_to_dict(tokenizer),
             "model": state.pop("model"), "engine": state,
         }  # fmt: skip
+        # The old state is whole until the new one takes its place; only then are the parts removed that the old one
+        # needs. The weights for use come last: nothing depends on them.
         save_atomically(content, self.state)
         self._remove_shards(but=state.get("shards"))
         self.write(model, tokenizer, record)
@@ -112,6 +127,7 @@ class Files:
         """Writes the weights with their result, then removes the state."""
         model = engine.whole_model()
         if engine.world.first:
+            # In this order: after a crash between the two the state is resumed, takes no step, and ends here again.
             self.write(model, tokenizer, record)
             self.state.unlink(missing_ok=True)
             self._remove_shards()
@@ -120,7 +136,7 @@ class Files:
                     part.unlink(missing_ok=True)
 
     def _remove_shards(self, but=None) -> None:
-        """Removes the parts of all saved states but one, and of saves that a crash cut short."""
+        """Removes the parts of all saved states but the one named `but`, and of saves that a crash cut short."""
         for folder in self.shards.iterdir() if self.shards.exists() else ():
             if folder.name != but:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -135,8 +151,8 @@ class Files:
 class AdapterFiles(Files):
     """Those of a run that trains the adapter "default" of a frozen model."""
 
-    def __init__(self, args, model):
-        super().__init__(args, model.config)
+    def __init__(self, args, first_part: str, model):
+        super().__init__(args, first_part, model.config)
         self.configuration["lora"] = asdict(model.lora_configs["default"])
 
     def write(self, model, tokenizer, record: dict) -> None:
@@ -144,8 +160,8 @@ class AdapterFiles(Files):
 
 
 def check_finite(model, step: int) -> None:
-    """Raises RunFailed where a step has ruined the weights: a finite gradient at too high a rate can. They are seen
-    before they take the place of those that are whole."""
+    """Raises RunFailed where a step has ruined the weights, as a finite gradient at too high a rate can. Called before
+    a save, so that the good file of before is not replaced."""
     for name, tensor in model.named_parameters():
         if tensor.requires_grad and not tensor.isfinite().all():
             raise RunFailed(
@@ -165,9 +181,9 @@ def read_state(path, mmap=False) -> dict:
     return state
 
 
-def find_states(args) -> list[Path]:
-    """State files in --out_dir that --save_weight can mean: pretrain_512_resume.pth, pretrain_640_moe_resume.pth."""
-    pattern = re.compile(rf"{re.escape(args.save_weight)}_(\d+)(_moe)?{STATE_SUFFIX}\.pth")
+def find_states(args, first_part: str) -> list[Path]:
+    """State files in --out_dir whose names begin so: pretrain_512_resume.pth, pretrain_640_moe_resume.pth."""
+    pattern = re.compile(rf"{re.escape(first_part)}_(\d+)(_moe)?{STATE_SUFFIX}\.pth")
     folder = Path(args.out_dir) / args.subfolder
     return [path for path in sorted(folder.glob("*.pth")) if pattern.fullmatch(path.name)]
 

@@ -1,4 +1,4 @@
-"""DeepSpeed in the place of engine.Engine: the optimizer's state, and more by ZeRO's stage, split over processes.
+"""DeepSpeed in the place of TrainingEngine: the optimizer's state, and more by ZeRO's stage, split over processes.
 
 ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) gives each of N processes a part of the optimizer's moments and of the
 float32 weights they move (stage 1), of the gradients (stage 2), of the weights themselves (stage 3). Mathematics,
@@ -18,30 +18,32 @@ import torch
 
 from common.errors import RunFailed, UserError
 from model.compat import checkpoint_activations
-from trainer.deepspeed_config import fill, get, import_deepspeed, read_config
+from trainer.deepspeed_config import fill, import_deepspeed, read_config
 from trainer.optimizers import parameter_groups
 from trainer.world import World, restore_rng, rng_states
 
 
 class DeepSpeedEngine:
-    """The interface of trainer.engine.Engine."""
+    """The interface of trainer.engine.TrainingEngine."""
 
     def __init__(self, model, args, world: World):
         deepspeed = import_deepspeed(world.device)
         os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher; DeepSpeed insists on it
         self.world, self.args = world, args
-        config = fill(read_config(args.deepspeed), args, world.size, world.dtype, args.deepspeed, resumed=args.resume)
-        self.stage = get(config, "zero_optimization.stage", 0)
-        self.half = get(config, "fp16.enabled", False)
-        low = self.half or get(config, "bf16.enabled", False)
+        config = fill(read_config(args.deepspeed), args, world.size, world.dtype)
+        self.stage = config.get("zero_optimization", {}).get("stage", 0)
+        self.half = config.get("fp16", {}).get("enabled", False)
+        low = self.half or config.get("bf16", {}).get("enabled", False)
         # What DeepSpeed splits or rounds must be put together again in float32 to be written.
         self.whole = copy.deepcopy(model) if self.stage == 3 or low else None
         model = model.to(world.device).train()
         if args.gradient_checkpointing:
             checkpoint_activations(model)
-        self.model, *_ = deepspeed.initialize(
-            model=model, model_parameters=parameter_groups(model, args.weight_decay), config=config
-        )  # fmt: skip
+        groups = parameter_groups(model, args.weight_decay)
+        try:
+            self.model, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+        except (TypeError, ValueError, AssertionError) as error:  # of keys that its optimizer does not know, for one
+            raise UserError(f"{args.deepspeed}: {' '.join(str(error).split())}") from None
         self.module = self.model.module
 
     def autocast(self):
@@ -72,7 +74,7 @@ class DeepSpeedEngine:
         return float(whole if norm is None else norm)
 
     def forgives(self) -> bool:
-        """With float16 DeepSpeed scales the loss and passes over what was too large, as trainer.engine.Engine does."""
+        """With float16 DeepSpeed scales the loss and passes over what was too large, as TrainingEngine does."""
         return self.half
 
     def numbers(self) -> dict[str, int]:

@@ -1,5 +1,4 @@
-"""A model with its optimizers: backward, step and state, for the loop, which does not know whether one process runs or
-several."""
+"""A model with its optimizers: backward, step and state. The loop does not know whether one process runs or several."""
 
 import contextlib
 import os
@@ -12,10 +11,10 @@ from model.compat import checkpoint_activations
 from trainer.optimizers import make_optimizers
 from trainer.world import World, restore_rng, rng_states
 
-MOST_IN_A_ROW = 30  # steps passed over; float16's factor, halved each time, has gone from 2^16 to 2^-14
+MOST_IN_A_ROW = 30  # steps passed over: by then the scaler's factor, halved each time, has gone from 2^16 to 2^-14
 
 
-class Engine:
+class TrainingEngine:
     """A model with its optimizers, on one device or copied to several (DistributedDataParallel)."""
 
     def __init__(self, model, args, world: World):
@@ -48,7 +47,7 @@ class Engine:
 
     def gradient_norm(self) -> torch.Tensor:
         """The gradient's norm, before it is clipped to --grad_clip, which is done here; on the device."""
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers:  # first: the limit is one on the gradient, not on float16's scaled one
             self.scaler.unscale_(optimizer)
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         return torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip or float("inf"))
@@ -65,7 +64,7 @@ class Engine:
         return norm
 
     def pass_over(self) -> None:
-        """Clears gradients that are not finite."""
+        """Clears gradients that are not finite; the weights stay as they are."""
         self._end_step()
         self.passed_over += 1
         self.in_a_row += 1
@@ -76,8 +75,9 @@ class Engine:
             optimizer.zero_grad(set_to_none=True)
 
     def forgives(self) -> bool:
-        """Whether a gradient that is not finite may be passed over: float16 ends at 65504, and the scaler finds out by
-        trying how far the loss can be scaled up. After many in a row its factor is not what is wrong."""
+        """Whether a gradient that is not finite may be passed over. float16 ends at 65504, and the scaler finds the
+        largest factor for the loss by trying: it halves the factor after each overflow. After many in a row the factor
+        is not what is wrong."""
         return self.scaler.is_enabled() and self.in_a_row < MOST_IN_A_ROW
 
     def numbers(self) -> dict[str, int]:
@@ -115,7 +115,7 @@ class Engine:
 def make_engine(model, args, world: World):
     """The engine that the flags ask for."""
     if args.deepspeed is None:
-        return Engine(model, args, world)
+        return TrainingEngine(model, args, world)
     from trainer.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(model, args, world)

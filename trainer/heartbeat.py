@@ -1,9 +1,9 @@
-"""Sees to it that no process of a run waits for one that is gone.
+"""Ends a process that would wait for another one which is gone, and names the one that is lost or never came.
 
-A collective of two processes hangs when the third has died, on some backends for half an hour, and its error does not
-say who. So every process counts aloud, once a second, in the store through which they found each other, and listens to
-the others. That also allows the collectives themselves to be patient: while the first process tokenises a large corpus,
-the others wait for hours.
+torchrun ends the processes of its own machine. But a collective hangs when a process on another machine has died, on
+some backends for half an hour, and its error does not say which. So every process raises a counter once a second, in
+the store through which they found each other, and reads the others' counters. That also allows a long timeout for the
+collectives themselves: while the first process tokenises a large corpus, the others wait for hours.
 """
 
 import os
@@ -18,14 +18,15 @@ import torch.distributed as torch_dist
 from common.errors import RunFailed, UserError
 
 START, PATIENCE = timedelta(minutes=5), timedelta(days=1)  # to find each other; of collectives after that
-TOLD = 20.0  # seconds of waiting for others until it is said for whom
-BEAT, SILENCE = 1.0, 20.0  # seconds: between counts; without one until a process is held for dead
+TOLD = 20.0  # seconds of waiting for others until a line says for whom
+BEAT, SILENCE = 1.0, 20.0  # seconds between counts; seconds without one after which a process counts as lost
 SUSPECT = 5.0  # the same, when a connection has broken already
-GRACE = 3.0  # for the main thread to leave by itself
+GRACE = 3.0  # seconds for the main thread to leave by itself
 
 
-class Watch:
-    """Around the work of one of several processes; turns the loss of another into RunFailed, or ends this one."""
+class Heartbeat:
+    """A context around the work of one of several processes: the loss of another one raises RunFailed, or ends this
+    process where its main thread hangs in a collective."""
 
     def __init__(self, rank: int, size: int):
         self.rank, self.others = rank, [r for r in range(size) if r != rank]
@@ -41,34 +42,32 @@ class Watch:
     def __exit__(self, kind, error, trace):
         try:
             if error is None or isinstance(error, SystemExit):
-                torch_dist.barrier()  # whoever leaves early would be taken for dead
+                torch_dist.barrier()  # one that leaves early would count as lost
             elif _is_broken_connection(error):
-                self.silence = SUSPECT
+                self.silence = SUSPECT  # soon the listening thread knows whose counter stands still
                 if self.lost.wait(2 * SUSPECT):
                     raise RunFailed(self.words) from None
-            elif not isinstance(error, UserError):  # those, all processes meet alike
-                self.store.add(f"failed/{self.rank}", 1)
         finally:
             self.done.set()
 
     def _listen(self) -> None:
-        # Its last count, and for how long that has not changed: in our own counts, for by the clock a process that was
-        # itself stopped (Ctrl-Z, a machine put to sleep) would hold all others for dead.
+        # Each one's last count, and for how long it has not changed: measured in this process's own counts, because by
+        # the clock a process that was itself stopped (Ctrl-Z, a laptop asleep) would take all others for lost.
         heard = dict.fromkeys(self.others, (0, 0.0))
         while not self.done.wait(BEAT):
-            if self.launcher and os.getppid() != self.launcher:  # the same command may be at work again beside us
+            # Without its launcher nobody would end this process, and the same command may be at work again beside it.
+            if self.launcher and os.getppid() != self.launcher:
                 return self._end("this machine's launcher is lost")
             try:
                 self.store.add(f"beat/{self.rank}", 1)
                 counts = {rank: self.store.add(f"beat/{rank}", 0) for rank in self.others}
-                failed = [rank for rank in self.others if self.store.add(f"failed/{rank}", 0)]
             except RuntimeError:  # the store lived in a process that is gone
                 return self._end("rank 0, or the launcher, is lost")
             heard = {r: (counts[r], heard[r][1] + BEAT if counts[r] == heard[r][0] else 0.0) for r in self.others}
             silent = [rank for rank, (_, seconds) in heard.items() if seconds > self.silence]
-            if failed or silent:
-                names = ", ".join(f"rank {rank}" for rank in failed or silent)
-                return self._end(f"{names} {'failed, its message stands apart' if failed else 'is lost (killed?)'}")
+            if silent:
+                names = ", ".join(f"rank {rank}" for rank in silent)
+                return self._end(f"{names} is lost (killed, or it failed with a message of its own)")
 
     def _end(self, words: str) -> None:
         self.words = f"{words}; what was saved before is whole, --resume goes on from it"

@@ -32,7 +32,7 @@ LOSS_CURVES = (("loss", "training"), ("val_loss", "held out"))
 
 
 class Log:
-    """The first process's log; the others have one that is silent."""
+    """Prints and writes what the first process reports; on the other processes it does nothing."""
 
     def __init__(
         self, files, world, total_steps: int, flops_per_token: float, log_interval: int, start_step: int, trackers=()
@@ -47,16 +47,21 @@ class Log:
             self.bar = tqdm(total=total_steps, initial=start_step, disable=not show, leave=False, unit=" steps")
 
     def _open(self, start_step: int):
-        """The log file, cut off behind the steps that are done; they are the history. A line that a crash cut short
-        ends it. What it keeps is not written again, so that no kill can lose it."""
+        """The log file, cut off behind step `start_step`; what is left of it is the history.
+
+        A run that was killed has logged steps after its last save. They are taken again, so their lines go. The lines
+        that stay are not written again: no kill can lose them.
+        """
         with named(self.files.log):
-            file = open(self.files.log, "ab+", buffering=0)  # each line stands in the file at once
+            file = open(self.files.log, "ab+", buffering=0)  # unbuffered: each line is in the file at once
             file.seek(0)
             end = 0
             for line in file.readlines() if start_step else ():
                 try:
                     record = json.loads(line)
-                    last = record["step"] == self.total and "tokens" not in record  # the validation is made again
+                    # The last validation comes after the last save, so a resumed run makes it again.
+                    last = record["step"] == self.total and "tokens" not in record
+                    # A line without its end was cut short by a crash.
                     if record["step"] > start_step or last or not line.endswith(b"\n"):
                         break
                 except (ValueError, TypeError, KeyError):
@@ -91,7 +96,7 @@ class Log:
             self._write({"step": step, **numbers})
             shown = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items() if value is not None)
             self.say(f"step {step}/{self.total}  {shown}")
-        self.clock, self.since = time.perf_counter(), [0, 0]  # validation is not training time
+        self.clock, self.since = time.perf_counter(), [0, 0]  # a validation's time does not count into tok/s
 
     def say(self, text: str) -> None:
         if self.world.first:
@@ -99,7 +104,8 @@ class Log:
             sys.stdout.flush()
 
     def flush(self) -> None:
-        """Sees all lines on the disk: before a state is saved, that no power cut leaves a state ahead of its log."""
+        """Waits until all lines are on the disk. Called before a state is saved: otherwise a power cut could leave a
+        state that is ahead of its log."""
         if self.world.first:
             with named(self.files.log):
                 os.fsync(self.file.fileno())
@@ -114,13 +120,13 @@ class Log:
         self.history.append(record)
         with named(self.files.log):
             line = json.dumps(record).encode() + b"\n"
-            while line:
+            while line:  # an unbuffered write may take only a part
                 line = line[self.file.write(line) :]
         numbers = {name: value for name, value in record.items() if name != "step" and value is not None}
         self._tell(lambda tracker: tracker.log(record["step"], numbers))
 
     def _tell(self, act) -> None:
-        """act(tracker) for each; one that fails is left out from now on, and the run goes on."""
+        """act(tracker) for each; one that fails is dropped with a warning, and the run goes on."""
         for tracker in list(self.trackers):
             try:
                 act(tracker)

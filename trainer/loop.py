@@ -1,7 +1,7 @@
-"""The only training loop of the project (reinforcement has its own, in rl.py).
+"""The training loop. Every stage runs train(); reinforcement (grpo.py) takes its steps in the same Session.
 
-A step is `accumulation_steps` micro-batches on each process. Their losses are sums, divided once by the weight of the
-whole step, so the gradient does not depend on how the step's rows were dealt out.
+A step is `accumulation_steps` micro-batches on each process. Their losses are sums, divided once by the count of the
+whole step (its learned tokens, or its pairs), so the gradient does not depend on how the step's rows were dealt out.
 """
 
 import math
@@ -12,10 +12,11 @@ from collections import Counter, defaultdict
 import torch
 
 from common.errors import RunFailed, UserError
+from data.rows import IGNORED, token_bytes
 from trainer import log as logs
 from trainer.announce import announce, finish_here, in_words, learned_parameters, resume_command
 from trainer.checkpoint import check_recipe
-from trainer.engine import Engine, make_engine
+from trainer.engine import TrainingEngine, make_engine
 from trainer.losses import learned_bytes
 from trainer.optimizers import learning_rate_factor
 from trainer.plan import Plan, SaveTimes, StopSignals
@@ -24,160 +25,113 @@ from trainer.tracking import new_run_id, trackers
 
 NOT_FINITE = ("the weights are as they were, and what was saved is whole. Lower --learning_rate, lengthen --warmup, or "
               "use --dtype float32")  # fmt: skip
+NO_VALIDATION = {"val_loss": None, "val_bits_per_byte": None}
 
 
-def train(start, rows, loss_fn, world, report=None) -> dict:
-    """Trains start.model on rows with loss_fn, as start.args say, and returns the result that is printed as JSON.
+# ------------------------------------------------------------------------------------------------ the default loss
+def inputs(batch: dict) -> dict:
+    """What of a batch the model reads."""
+    return {name: batch[name] for name in ("input_ids", "segment_ids", "document_ends") if name in batch}
 
-    rows: (training rows, validation rows or None), see data/rows.py. loss_fn(model, batch) -> (loss sum, weight it
-    is to be divided by, {name: sum of another number}); "ce" among the names is the cross-entropy of the text where
-    the loss is something else. report(engine) -> further figures of the trained model for the result. Raises RunFailed
-    (NaN, full disk); exits 130 or 143 when told to stop.
+
+def learned_targets(labels: torch.Tensor) -> torch.Tensor:
+    """How many targets labels (B, T) hold: those that are learned, but no row's first token, which nothing predicts."""
+    return (labels[:, 1:] != IGNORED).sum()
+
+
+def language_model(model, batch: dict):
+    """The loss of pretraining and of SFT: the cross-entropy of each learned token, given the tokens before it."""
+    out = model(**inputs(batch), labels=batch["labels"], reduction="none")  # out.loss: (B, T - 1), in nats
+    return out.loss.sum(), learned_targets(batch["labels"]), {}, out.aux_loss
+
+
+# --------------------------------------------------------------------------------------------------------- training
+def train(run, rows, world, loss_fn=language_model, report=None, bits_per_byte=True) -> dict:
+    """Trains run.model on rows with loss_fn, as run.args say, and returns the result that is printed as JSON.
+
+    rows: (training rows, validation rows or None), see data/rows.py.
+    loss_fn(model, batch) -> (loss sum, count it is to be divided by, {name: sum of another number}, the experts'
+    balance loss or None). Among the names, "loss" is printed in place of the sum that is minimised, and "ce" is the
+    cross-entropy of the text where the loss is something else.
+    report(engine) -> further figures of the trained model for the result. bits_per_byte: whether the validation loss
+    is that of a text. Raises RunFailed (NaN, full disk); exits 130 or 143 when told to stop.
     """
-    args, train_rows, val_rows = start.args, *rows
-    state = start.state
-    plan = Plan(train_rows, args, world, state)
-    recipe = start.recipe(rows, plan.rows_per_step)
-    check_alike(world, recipe, state)
-    if state is not None:
-        check_recipe(state["record"]["recipe"], recipe, start.files.state)
-    elif args.resume and (result := start.files.finished_result(recipe)):
-        return finish_here(result)
-    if world.first:
-        announce(start, plan, in_words(rows), world, state)
-    if args.dry_run:
-        return finish_here({"stage": args.stage, "dry_run": True, "steps": plan.steps})
+    train_rows, val_rows = rows
+    plan = Plan(run, train_rows, world)
+    recipe = run.recipe(train_rows, plan.global_batch_size)
+    if result := result_without_training(run, plan, recipe, in_words(rows), world):
+        return result
+    bytes_of_token = token_bytes(run.tokenizer) if bits_per_byte else None
 
-    engine = make_engine(start.model, args, world)
-    step, counters = 0, {"tokens": 0, "seconds": 0.0, "run_id": new_run_id()}
-    if state is not None:
-        engine.load_state(state["engine"] | {"model": state["model"]}, start.files.shards)
-        step, counters = state["step"], state["counters"]
-        start.state = state = None  # the copies in it would stay in memory for the whole run
-    record, shares = start.record | {"recipe": recipe}, train_rows.shares()
-    log = open_log(start, world, plan, step, recipe, counters["run_id"])
-    stop, saves = StopSignals(), SaveTimes(args)
-    begin, loss = time.perf_counter() - counters["seconds"], counters.get("loss")
-    feed = Feed(train_rows, plan, world.device)
-    batches = feed.micro_batches(step)
-    weight, tokens, stopping = world.sum(*amounts(batches), stop.signal)
-    while step < plan.steps and not stopping:
-        factor = learning_rate_factor(step, plan.steps, plan.warmup, args.schedule)
-        sums = add_gradients(engine, batches, loss_fn, weight, tokens)
-        batches = feed.micro_batches(step + 1)  # assembled in the meantime
-        news = (*amounts(batches), stop.signal, saves.overdue())  # told here, as the processes meet once a step
-        numbers, news = move_weights(engine, sums, weight, factor, step, news)
-        step += 1
-        counters["tokens"] += int(tokens)
-        loss = numbers.get("loss", loss)
-        log.step(step, int(tokens), lr=args.learning_rate * factor, **numbers)
-        weight, tokens, stopping, overdue = news
-        if args.eval_interval and step % args.eval_interval == 0 and step < plan.steps:
-            log.validation(step, **evaluate(engine, val_rows, loss_fn, args.batch_size, start.bytes_of_token))
-        if saves.due(step, overdue) or step == plan.steps:  # the last one before what else may fail
-            counters |= {"seconds": time.perf_counter() - begin, "loss": loss}
-            log.flush()
-            start.files.save(engine, start.tokenizer, record, step, counters)
+    def validate(engine) -> dict:
+        return evaluate(engine, val_rows, loss_fn, run.batch_size, bytes_of_token)
+
+    session = Session(run, plan, recipe, world, validate)
+    engine, feed = session.engine, Feed(train_rows, plan, world.device)
+    batches = feed.micro_batches(session.step)
+    count, tokens = world.sum(*amounts(batches))
+    for step in session.steps():
+        sums = add_gradients(engine, batches, loss_fn, count, tokens)
+        # A GPU is still at work on what was queued: meanwhile the next step's batches are fetched.
+        batches = feed.micro_batches(step + 1)
+        # Processes wait for each other once a step. What else they have to tell each other goes with the gradient's
+        # norm: how much the next step holds, and whether one of them was told to stop or wants to save.
+        news = (*amounts(batches), *session.news())
+        numbers, (next_count, next_tokens, *told) = move_weights(engine, sums, count, session.rate_factor, step, news)
+        session.end_step(numbers, {"tokens": tokens}, *told)
+        count, tokens = next_count, next_tokens
     feed.close()
 
-    finished = step == plan.steps
-    validation = {"val_loss": None, "val_bits_per_byte": None}
-    if finished:
-        validation = evaluate(engine, val_rows, loss_fn, args.batch_size, start.bytes_of_token)
-        log.validation(step, **validation)
+    validation = NO_VALIDATION
+    if session.finished:
+        validation = session.validation()
         validation |= report(engine) if report else {}
-    counters["seconds"] = time.perf_counter() - begin
-    result = {
-        "stage": args.stage, "steps": step, "tokens": counters["tokens"], "loss": loss, **validation,
-        **shares,
-    }  # fmt: skip
-    return end_run(start, engine, log, stop, record, step, counters, finished, result)
+    return session.close(validation | train_rows.shares())
 
 
-def end_run(start, engine, log, stop, record: dict, step: int, counters: dict, finished: bool, result: dict, curve=()):
-    """Writes the weights or, where the run was told to stop, its state, and returns the result that is printed.
-
-    curve: Log.draw_curve's arguments. Exits 130 or 143 where the run was told to stop.
-    """
-    world = engine.world
-    result |= {
-        "seconds": counters["seconds"], "tokens_per_second": counters["tokens"] / max(counters["seconds"], 1e-9),
-        "peak_memory_bytes": max(world.gather(logs.peak_memory(world.device))), "weights": str(start.files.weights),
-    }  # fmt: skip
-    log.flush()
-    if finished:
-        start.files.finish(engine, start.tokenizer, record | {"result": result})
-    else:
-        result["stopped"] = True
-        start.files.save(engine, start.tokenizer, record, step, counters)
-    log.draw_curve(*curve)
-    log.close()  # last: a service may wait for its network, and all is saved by now
-    stop.restore()
-    if world.first and not finished:
-        print(f"stopped at step {step}; to go on: {resume_command()}")
-    finish_here(result)
-    if not finished:
-        sys.exit(128 + max(world.gather(stop.signal)))
-    return result
-
-
-def open_log(start, world, plan, step: int, recipe: dict, run_id: str) -> logs.Log:
-    """The run's log, with the services the flags name attached."""
-    total = start.model.config.parameter_count()
-    flops = logs.flops_per_token(start.model.config, start.args.seq_len, min(1.0, learned_parameters(start) / total))
-    services = world.on_first(lambda: trackers(start.args, start.files, recipe, run_id, step)) or ()
-    return logs.Log(start.files, world, plan.steps, flops, start.args.log_interval, step, services)
-
-
-def take_step(engine: Engine, micro_batches, loss_fn, factor: float, step: int) -> tuple[dict, int]:
-    """One step of the optimizer over this process's micro-batches -> (numbers for the log, real tokens of all)."""
-    weight, tokens = engine.world.sum(*amounts(micro_batches))
-    sums = add_gradients(engine, micro_batches, loss_fn, weight, tokens)
-    numbers, _ = move_weights(engine, sums, weight, factor, step)
-    return numbers, int(tokens)
-
-
-def add_gradients(engine: Engine, micro_batches, loss_fn, weight: float, tokens: float) -> dict[str, torch.Tensor]:
+def add_gradients(engine: TrainingEngine, micro_batches, loss_fn, count: float, tokens: float) -> dict:
     """Forward and backward of this process's micro-batches -> sums of their numbers, left on the device.
 
-    weight, tokens: of the whole step, over all processes. "counted": the weight that loss_fn found. Nothing in here
+    count, tokens: of the whole step, over all processes. "counted": the count that loss_fn found. Nothing in here
     waits for a GPU, so the next work is queued before the last is done.
     """
     sums: dict[str, torch.Tensor] = {}
-    for i, batch in enumerate(micro_batches if weight else ()):
+    for i, batch in enumerate(micro_batches if count else ()):
         with engine.micro_batch(last=i == len(micro_batches) - 1):
-            # What a mean over this micro-batch's real tokens is multiplied by to become, after the division by the
-            # step's weight, its part of the mean over the step's real tokens.
-            aux_scale = int(batch["real_tokens"]) * weight / max(tokens, 1)
-            batch = to_device(batch, engine.world.device) | {"aux_scale": aux_scale}
             with engine.autocast():
-                loss, count, extra = loss_fn(engine.model, batch)
-            engine.backward(loss / weight)
-        for name, value in {"counted": count, "loss": loss.detach(), **extra}.items():
+                loss, counted, numbers, balance = loss_fn(engine.model, to_device(batch, engine.world.device))
+            found = {"counted": counted, "loss": loss.detach()}
+            if balance is not None:
+                # It is a mean over this micro-batch's real tokens. Times their number it is a sum, and divided by the
+                # step's tokens a part of the mean over the step. Times the count, since all is divided by that below.
+                balance = balance * (int(batch["real_tokens"]) * count / max(tokens, 1))
+                loss, found["balance"] = loss + balance, balance.detach()
+            engine.backward(loss / count)
+        for name, value in (found | numbers).items():
             sums[name] = sums[name] + value if name in sums else value
     return sums
 
 
-def move_weights(engine: Engine, sums: dict, weight: float, factor: float, step: int, news=()):
+def move_weights(engine: TrainingEngine, sums: dict, count: float, factor: float, step: int, news=()):
     """The optimizer's step, unless loss or gradient is not finite -> (numbers for the log, news).
 
-    sums: what add_gradients returned. news: numbers of this process; returned as their sums over all processes, which
-    meet here and nowhere else in a step. RunFailed before a gradient that is not finite reaches the weights, but for
-    float16's, which is a sign to the scaler and passed over.
+    sums: what add_gradients returned. factor: the share of the peak learning rate. news: numbers of this process;
+    returned as their sums over all processes, which meet here and nowhere else in a step. RunFailed before a gradient
+    that is not finite reaches the weights. float16's are passed over: they tell the scaler to scale the loss less.
     """
     world = engine.world
-    if weight == 0:
+    if count == 0:
         if world.first:
             print(f"warning: step {step + 1} has nothing to learn and is passed over", file=sys.stderr)
         return {}, world.sum(*news)
     norm = engine.gradient_norm()
-    mine = norm if world.first else norm * 0  # the same on all processes
-    counted, *totals = world.sum(*sums.values(), mine, *news)
-    if counted != weight:
-        raise RuntimeError(f"the loss counted {counted:.0f} targets, the rows {weight:.0f}")
-    names = [name for name in sums if name != "counted"]
-    numbers = {name: total / weight for name, total in zip(names, totals, strict=False)}
-    norm, *news = totals[len(names) :]
+    norm = norm if world.first else norm * 0  # all processes have the same one, and it is summed with the rest
+    *totals, norm = world.sum(*sums.values(), *news, norm)
+    news = totals[len(sums) :]
+    numbers = dict(zip(sums, totals, strict=False))
+    if (counted := numbers.pop("counted")) != count:
+        raise RuntimeError(f"the loss counted {counted:.0f} targets, the rows {count:.0f}")
+    numbers = {name: total / count for name, total in numbers.items()}
     if not math.isfinite(numbers["loss"]):
         raise RunFailed(f"the loss is {numbers['loss']} at step {step + 1}; {NOT_FINITE}")
     if math.isfinite(norm):
@@ -189,12 +143,20 @@ def move_weights(engine: Engine, sums: dict, weight: float, factor: float, step:
     return numbers | {"grad_norm": norm} | engine.numbers(), news
 
 
+def take_step(engine: TrainingEngine, micro_batches, loss_fn, factor: float, step: int) -> tuple[dict, int]:
+    """One whole step, for programs that measure one -> (numbers for the log, real tokens of all processes)."""
+    count, tokens = engine.world.sum(*amounts(micro_batches))
+    sums = add_gradients(engine, micro_batches, loss_fn, count, tokens)
+    numbers, _ = move_weights(engine, sums, count, factor, step)
+    return numbers, int(tokens)
+
+
 @torch.no_grad()
-def evaluate(engine: Engine, rows, loss_fn, batch_size: int, bytes_of_token) -> dict:
+def evaluate(engine: TrainingEngine, rows, loss_fn, batch_size: int, bytes_of_token) -> dict:
     """Loss over the validation rows of all processes, bits per byte of their text, and the loss function's own
-    numbers; None where there are no rows."""
+    numbers; None where there are no rows. bytes_of_token: see data.rows.token_bytes; None: no bits per byte."""
     if rows is None:
-        return {"val_loss": None, "val_bits_per_byte": None}
+        return dict(NO_VALIDATION)
     world = engine.world
     engine.module.eval()
     table = bytes_of_token.to(world.device) if bytes_of_token is not None else None
@@ -202,8 +164,8 @@ def evaluate(engine: Engine, rows, loss_fn, batch_size: int, bytes_of_token) -> 
     for indices in world.shares(len(rows), batch_size):
         batch = to_device(ready_for(world.device, rows.batch(indices), rows.most_documents), world.device)
         with engine.autocast():
-            loss, weight, numbers = loss_fn(engine.module, batch)
-        for name, value in {"weight": weight, "loss": loss, **numbers}.items():
+            loss, count, numbers, _ = loss_fn(engine.module, batch)
+        for name, value in {"count": count, "loss": loss, **numbers}.items():
             parts[name].append(value)
         if table is not None:
             parts["bytes"].append(learned_bytes(batch["labels"], table))
@@ -212,15 +174,33 @@ def evaluate(engine: Engine, rows, loss_fn, batch_size: int, bytes_of_token) -> 
     total = Counter()
     for part in world.gather(sums):
         total.update(part)
-    weight, n_bytes = total.pop("weight", 0), total.pop("bytes", 0)
-    if not weight:
-        return {"val_loss": None, "val_bits_per_byte": None}
+    count, n_bytes = total.pop("count", 0), total.pop("bytes", 0)
+    if not count:
+        return dict(NO_VALIDATION)
     nats = total.get("ce", total["loss"])
     return {
-        "val_loss": total.pop("loss") / weight,
+        "val_loss": total.pop("loss") / count,
         "val_bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
-        **{f"val_{name}": value / weight for name, value in total.items()},
+        **{f"val_{name}": value / count for name, value in total.items()},
     }
+
+
+# ------------------------------------------------------------------------------------------- what is around the steps
+def result_without_training(run, plan: Plan, recipe: dict, words, world) -> dict | None:
+    """The result where there is no step to take: of a run that is finished already, or of --dry_run. Else None.
+
+    Says what the run is about to do; words: its data, see announce.
+    """
+    check_alike(world, recipe, run.state)
+    if run.state is not None:
+        check_recipe(run.state["record"]["recipe"], recipe, run.files.state)
+    elif run.args.resume and (result := run.files.finished_result(recipe)):
+        return finish_here(result)
+    if world.first:
+        announce(run, plan, words, world)
+    if run.args.dry_run:
+        return finish_here({"stage": run.args.stage, "dry_run": True, "steps": plan.steps})
+    return None
 
 
 def check_alike(world, recipe: dict, state: dict | None) -> None:
@@ -232,3 +212,117 @@ def check_alike(world, recipe: dict, state: dict | None) -> None:
             f"the processes differ in {', '.join(differ)}; give every machine the same command and data, and an "
             "--out_dir on a disk that all of them share"
         )
+
+
+class Session:
+    """A run from its first step to its last, and all that it does beside learning: resume, log, validate, save, stop.
+
+        for step in session.steps():
+            ...                                            # learn, at session.rate_factor of the peak learning rate
+            session.end_step(numbers, amounts, *world.sum(*session.news()))
+        result = session.close(figures)
+
+    validate(engine) -> numbers of a validation. counters: further amounts to be summed over the steps, with the values
+    they begin with; they are part of the saved state.
+    """
+
+    def __init__(self, run, plan: Plan, recipe: dict, world, validate, **counters):
+        self.run, self.plan, self.world, self.validate = run, plan, world, validate
+        self.engine = make_engine(run.model, run.args, world)
+        self.step, self.counters = 0, {"tokens": 0, "seconds": 0.0, "loss": None, "run_id": new_run_id()} | counters
+        if (state := run.state) is not None:
+            # Taken out of the state: it would stay in memory for the whole run.
+            self.engine.load_state(state.pop("engine") | {"model": state.pop("model")}, run.files.shards)
+            self.step, self.counters = state["step"], self.counters | state["counters"]
+        self.record = run.record | {"recipe": recipe}
+        self.log = self._open_log(recipe)
+        self.stop, self.saves = StopSignals(), SaveTimes(run.args)
+        self.begin = time.perf_counter() - self.counters["seconds"]
+
+    def _open_log(self, recipe: dict) -> logs.Log:
+        """The run's log, with the services attached that the flags name."""
+        run, config = self.run, self.run.model.config
+        flops = logs.flops_per_token(
+            config, run.args.seq_len, min(1.0, learned_parameters(run) / config.parameter_count())
+        )
+        run_id = self.counters["run_id"]
+        services = self.world.on_first(lambda: trackers(run.args, run.files, recipe, run_id, self.step)) or ()
+        return logs.Log(run.files, self.world, self.plan.steps, flops, run.args.log_interval, self.step, services)
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.plan.steps
+
+    def steps(self):
+        """The number of each step to take, counted from 0, until the plan's end or until the run is told to stop."""
+        (self.stopping,) = self.world.sum(self.stop.signal)
+        while not self.finished and not self.stopping:
+            self.rate_factor = learning_rate_factor(
+                self.step, self.plan.steps, self.plan.warmup, self.run.args.schedule
+            )
+            yield self.step
+
+    def news(self) -> tuple[int, bool]:
+        """What this process has to tell the others in a step: a signal to stop, and whether a save is overdue."""
+        return self.stop.signal, self.saves.overdue()
+
+    def end_step(self, numbers: dict, amounts: dict[str, float], stopping: float, overdue: float) -> None:
+        """Logs a step that is done, then validates and saves where it is time.
+
+        numbers: for the log. amounts: what the step adds to the counters. stopping, overdue: the sums over all
+        processes of their news.
+        """
+        self.step += 1
+        self.stopping = stopping
+        self.counters["loss"] = numbers.get("loss", self.counters["loss"])
+        for name, amount in amounts.items():
+            self.counters[name] += int(amount)
+        rate = self.run.args.learning_rate * self.rate_factor
+        self.log.step(self.step, int(amounts["tokens"]), lr=rate, **numbers)
+        every = self.run.args.eval_interval
+        if every and self.step % every == 0 and not self.finished:
+            self.validation()
+        # The last step is saved before the last validation, and whatever else may fail at the end.
+        if self.saves.due(self.step, overdue) or self.finished:
+            self._save()
+
+    def validation(self) -> dict:
+        """Validates and logs the numbers."""
+        numbers = self.validate(self.engine)
+        self.log.validation(self.step, **numbers)
+        return numbers
+
+    def _save(self) -> None:
+        self.counters["seconds"] = time.perf_counter() - self.begin
+        self.log.flush()  # first: no power cut may leave a state that is ahead of its log
+        self.run.files.save(self.engine, self.run.tokenizer, self.record, self.step, self.counters)
+
+    def close(self, figures: dict, curve=()) -> dict:
+        """Writes the weights or, where the run was told to stop, its state -> the result, which is printed.
+
+        figures: what the stage adds to the result. curve: Log.draw_curve's arguments. Exits 130 or 143 where the run
+        was told to stop.
+        """
+        run, world, counters = self.run, self.world, self.counters
+        counters["seconds"] = time.perf_counter() - self.begin
+        result = {
+            "stage": run.args.stage, "steps": self.step, "tokens": counters["tokens"], "loss": counters["loss"],
+            **figures,
+            "seconds": counters["seconds"], "tokens_per_second": counters["tokens"] / max(counters["seconds"], 1e-9),
+            "peak_memory_bytes": max(world.gather(logs.peak_memory(world.device))), "weights": str(run.files.weights),
+        }  # fmt: skip
+        if self.finished:
+            self.log.flush()
+            run.files.finish(self.engine, run.tokenizer, self.record | {"result": result})
+        else:
+            result["stopped"] = True
+            self._save()
+        self.log.draw_curve(*curve)
+        self.log.close()  # last: a service may wait for its network, and all is saved by now
+        self.stop.restore()
+        if world.first and not self.finished:
+            print(f"stopped at step {self.step}; to go on: {resume_command()}")
+        finish_here(result)
+        if not self.finished:
+            sys.exit(128 + max(world.gather(self.stop.signal)))
+        return result

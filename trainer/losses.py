@@ -1,7 +1,8 @@
-"""What is minimised, as pure functions of numbers. Each returns a sum and what to divide it by, never a mean.
+"""Losses as pure functions of numbers. Each returns a sum and what to divide it by, never a mean.
 
-A mean over one micro-batch cannot be averaged with others of another size; sums can be added, over micro-batches and
-processes, and divided once.
+A step's loss is a mean over all its tokens. The mean of micro-batches' means is another number where they differ in
+size: of 1 token with loss 4 and 3 tokens with loss 0 the mean is 1, the mean of the means is 2. Sums can be added, over
+micro-batches and processes, and divided once. The stages' default loss, `language_model`, stands in trainer/loop.py.
 """
 
 import math
@@ -23,37 +24,9 @@ def lm_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(predictions, targets, ignore_index=-100, reduction="sum"), (targets != -100).sum()
 
 
-def inputs(batch: dict) -> dict:
-    """What of a batch the model reads."""
-    return {name: batch[name] for name in ("input_ids", "segment_ids", "document_ends") if name in batch}
-
-
-def language_model(model, batch: dict) -> tuple[Tensor, Tensor, dict]:
-    """The loss of pretraining and of every kind of SFT: cross-entropy, and the experts' balance loss if any."""
-    out = model(**inputs(batch), labels=batch["labels"], reduction="none")
-    loss, numbers = with_balance(out.loss.sum(), out, batch)
-    return loss, learned_targets(batch["labels"]), numbers
-
-
-def learned_targets(labels: Tensor) -> Tensor:
-    """How many targets labels (B, T) hold: those that are learned, but no row's first token, which nothing predicts."""
-    return (labels[:, 1:] != -100).sum()
-
-
-def with_balance(loss: Tensor, out, batch: dict) -> tuple[Tensor, dict]:
-    """Adds the experts' balance loss of a forward pass, if there is one -> (sum, numbers that tell the two apart).
-
-    batch["aux_scale"] (a number the loop sets) makes the balance loss a mean over the step's real tokens, in the unit
-    of the sum: see trainer/loop.py.
-    """
-    if out.aux_loss is None:
-        return loss, {}
-    balance = out.aux_loss * batch["aux_scale"]
-    return loss + balance, {"loss": loss.detach(), "balance": balance.detach()}
-
-
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum of the values where the mask is true; values[mask].sum() would make a GPU tell how many those are first."""
+    """Sum of the values where the mask is true. Not values[mask].sum(): its result has a size that the CPU must know,
+    so it would wait for the GPU."""
     return torch.where(mask, values, 0.0).sum()
 
 
@@ -76,7 +49,9 @@ def segment_log_probs(nats: Tensor, labels: Tensor, segment_ids: Tensor, n: int)
     nats (B, T - 1) each target's cross-entropy, labels (B, T), segment_ids (B, T) with 0 for padding and documents
     numbered 1 to n.
     """
-    document = segment_ids[:, 1:]  # a document's first token is no target of its own: no target belongs to two
+    # A target belongs to the document of its own token. A document's first token has no target (label -100), so no sum
+    # mixes two documents. Column 0 collects the padding, and is cut off.
+    document = segment_ids[:, 1:]
     sums = nats.new_zeros(len(nats), n + 1).scatter_add(1, document, -nats)
     counts = nats.new_zeros(len(nats), n + 1).scatter_add(1, document, (labels[:, 1:] != -100).to(nats.dtype))
     return sums[:, 1:], counts[:, 1:]
@@ -85,7 +60,8 @@ def segment_log_probs(nats: Tensor, labels: Tensor, segment_ids: Tensor, n: int)
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0, kind="sigmoid"):
     """Loss of each pair from the log-probabilities (nats) of its answers under policy and frozen reference, (n,) each.
 
-    h is how much more than the reference the policy prefers the chosen answer.
+    h is how much more than the reference the policy prefers the chosen answer: the difference of two log-ratios. beta
+    h is the difference of the implicit rewards.
     sigmoid  -log sigmoid(beta h) (Rafailov et al. 2023, arXiv 2305.18290); label_smoothing is the share of pairs whose
              answers are thought to be swapped
     ipo      (h - 1 / (2 beta))^2, of log-probabilities per token: stops at a margin instead of growing for ever (Azar
@@ -134,8 +110,8 @@ def token_log_probs(logits: Tensor, labels: Tensor, temperature: float) -> Tenso
 def group_advantages(rewards: Tensor) -> Tensor:
     """How much better each answer is than its group, in the group's standard deviations: (Q, G) -> (Q, G).
 
-    One row a question, one column an answer. A group of equal rewards teaches nothing: zeros. The deviation is the
-    unbiased one, with 1e-4 added, as in trl.
+    One row a question, one column an answer. In a group of equal rewards all advantages are 0: nothing is learned from
+    it. The deviation is the unbiased one, with 1e-4 added, as in trl.
     """
     return (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, keepdim=True) + 1e-4)
 
@@ -155,10 +131,11 @@ def grpo_loss(log_probs: Tensor, old: Tensor, reference: Tensor | None, advantag
     same, not every answer (Yu et al. 2025, DAPO, arXiv 2503.14476): a mean over each answer first would punish long
     wrong answers less than short ones.
     """
-    advantage = advantages[:, None]
+    advantage = advantages[:, None]  # one of an answer, the same for each of its tokens
     ratio = (log_probs - old).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     per_token = -torch.minimum(ratio * advantage, clipped * advantage)
+    # Where the clipped term is the smaller one the gradient is 0: the token has moved as far as one step may move it.
     away = torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantage != 0)
     numbers = {"clip_share": (away & mask).sum()}
     if reference is not None:

@@ -23,19 +23,22 @@ def training_bytes(config, args, world, batch_size: int, trainable: int, others=
     states = 4 * (total + (1 + moments) * trainable)
     tokens, V, T = batch_size * args.seq_len, config.vocab_size, args.seq_len
     half = world.dtype != torch.float32
-    by_lengths = DocumentLengths.served(world.device, world.dtype, config.head_dim)  # and without a mask
+    # Kernels that take the documents' lengths need no mask of T x T numbers a row.
+    by_lengths = DocumentLengths.served(world.device, world.dtype, config.head_dim)
     layer = layer_bytes(config, world) * tokens
-    between = 4 * config.dim * tokens  # what passes from layer to layer
+    between = 4 * config.dim * tokens  # the residual stream between two layers, float32
     masks = 5 * batch_size * T**2  # True or False, and the number that is added to a score
     if half:
         states += 2 * total  # autocast's copies of the weights
         masks = 0 if by_lengths else (1 + 2 * config.n_layers) * batch_size * T**2
+    # With checkpointing only each layer's input is kept, and the insides of one layer at a time.
     kept = between * config.n_layers + layer if args.gradient_checkpointing else layer * config.n_layers
     if world.device.type == "cuda":
-        # Computed again in the backward pass a chunk at a time, and gone before the layers' gradients are there.
+        # The largest of two that are not there together: the logits of one chunk, computed again in the backward pass,
+        # and after them the gradients inside a layer.
         working = max(14 * min(tokens, LOSS_CHUNK_GPU) * V, 2 * layer)
     else:
-        working = 8 * tokens * V  # log-probabilities, and as much again that the allocator does not give back
+        working = 8 * tokens * V  # log-probabilities, and as much again that the allocator keeps
     return int(states + kept + working + 2 * between + masks + FRAMEWORK.get(world.device.type, 0))
 
 
@@ -70,7 +73,8 @@ def feed_forward_numbers(config, world) -> int:
 def rows_that_fit(config, args, world, trainable: int) -> tuple[int, int]:
     """(--batch_size, --accumulation_steps) of the same step with as many rows together as a GPU's memory takes.
 
-    A small model's kernels are so short that starting them takes longer than they do; with more rows they are fewer.
+    A small model's kernels are so short that launching one takes longer than running it: fewer, larger micro-batches
+    take less time.
     """
     rows = args.batch_size * args.accumulation_steps
     room = FILLED * device_bytes(world.device)
@@ -91,7 +95,7 @@ def memory_line(config, args, world, batch_size: int, trainable: int, others=0) 
 
 
 def what_to_lower(args) -> str:
-    """For a run whose memory was not enough: flags that need less of it, the one that changes nothing else first."""
+    """For a run that ran out of memory: flags that need less of it, the one that changes nothing else first."""
     ways = []
     if args.batch_size > 1:
         size = next(n for n in range(args.batch_size // 2, 0, -1) if args.batch_size % n == 0)

@@ -10,31 +10,34 @@ from common.errors import UserError
 
 
 class Plan:
-    """Which rows each micro-batch of each step holds, a function of the step alone."""
+    """Which rows each micro-batch of each step holds, a function of the step alone.
 
-    def __init__(self, rows, args, world, state: dict | None):
-        self.world, self.batch_size, self.accumulation_steps = world, args.batch_size, args.accumulation_steps
-        per_micro_step = args.batch_size * world.size
-        if state is not None:  # a resumed run keeps its global batch with whatever processes it has now
-            wanted = state["record"]["recipe"]["rows_per_step"]
-            if wanted % per_micro_step:
+    group: so many rows in a row belong to one step; the last epoch is not cut inside of a group.
+    """
+
+    def __init__(self, run, rows, world, group: int = 1):
+        self.world, self.batch_size, self.accumulation_steps = world, run.batch_size, run.accumulation_steps
+        args, together = run.args, run.batch_size * world.size  # rows of one micro-batch of all processes
+        if run.state is not None:  # a resumed run keeps its global batch with whatever processes it has now
+            wanted = run.state["record"]["recipe"]["rows_per_step"]
+            if wanted % together:
                 raise UserError(
                     f"the run's steps of {wanted} rows cannot be made of {world.size} processes with --batch_size "
-                    f"{args.batch_size}; choose a batch size that divides {wanted // world.size}"
+                    f"{run.batch_size}; choose a batch size that divides {wanted // world.size}"
                 )
-            self.accumulation_steps = wanted // per_micro_step
-        self.rows_per_step = per_micro_step * self.accumulation_steps
-        self.total_rows = math.ceil(args.epochs * len(rows))
-        self.steps = math.ceil(self.total_rows / self.rows_per_step)
+            self.accumulation_steps = wanted // together
+        self.global_batch_size = together * self.accumulation_steps  # rows of a step
+        self.total_rows = math.ceil(math.ceil(args.epochs * len(rows)) / group) * group
+        self.steps = math.ceil(self.total_rows / self.global_batch_size)
         if args.max_steps is not None:
-            self.steps, self.total_rows = args.max_steps, args.max_steps * self.rows_per_step
+            self.steps, self.total_rows = args.max_steps, args.max_steps * self.global_batch_size
         self.warmup = round(args.warmup * self.steps) if args.warmup < 1 else int(args.warmup)
         if len(rows) < world.size:
             raise UserError(f"{len(rows)} row(s) of data cannot be shared by {world.size} processes")
 
     def rows(self, step: int, micro_batch: int) -> list[int]:
         """Global indices of this process's rows; -1, an empty row, past the end of the last epoch."""
-        first = step * self.rows_per_step + (micro_batch * self.world.size + self.world.rank) * self.batch_size
+        first = step * self.global_batch_size + (micro_batch * self.world.size + self.world.rank) * self.batch_size
         return [i if i < self.total_rows else -1 for i in range(first, first + self.batch_size)]
 
 

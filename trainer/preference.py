@@ -16,10 +16,11 @@ from common.errors import UserError
 from common.files import replaced
 from data.token_cache import usable
 from model.weights_file import fingerprint
-from trainer.losses import inputs, segment_log_probs
-from trainer.setup import load_weights
+from trainer.loop import inputs
+from trainer.losses import segment_log_probs
+from trainer.setup import Run, load_weights
 
-FROZEN = "reference_weights"  # under which a recipe has their fingerprint; "reference" is what DPO's flag says
+FROZEN = "reference_weights"  # their fingerprint's name in a recipe, where "reference" is what DPO's flag says
 RESAMPLES = 2000  # of the bootstrap
 
 
@@ -29,6 +30,11 @@ def pair_log_probs(model, batch: dict):
     return out, *segment_log_probs(out.loss, batch["labels"], batch["segment_ids"], batch["documents"].shape[1])
 
 
+def chosen_and_rejected(values):
+    """(B, S), a column for each segment of a row -> the chosen answers' and the rejected ones', (B, S / 2) each."""
+    return values[:, ::2], values[:, 1::2]
+
+
 @torch.no_grad()
 def answers_of(model, rows, world, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Log-probability and tokens of the answer in each document of the rows' caches, 0 where rows leave one out.
@@ -36,17 +42,40 @@ def answers_of(model, rows, world, batch_size: int) -> tuple[np.ndarray, np.ndar
     Every process computes a share of the rows; all get the whole. The model is left in eval mode.
     """
     model.to(world.device).eval()
-    found = np.zeros((2, sum(map(len, rows.caches))))
+    found = np.zeros((2, sum(map(len, rows.caches))))  # each process fills in its own documents, the rest stays 0
     for indices in world.shares(len(rows), batch_size):
         batch = rows.batch(indices)
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
         with world.autocast():
             _, log_probs, counts = pair_log_probs(model, batch)
-        real = batch["documents"] >= 0
+        real = batch["documents"] >= 0  # not the empty places of rows with fewer documents than the fullest one
         where = batch["documents"][real].cpu().numpy()
         found[0, where], found[1, where] = log_probs[real].cpu().numpy(), counts[real].cpu().numpy()
     log_probs, counts = sum(world.gather(found)).astype(np.float32)
     return log_probs, counts
+
+
+def bound_to_its_start(run: Run) -> Run:
+    """The run, with the fingerprint of the weights it began with in its recipe: they are its frozen reference."""
+    begun_with = run.state["record"]["recipe"].get(FROZEN) if run.state else None
+    return run.using(**{FROZEN: begun_with or fingerprint(run.model)})
+
+
+def starting_model(run: Run):
+    """The weights that the run began with; UserError where they have changed since. Before its first step they are
+    run.model itself, which the caller has to copy."""
+    if run.state is None:
+        return run.model
+    origin = run.record["came_from"]
+    model = load_weights(origin, run.record.get("preset"))[0]
+    if fingerprint(model) != run.fixed[FROZEN]:
+        raise UserError(f"{origin} is no longer what this run began with, its reference; --overwrite starts afresh")
+    return model
+
+
+def frozen_copy(model):
+    """What `model` learns does not change it."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 class Reference:
@@ -56,37 +85,30 @@ class Reference:
     itself at every step.
     """
 
-    def __init__(self, start):
-        self.start, self.args, self.live = start, start.args, None
-        recipe = start.state["record"]["recipe"] if start.state else {FROZEN: fingerprint(start.model)}
-        if FROZEN not in recipe:  # of an earlier version, in which it stood over what --reference said
-            recipe[FROZEN] = recipe.pop("reference")
-        start.fixed[FROZEN] = recipe[FROZEN]
-
-    def model(self):
-        """The weights that the run began with; UserError where they have changed since."""
-        start, origin = self.start, self.start.record["came_from"]
-        if start.state is None:
-            return start.model
-        model = load_weights(origin, start.record.get("preset"))[0]
-        if fingerprint(model) != start.fixed[FROZEN]:
-            raise UserError(f"{origin} is no longer what this run began with, its reference; --overwrite starts afresh")
-        return model
+    def __init__(self, run: Run):
+        self.run, self.args, self.live = run, run.args, None
 
     def ready(self, rows, world) -> None:
         """Loads the live model, or sees to it that the batches of `rows` (training, validation) bring the numbers."""
         if self.args.dry_run:
             return
         if self.args.reference == "live":
-            self.live = copy.deepcopy(self.model()).to(world.device).requires_grad_(False).eval()
-            self.start.other_parameters = self.live.num_parameters()
+            self.live = frozen_copy(starting_model(self.run)).to(world.device)
             return
         for part in filter(None, rows):
             part.per_document["reference"] = self._cached(part, world)
 
+    @property
+    def parameters(self) -> int:
+        """Of the second model in memory; 0 where the numbers are kept in a file."""
+        return self.live.num_parameters() if self.live is not None else 0
+
     def _cached(self, rows, world) -> np.ndarray:
+        """Its log-probability of each document's answer, (documents of the caches,): from the file of an earlier run,
+        or computed and kept."""
+        # Whatever changes the numbers is part of the file's name: weights, data, the cutting of rows, the arithmetic.
         caches = [cache.folder.name for cache in rows.caches]
-        key = json.dumps([self.start.fixed[FROZEN], caches, rows.seq_len, str(world.dtype)]).encode()
+        key = json.dumps([self.run.fixed[FROZEN], caches, rows.seq_len, str(world.dtype)]).encode()
         digest = hashlib.blake2b(key + rows.documents.tobytes(), digest_size=8).hexdigest()
         path = Path(self.args.out_dir) / "cache" / f"reference-{digest}.npy"
         if world.gather(path.exists())[0]:
@@ -95,7 +117,7 @@ class Reference:
                     return np.load(path)
             except (OSError, ValueError, EOFError) as error:
                 raise UserError(f"{path} is damaged ({error}); delete it, and it is made again") from None
-        values, _ = answers_of(self.model(), rows, world, self.args.batch_size)
+        values, _ = answers_of(starting_model(self.run), rows, world, self.run.batch_size)
         world.on_first(lambda: keep(path, values))
         return values
 
@@ -110,9 +132,10 @@ class Reference:
         def figures(engine) -> dict:
             if rows is None:
                 return {}
-            after, counts = answers_of(engine.module, rows, world, self.args.batch_size)
+            after, counts = answers_of(engine.module, rows, world, self.run.batch_size)
+            # The reference is the model before training: its numbers are there already, or computed by the live one.
             before = rows.per_document.get("reference")
-            before = answers_of(self.live, rows, world, self.args.batch_size)[0] if before is None else before
+            before = answers_of(self.live, rows, world, self.run.batch_size)[0] if before is None else before
             return preference_report(*(x[rows.documents] for x in (before, after, counts)))
 
         return figures
@@ -120,7 +143,7 @@ class Reference:
 
 def keep(path: Path, values: np.ndarray) -> None:
     """Writes them as numpy's file."""
-    content = io.BytesIO()  # numpy itself tells no reason where a file takes no more
+    content = io.BytesIO()  # into memory first: of a full disk numpy's own error does not give the reason
     np.save(content, values)
     with usable(path), replaced(path) as file:
         file.write(content.getbuffer())
@@ -149,6 +172,7 @@ def preference_report(before: np.ndarray, after: np.ndarray, counts: np.ndarray)
 
 def paired_bootstrap(before: np.ndarray, after: np.ndarray, resamples=RESAMPLES) -> list[float]:
     """95% interval of mean(after) - mean(before) when the pairs are drawn again with replacement; (n,) each."""
+    # Paired: a pair is drawn with its values before and after, so how hard the pairs are does not widen the interval.
     difference = after.astype(float) - before.astype(float)
     rng, n = np.random.default_rng(0), len(difference)
     means = [difference[rng.integers(n, size=n)].mean() for _ in range(resamples)]

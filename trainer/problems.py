@@ -1,4 +1,4 @@
-"""Questions whose answers can be checked: what reinforcement learns from.
+"""Problems, questions whose answers can be checked: what reinforcement learns from.
 
 A row is {"question": ..., "answer": ...}, or a worked example {"conversations": [...]} whose last message holds
 <answer>...</answer>: what was asked is then the conversation before it, and its thinking is not looked at.
@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -20,40 +19,40 @@ from trainer.rewards import known_answer
 
 
 @dataclass
-class Question:
+class Problem:
     """prompt: token ids up to where the assistant begins to speak; answer: the known one, in words."""
 
     prompt: list[int]
     answer: str
 
 
-class Questions:
-    """What is asked, `group` times each: index i is answer i % group to a question; epochs are shuffled by the seed."""
+class Problems:
+    """The problems in the order they are posed, each `group` times in a row; epochs are shuffled by the seed."""
 
-    caches = ()  # nothing is tokenised into files: a run knows its questions by their digest
+    caches = ()  # nothing is tokenised into files: a run knows its problems by their digest
 
-    def __init__(self, questions: list[Question], group: int, seed: int):
-        self.questions, self.group, self.seed = questions, group, seed
+    def __init__(self, problems: list[Problem], group: int, seed: int):
+        self.problems, self.group, self.seed = problems, group, seed
         self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         """Answers of an epoch."""
-        return len(self.questions) * self.group
+        return len(self.problems) * self.group
 
-    def __getitem__(self, index: int) -> Question:
-        """The question of a global index (epoch * len + place in the epoch)."""
-        epoch, place = divmod(index // self.group, len(self.questions))
+    def __getitem__(self, index: int) -> Problem:
+        """The problem of a global index (epoch * len + place in the epoch)."""
+        epoch, place = divmod(index // self.group, len(self.problems))
         if epoch not in self._orders:
-            self._orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.questions))}
-        return self.questions[self._orders[epoch][place]]
+            self._orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.problems))}
+        return self.problems[self._orders[epoch][place]]
 
     def digest(self) -> str:
-        """16 hex digits of all questions and answers."""
-        content = json.dumps([(q.prompt, q.answer) for q in self.questions])
+        """16 hex digits of all prompts and answers."""
+        content = json.dumps([(q.prompt, q.answer) for q in self.problems])
         return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def as_question(record: dict) -> tuple[list[dict], str]:
+def as_problem(record: dict) -> tuple[list[dict], str]:
     """A row -> (messages that ask, known answer); raises BadRow."""
     if "question" in record:
         question, answer = record["question"], record.get("answer")
@@ -72,13 +71,13 @@ def as_question(record: dict) -> tuple[list[dict], str]:
     return messages, answer
 
 
-def read_questions(paths, tokenizer, longest: int, skip_bad_lines=False) -> list[Question]:
-    """All questions of the files. longest: tokens a prompt may have. Raises UserError naming file and line."""
+def read_problems(paths, tokenizer, longest: int, skip_bad_lines=False) -> list[Problem]:
+    """All problems of the files. longest: tokens a prompt may have. Raises UserError naming file and line."""
     found, skipped = [], []
     for path in paths:
         for line, raw in raw_rows(path):
             try:
-                messages, answer = as_question(parse_record(raw))
+                messages, answer = as_problem(parse_record(raw))
                 prompt = render(tokenizer, messages, add_generation_prompt=True)[0]
                 if len(prompt) > longest:
                     raise BadRow(f"the question has {len(prompt)} tokens, with --max_new_tokens more than --seq_len; "
@@ -88,7 +87,7 @@ def read_questions(paths, tokenizer, longest: int, skip_bad_lines=False) -> list
                     raise UserError(f"{path}:{line}: {error} (--skip_bad_lines leaves such lines out)") from None
                 skipped.append(f"{path}:{line}: {error}")
                 continue
-            found.append(Question(prompt, answer))
+            found.append(Problem(prompt, answer))
     if skipped:
         note(f"{len(skipped)} bad line(s) left out, the first: {skipped[0]}")
     if not found:
@@ -96,28 +95,30 @@ def read_questions(paths, tokenizer, longest: int, skip_bad_lines=False) -> list
     return found
 
 
-def split_questions(questions: list[Question], val_split: float) -> tuple[list[Question], list[Question]]:
-    """(for training, held out): the hash of what is asked decides, so copies fall on the same side."""
+def split_problems(problems: list[Problem], val_split: float) -> tuple[list[Problem], list[Problem]]:
+    """(for training, held out): the prompt's hash decides, so copies fall on the same side."""
 
-    def held_out(question: Question) -> bool:
-        digest = hashlib.blake2b(json.dumps(question.prompt).encode(), digest_size=8, person=b"question").digest()
+    def held_out(problem: Problem) -> bool:
+        digest = hashlib.blake2b(json.dumps(problem.prompt).encode(), digest_size=8, person=b"question").digest()
         return int.from_bytes(digest, "little") < val_split * 2**64
 
-    train = [q for q in questions if not held_out(q)]
+    train = [problem for problem in problems if not held_out(problem)]
     if not train:
         raise UserError(f"--val_split {val_split} leaves no question to train on; lower it or bring more")
-    return train, [q for q in questions if held_out(q)]
+    return train, [problem for problem in problems if held_out(problem)]
 
 
-def load_questions(start, val_files: list[Path]) -> tuple[Questions, list[Question]]:
-    """The stage's questions (training, held out), from its data files; val_files: hold out these instead of a part."""
-    args = start.args
+def load_problems(files, tokenizer, args, val_files=()) -> tuple[Problems, list[Problem]]:
+    """The stage's problems (training, held out); val_files: hold out these instead of a part."""
     longest = args.seq_len - args.max_new_tokens
-    questions = read_questions(start.data_files, start.tokenizer, longest, args.skip_bad_lines)
+    problems = read_problems(files, tokenizer, longest, args.skip_bad_lines)
     if val_files:
-        held_out = read_questions(val_files, start.tokenizer, longest, args.skip_bad_lines)
+        held_out = read_problems(val_files, tokenizer, longest, args.skip_bad_lines)
     else:
-        questions, held_out = split_questions(questions, args.val_split)
-    rows = Questions(questions, args.group, args.seed)
-    start.fixed |= {"questions": rows.digest(), "held_out": Questions(held_out, 1, 0).digest()}
-    return rows, held_out
+        problems, held_out = split_problems(problems, args.val_split)
+    return Problems(problems, args.group, args.seed), held_out
+
+
+def fingerprints(problems: Problems, held_out: list[Problem]) -> dict[str, str]:
+    """By the names under which a run's recipe has them."""
+    return {"questions": problems.digest(), "held_out": Problems(held_out, 1, 0).digest()}

@@ -14,11 +14,11 @@ BATCH = ("batch_size", "accumulation_steps")
 SHAPE_FLAGS = {  # fields of LMConfig that can be set on the command line, and what they are
     "dim": (int, "width of the model"), "n_layers": (int, "decoder layers"), "n_heads": (int, "query heads"),
     "n_kv_heads": (int, "key/value heads"), "hidden_dim": (int, "width of a feed-forward block"),
-    "use_moe": (bool, "experts in place of feed-forward blocks"),
-    "n_routed_experts": (int, "experts a token can go to"), "n_shared_experts": (int, "experts all tokens go through"),
-    "num_experts_per_tok": (int, "experts a token goes to"), "moe_hidden_dim": (int, "width of an expert"),
-    "aux_loss_alpha": (float, "weight of the experts' balance loss"), "qk_norm": (bool, "norm on queries and keys"),
-    "dropout": (float, "share of activations zeroed in training"),
+    "use_moe": (bool, "mixture of experts in place of feed-forward blocks"),
+    "n_routed_experts": (int, "routed experts"), "n_shared_experts": (int, "shared experts"),
+    "num_experts_per_tok": (int, "experts a token is sent to (top k)"), "moe_hidden_dim": (int, "width of an expert"),
+    "aux_loss_alpha": (float, "weight of the load-balancing loss"), "qk_norm": (bool, "RMSNorm on queries and keys"),
+    "dropout": (float, "dropout probability"),
 }  # fmt: skip
 
 
@@ -72,21 +72,23 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
     parser.set_defaults(default_batch={name: d[name] for name in BATCH})
     told = ", ".join(f"{rate:g} for {name}" for name, rate in rates.items())
     told = told if len(set(rates.values())) > 1 else f"{rates['adamw']:g}"
-    g.add_argument("--learning_rate", type=float, metavar="N", help=f"peak rate ({told})")
+    g.add_argument("--learning_rate", type=float, metavar="N", help=f"peak learning rate ({told})")
     g.add_argument("--optimizer", choices=("adamw", "muon"), help=f"({d['optimizer']}; with --deepspeed adamw)")
     g.add_argument("--schedule", choices=("cosine", "wsd"), default=d["schedule"], help=f"({d['schedule']})")
     g.add_argument("--warmup", type=float, default=d["warmup"], metavar="N",
-                   help=f"steps of rising rate; below 1 a share of all steps ({d['warmup']})")  # fmt: skip
+                   help=f"linear warmup: steps, or below 1 a share of all steps ({d['warmup']})")  # fmt: skip
     g.add_argument("--weight_decay", type=float, default=d["weight_decay"], metavar="N", help=f"({d['weight_decay']})")
-    g.add_argument("--grad_clip", type=float, default=1.0, metavar="N", help="largest gradient norm, 0: no limit (1.0)")
+    g.add_argument(
+        "--grad_clip", type=float, default=1.0, metavar="N", help="gradient clipping: largest norm, 0: none (1.0)"
+    )
     g.add_argument("--seed", type=int, default=42, metavar="N", help="of weights, order and dropout (42)")
 
     g = parser.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (auto)")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                   help="of the arithmetic; weights stay float32 (auto: bfloat16 where the GPU has it)")  # fmt: skip
+                   help="mixed precision; weights stay float32 (auto: bfloat16 where the GPU has it)")  # fmt: skip
     parser.flag(g, "compile", False, "compile the model with torch.compile")
-    parser.flag(g, "gradient_checkpointing", False, "less memory, a third more time")
+    parser.flag(g, "gradient_checkpointing", False, "activation checkpointing: less memory, a third more time")
     g.add_argument("--deepspeed", nargs="?", const=str(DEEPSPEED_CONFIG), metavar="CONFIG.json",
                    help="train by DeepSpeed, as this file says (trainer/deepspeed.json), see docs")  # fmt: skip
     g.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="set by launchers, not used")
@@ -96,7 +98,7 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
 
 
 def add_watching(parser: Parser, val_split: float) -> None:
-    """The flags that change what is said, measured and kept of a run, not how it learns."""
+    """The flags of logging, validation and saving: they do not change how a run learns."""
     g = parser.add_argument_group("watching")
     g.add_argument("--log_interval", type=int, default=10, metavar="STEPS", help="steps between printed lines (10)")
     g.add_argument("--eval_interval", type=int, default=200, metavar="STEPS",

@@ -17,7 +17,7 @@ import torch.distributed as torch_dist
 
 from common.device import device_and_dtype, upload
 from common.errors import RunFailed, UserError, disk_fault, out_of_memory
-from trainer.heartbeat import PATIENCE, Watch
+from trainer.heartbeat import PATIENCE, Heartbeat
 from trainer.memory import what_to_lower
 
 
@@ -35,19 +35,15 @@ class World:
         return self.rank == 0
 
     def sum(self, *numbers: float | torch.Tensor) -> list[float]:
-        """Each number summed over all processes, in float64. Numbers on a GPU are waited for together, once."""
+        """Each number summed over all processes, in float64. A GPU is waited for once, for all of them together."""
+        if self.size == 1 and not any(isinstance(x, torch.Tensor) for x in numbers):
+            return [float(x) for x in numbers]
         kind = torch.float32 if self.device.type == "mps" else torch.float64
-        there = [x.detach().to(kind) for x in numbers if isinstance(x, torch.Tensor)]
-        here = [float(x) for x in numbers if not isinstance(x, torch.Tensor)]
-        if self.size == 1:
-            values = torch.stack(there).tolist() if there else []
-        else:
-            total = torch.stack([*there, *upload(here, self.device, kind)])
+        ours = iter(upload([float(x) for x in numbers if not isinstance(x, torch.Tensor)], self.device, kind))
+        total = torch.stack([x.detach().to(kind) if isinstance(x, torch.Tensor) else next(ours) for x in numbers])
+        if self.size > 1:
             torch_dist.all_reduce(total)
-            values = total.tolist()
-            here = values[len(there) :]
-        in_order = {True: iter(values[: len(there)]), False: iter(here)}
-        return [next(in_order[isinstance(x, torch.Tensor)]) for x in numbers]
+        return total.tolist()
 
     def gather(self, value) -> list:
         """The value of every process, in order of rank."""
@@ -65,14 +61,14 @@ class World:
             torch_dist.barrier()
 
     def shares(self, n: int, batch_size: int):
-        """This process's batches of rows 0 to n - 1, as many as every other process has, for ZeRO-3 wants all of them
-        in each forward pass: past the end a batch is one empty row, -1."""
+        """This process's batches of rows 0 to n - 1. Every process gets as many, since under ZeRO-3 all of them take
+        part in each forward pass: past the end a batch is one empty row, -1."""
         for first in range(0, n, self.size * batch_size):
             own = first + self.rank * batch_size
             yield list(range(own, min(own + batch_size, n))) or [-1]
 
     def on_first(self, function):
-        """function() on rank 0, None on the others; its UserError ends them all alike."""
+        """function() on rank 0, None on the others; its UserError is raised on all of them."""
         value = error = None
         if self.first:
             try:
@@ -99,16 +95,17 @@ def join(args):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     backend = "nccl" if device.type == "cuda" else "gloo"
-    watch = contextlib.nullcontext()
+    heartbeat = contextlib.nullcontext()
     if size > 1:
         _check_restarts()
-        watch = Watch(rank, size)
-    elif args.deepspeed:
+        heartbeat = Heartbeat(rank, size)
+    elif args.deepspeed:  # it wants a process group even where one process is alone
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # of dropout; starting weights and data order follow from --seed already
     try:
-        with watch:
-            if size > 1:  # watched: one that waits for a process which is gone would wait for PATIENCE
+        with heartbeat:
+            # Inside the heartbeat: a process that waits here for one which is gone would wait as long as PATIENCE.
+            if size > 1:
                 torch_dist.init_process_group(backend, timeout=PATIENCE)
             yield World(rank, size, device, dtype)
     except (UserError, SystemExit):  # all processes meet these alike; after any other error leaving could hang
@@ -128,8 +125,8 @@ def join(args):
 def _check_restarts() -> None:
     """Raises UserError where torchrun may restart processes that could not find each other again.
 
-    Its launchers lend the processes a store that outlives them: those of the second attempt would read there the
-    addresses, and our watch the messages, that the lost ones have left (torch 2.13).
+    By default torchrun's own store is used, which outlives the processes: those of the second attempt would read the
+    addresses, and the heartbeat the counts, of the lost ones (torch 2.13).
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -153,7 +150,7 @@ def rng_states(world: World) -> list[dict]:
 
 
 def restore_rng(world: World, states: list[dict]) -> None:
-    """With another number of processes there is nothing to restore: the streams of dropout differ."""
+    """Restores each process's own. With another number of processes there is no such thing: dropout differs then."""
     if len(states) == world.size:
         rng = states[world.rank]
         torch.set_rng_state(rng["cpu"])

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from model import expert_loop
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
-from trainer.losses import language_model
+from trainer.loop import language_model
 from trainer.memory import training_bytes
 from trainer.optimizers import make_optimizers
 from trainer.world import World
@@ -67,12 +67,12 @@ def counted(config: LMConfig, rows: int) -> int:
         optimizers = make_optimizers(model, "muon", 1e-3, 0.1)
         ids = torch.zeros(rows, T, dtype=torch.long, device=CUDA)
         ends = torch.zeros(4 * rows + 1, dtype=torch.int32, device=CUDA)
-        batch = {"input_ids": ids, "labels": ids, "segment_ids": ids + 1, "document_ends": ends, "aux_scale": 1.0}
+        batch = {"input_ids": ids, "labels": ids, "segment_ids": ids + 1, "document_ends": ends}
         for _ in range(2):
             live.peak = live.now
             with torch.autocast("cuda", torch.bfloat16):
-                loss, *_ = language_model(model, batch)
-            loss.backward()
+                loss, _, _, balance = language_model(model, batch)
+            (loss if balance is None else loss + balance).backward()
             torch.nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
