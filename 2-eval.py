@@ -159,7 +159,7 @@ def prompts(args):
 
 def compare(args):
     rows, columns = terminal.read_prompts(args.prompts), []
-    teacher = judge.connect(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY", "")) if args.judge else None
+    judging = judge.connect(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY", "")) if args.judge else None
     for path in map(Path, args.compare):
         columns.append([answer.text for answer in answer_all(args, open_chat(args, path), rows)])
     print("| prompt | " + " | ".join(f"`{path}`" for path in args.compare) + " |")
@@ -167,13 +167,13 @@ def compare(args):
     for texts in zip(map(asked, rows), *columns, strict=True):
         cells = (text.strip().replace("|", "\\|").replace("\n", "<br>") for text in texts)
         print("| " + " | ".join(cells) + " |")
-    if teacher:
+    if judging:
         whole = [judge.transcript(row["prompt"]) for row in rows]
-        verdicts = judge.judge(teacher, whole, columns, lambda done, of: note(f"[{done} of {of} pairs judged]"))
+        verdicts = judge.judge(judging, whole, columns, lambda done, of: note(f"[{done} of {of} pairs judged]"))
         summary = judge.summarise(verdicts, args.compare)
         print("\n" + "\n".join(judge.table(summary)) + "\n")
         kept = keep(args, Path("judged"), args.prompts, judge.rows(verdicts, whole, columns, args.compare))
-        result = {"n": len(rows), "judge": args.judge, "judge_model": teacher.model, **summary}
+        result = {"n": len(rows), "judge": args.judge, "judge_model": judging.model, **summary}
         print(json.dumps(result | {"answers_file": str(kept)}, ensure_ascii=False))
 
 

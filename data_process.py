@@ -103,10 +103,11 @@ def fill(args):
 
 def distill(args):
     """Ask a model behind an OpenAI-compatible API for answers to a file of prompts, as rows for SFT."""
-    from cleaning.distill import Teacher, distill
+    from cleaning.distill import distill
+    from common.chat_api import ChatApi
 
     key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
-    teacher = Teacher(args.base_url, args.model, key, args.max_tokens, args.temperature, args.timeout, args.retries)
+    teacher = ChatApi(args.base_url, args.model, key, args.max_tokens, args.temperature, args.timeout, args.retries)
     return distill(args.file, args.out, teacher, args.system, args.in_flight, args.max_requests, args.token_budget)
 
 

@@ -24,11 +24,11 @@ from trainer.world import join  # first: it says how torch's threads wait
 from common.errors import UserError, run_main
 from inference.engine import Engine
 from inference.sampling import SamplingParams
+from inference.stream_text import text_with_markers
 from trainer import grpo
 from trainer.deepspeed_config import read_config
 from trainer.preference import bound_to_its_start, frozen_copy, starting_model
 from trainer.problems import fingerprints, load_problems
-from trainer.rewards import generated_text
 from trainer.setup import held_out_files, prepare
 from trainer.stage_flags import parse, stage_parser
 
@@ -82,7 +82,7 @@ def sampler(tokenizer, max_new_tokens: int):
         params = [SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed) for seed in seeds]
         completions = Engine(model, tokenizer, max_batch=128).generate(prompts, params)
         for completion in completions:  # what is judged is what was generated, not what a reader would be shown of it
-            completion.text = generated_text(tokenizer, completion)
+            completion.text = text_with_markers(tokenizer, completion)
         return completions
 
     return rollout

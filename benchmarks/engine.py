@@ -1,10 +1,9 @@
 """Tokens per second of the engine on this machine's CPU, beside transformers' generate() and llama.cpp.
 
 One model (random weights of a preset, or --weight), greedy, every runner asked in turns in one process: transformers'
-Llama with the same weights, our engine, our engine with 8-bit weights, and, where requirements-export.txt is
-installed, llama.cpp on the exported GGUF file in f32 and q8_0. A single prompt, and for the engine 16 prompts side by
-side against transformers one after another. Times are wall seconds, since the runners use threads of their own. With
---data_path, a file of {"text"} rows, the bits per byte of fp32 and 8-bit weights on its first documents.
+Llama with the same weights, our engine, and, where requirements-export.txt is installed, llama.cpp on the exported
+GGUF file in f32 and q8_0. A single prompt, and for the engine 16 prompts side by
+side against transformers one after another. Times are wall seconds, since the runners use threads of their own.
 """
 
 import importlib.util
@@ -14,14 +13,12 @@ import sys
 import tempfile
 import time
 import urllib.request
-from itertools import islice
 from pathlib import Path
 
 import torch
 
+from benchmarks.reference import counterpart
 from benchmarks.report import spread
-from benchmarks.step import counterpart
-from data.reading import iter_rows
 from export.gguf_file import write_gguf
 from inference.engine import Engine
 from inference.sampling import SamplingParams
@@ -40,7 +37,6 @@ def add_flags(parser) -> None:
     parser.add_argument("--threads", type=int, default=2, help="of every runner (%(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="rounds (%(default)s)")
     parser.add_argument("--new_tokens", type=int, default=256, help="of each answer (%(default)s)")
-    parser.add_argument("--data_path", metavar="FILE", help="{'text'} rows for the bits per byte of 8-bit weights")
 
 
 class LlamaCpp:
@@ -107,7 +103,7 @@ def run(args) -> dict:
     reference = counterpart(model.config).eval()
     reference.load_state_dict(model.state_dict())
     n, params = args.new_tokens, SamplingParams(max_tokens=args.new_tokens, temperature=0, ignore_eos=True)
-    engine, small = Engine(model, tokenizer), Engine(model, tokenizer, quantize="int8")
+    engine = Engine(model, tokenizer)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(20, model.config.vocab_size, (STREAMS, PROMPT_TOKENS), generator=generator).tolist()
 
@@ -120,8 +116,6 @@ def run(args) -> dict:
         "transformers": generate,
         "engine": lambda prompts: engine.generate(prompts[:1], params),
         "engine, 16 prompts": lambda prompts: engine.generate(prompts, params),
-        "engine int8": lambda prompts: small.generate(prompts[:1], params),
-        "engine int8, 16 prompts": lambda prompts: small.generate(prompts, params),
     }
     with tempfile.TemporaryDirectory() as folder:
         servers = llama_cpp(model, tokenizer, folder, args.threads)
@@ -140,13 +134,9 @@ def run(args) -> dict:
     def ratio(a: str, b: str) -> dict:
         return spread([x / y for x, y in zip(rates[a], rates[b], strict=True)])
 
-    pairs = [("engine", "transformers"), ("engine, 16 prompts", "transformers"), ("engine int8", "engine")]
-    pairs += [("engine", "llama.cpp float32"), ("engine int8", "llama.cpp q8_0")] if "llama.cpp q8_0" in rates else []
+    pairs = [("engine", "transformers"), ("engine, 16 prompts", "transformers")]
+    pairs += [("engine", name) for name in servers]
     ratios = {f"{a} / {b}": ratio(a, b) for a, b in pairs}
     for name, found in ratios.items():
         print(f"{name:<38} {found['median']:.2f} ({found['min']:.2f}-{found['max']:.2f})")
-    result = {"threads": args.threads, "tokens_per_second": {k: spread(v) for k, v in rates.items()}, "ratios": ratios}
-    if args.data_path:
-        plain, eight = (e.bits_per_byte(islice(iter_rows([args.data_path], "text"), 200))[0] for e in (engine, small))
-        result |= {"bits_per_byte": plain, "bits_per_byte_int8": eight, "rise": eight / plain - 1}
-    return result
+    return {"threads": args.threads, "tokens_per_second": {k: spread(v) for k, v in rates.items()}, "ratios": ratios}

@@ -10,7 +10,7 @@ import torch
 
 import train_grpo
 from common.errors import run_main
-from inference.engine import Completion
+from inference.stream_text import Completion
 
 
 def same_answers(model, prompts, seeds, temperature) -> list[Completion]:

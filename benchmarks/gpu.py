@@ -3,7 +3,7 @@ with what they bring, pandas and pyarrow.
 
   stages     every stage, its losses beside the CPU's from the same start
   speed      training steps a second, their share of the peak and their memory, beside transformers' classes
-  decode     tokens a second of 1, 16 and 64 streams, compiled or not; int8
+  decode     tokens a second of 1, 16 and 64 streams, compiled or not
   kills      every stage killed and resumed, beside the undisturbed run
   dtypes     float16 with its scaler, float32 with TF32
   exams      the sample's exam, beside the CPU's answers

@@ -15,14 +15,15 @@ from functools import cache, partial
 import torch
 
 from benchmarks.parts import Case, Part
+from benchmarks.reference import counterpart
 from benchmarks.report import spread
 from benchmarks.stages import SAMPLE
-from benchmarks.step import SEQ_LEN, counterpart
 from common.device import device_and_dtype, pick_device, pick_dtype
 from common.errors import out_of_memory
 from exams import exam
 from inference.engine import Engine
 from inference.sampling import SamplingParams
+from inference.stream_text import sequences
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
@@ -38,6 +39,7 @@ from trainer.world import World
 WARM_UP, STRETCHES = 3, 3  # steps before the first measured one; measurements, whose median is given
 STREAMS = ("1", "16", "64")
 PROMPT_TOKENS = 16
+SEQ_LEN = 512
 OURS = {"ours": "adamw", "muon": "muon"}  # sides of a comparison, and their optimizers
 IN_TURN = "transformers, experts in turn"
 EXAMS = {"letters": exam.AskByChat, "text": exam.AskByText}
@@ -178,7 +180,7 @@ def decode_figures(engine: Engine, streams: int, new_tokens: int, compiled: bool
     params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
     batch, speeds = engine.batch(streams, compiled), []
     for stretch in range(STRETCHES + 1):
-        answers = [engine.sequences(prompt, params) for prompt in prompts]
+        answers = [sequences(engine, prompt, params) for prompt in prompts]
         for samples in answers:
             batch.join(samples)
         begin = time.perf_counter()
@@ -196,7 +198,6 @@ def measure_decode(args, preset: str, streams: str) -> dict:
         tried(figures, name, measure, refusals=ValueError)
     said = [(figures[name] or {}).pop("answers", []) for name in ("eager", "compiled")]
     figures["other_answers"] = sum(a != b for a, b in zip(*said)) if all(said) else None
-    tried(figures, "int8", lambda: {"runs": bool(Engine(engine.source, None, quantize="int8"))}, refusals=ValueError)
     return figures
 
 
@@ -277,12 +278,12 @@ PARTS = {
     ),
     "decode": Part(
         "tokens a second of all streams together, greedy, after prompts of 16 tokens; compiled: CUDA graphs, as the "
-        "server's `--compile`, and how many streams said something else than the eager ones. What int8 answers.",
+        "server's `--compile`, and how many streams said something else than the eager ones.",
         lambda args: [(preset, streams) for preset in args.presets for streams in STREAMS],
         measure_decode, ("preset", "streams"),
         {
             "tokens/s": speed("eager"), "compiled": speed("compiled"), "compiled / eager": ratio("compiled", "eager"),
-            "other answers": lambda f: f"{f['other_answers']:d}", "int8": lambda f: f["int8"].get("refused", "runs"),
+            "other answers": lambda f: f"{f['other_answers']:d}",
         },
     ),
     "exams": Part(

@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.stages import SAMPLE, ask, chat_weights, read_lines, stage
-from data.answer_match import is_right as stands_in
-from trainer.rewards import TAG, TAGS_IN_ORDER, final_answer, is_right
+from data.answer_match import is_right
+from trainer.rewards import TAG, TAGS_IN_ORDER, answer_block, exact_match
 
 
 def add_flags(parser) -> None:
@@ -31,7 +31,7 @@ def fault(completion) -> str | None:
     if tags != TAGS_IN_ORDER:
         missing = [tag for tag in TAGS_IN_ORDER if tag not in tags]
         return f"no {missing[0]}" if missing else "tags repeated or out of order"
-    return None if final_answer(completion.text) else "text outside the blocks, or none in the last"
+    return None if answer_block(completion.text) else "text outside the blocks, or none in the last"
 
 
 def run(args) -> dict:
@@ -40,7 +40,7 @@ def run(args) -> dict:
                   "--data_path", *args.data_path, *args.flags)  # fmt: skip
     rows = read_lines(Path(args.questions).read_text(encoding="utf-8"))
     result = {"questions": args.questions, "seconds": found["seconds"]}
-    for name, path, counts in (("before", weights, stands_in), ("after", found["weights"], is_right)):
+    for name, path, counts in (("before", weights, is_right), ("after", found["weights"], exact_match)):
         answers = ask(path, [row["question"] for row in rows], max_tokens=1024, markers=True)
         faults = [fault(answer) for answer in answers]
         right = [counts(a.text, row["answer"]) for a, row in zip(answers, rows, strict=True)]

@@ -23,8 +23,9 @@ import torch
 
 from common.errors import RunFailed
 from inference import open_model
-from inference.engine import Completion, Engine
+from inference.engine import Engine
 from inference.sampling import SamplingParams
+from inference.stream_text import Completion
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
@@ -156,7 +157,7 @@ def prepare(args, folder: str) -> tuple[Path, Engine, list[dict]]:
         torch.manual_seed(0)
         config = LMConfig.from_preset(args.preset, initializer_range=0.1)
         save_weights(path, MiniMindForCausalLM(config), load_tokenizer(), {"stage": "none, random weights"})
-    flags = Namespace(preset=None, tokenizer=None, rope_scaling=None, device="cpu", dtype="auto", quantize="none")
+    flags = Namespace(preset=None, tokenizer=None, rope_scaling=None, device="cpu", dtype="auto")
     engine, _ = open_model.open_engine(flags, path)
     rows = QUESTIONS.read_text(encoding="utf-8").splitlines()
     step = max(len(rows) // args.questions, 1)

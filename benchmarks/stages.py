@@ -12,12 +12,12 @@ import torch
 from common.errors import UserError
 from data.rows import packed_splits, token_bytes
 from data.token_cache import tokenised
-from inference.engine import Completion, Engine
+from inference.engine import Engine
 from inference.sampling import SamplingParams
+from inference.stream_text import Completion, text_with_markers
 from model.weights import load_model
 from model.weights_file import newest_weights
 from trainer.losses import learned_bytes, lm_loss
-from trainer.rewards import generated_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "dataset" / "sample"
@@ -35,17 +35,6 @@ def stage(script: str, *flags) -> dict:
     if process.wait():
         raise UserError(f"{script} ended with exit code {process.returncode}")
     return json.loads(last)
-
-
-def add_run_flags(parser, out_dir: str, steps: int, of: str, script: str) -> None:
-    """Flags of a measurement that trains small models on real text, once a seed."""
-    parser.add_argument("--data_path", nargs="+", required=True, metavar="FILE", help="real text, {'text'} rows")
-    parser.add_argument("--out_dir", default=out_dir, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=steps, help=f"of {of} (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows a step (%(default)s)")
-    parser.add_argument("--seq_len", type=int, default=256, help="(%(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(1 2 3)")
-    parser.add_argument("flags", nargs="*", help=f"further flags of {script}, after --")
 
 
 def chat_weights(path: str | None) -> Path:
@@ -76,7 +65,7 @@ def ask(weights, questions: list[str], max_tokens=128, markers=False) -> list[Co
     prompts = [[{"role": "user", "content": question}] for question in questions]
     answers = Engine(model, tokenizer).generate(prompts, SamplingParams(temperature=0, max_tokens=max_tokens))
     for answer in answers if markers else ():
-        answer.text = generated_text(tokenizer, answer)
+        answer.text = text_with_markers(tokenizer, answer)
     return answers
 
 

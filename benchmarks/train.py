@@ -24,8 +24,8 @@ from statistics import median
 import torch
 from transformers import TrainerCallback
 
+from benchmarks.reference import counterpart, matmul_flops
 from benchmarks.report import spread
-from benchmarks.step import counterpart, matmul_flops
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_document, load_tokenizer

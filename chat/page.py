@@ -1,7 +1,7 @@
 """What the chat page does that is no drawing: answers from a model here or behind an API, the part of a chat it sees.
 
 A source streams an answer as parts: ("reasoning", text), ("content", text), and once each is complete
-("call", inference.answer_reader.ToolCall). Whoever stops iterating stops the generation.
+("call", inference.stream_text.ToolCall). Whoever stops iterating stops the generation.
 """
 
 import contextlib
@@ -10,8 +10,8 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from inference.answer_reader import AnswerReader, ToolCall
 from inference.sampling import SamplingParams
+from inference.stream_text import AnswerReader, ToolCall
 from model.tokenizer import render
 
 NOT_THE_API = "{} does not answer as OpenAI's API does; does it end in /v1?"

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from inference.open_model import _question_of
 from inference.stream_text import ThinkingStream
 
 DIM, PLAIN = "\033[2m", "\033[0m"
@@ -44,6 +43,16 @@ def _json_row(line: str, where: str) -> dict:
         if row.get(key) and isinstance(row[key], list if key == "conversations" else str):
             return row | {"prompt": row[key] if isinstance(row[key], str) else _question_of(row[key], where)}
     raise ValueError(f'{where}: no "prompt" or "question" that is a text, no "conversations"')
+
+
+def _question_of(messages: list, where: str) -> list[dict]:
+    """A conversation without its last answer."""
+    if not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f'{where}: "conversations" must be a list of messages')
+    messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+    if not messages:
+        raise ValueError(f"{where}: the conversation asks nothing")
+    return messages
 
 
 def as_messages(prompt, system: str | None = None) -> list[dict]:

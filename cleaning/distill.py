@@ -3,155 +3,31 @@
 Every answer is appended to a journal (OUT.answers) the moment it comes, so that a run that is killed, or stopped by a
 limit, is paid for once: the same command goes on with the prompts that have no answer yet. The rows are written from
 the journal in the order of the prompts, so the output does not depend on the order in which answers came.
-
-Protocol: POST {base_url}/chat/completions, as in OpenAI's API reference; `reasoning_content` as DeepSeek's has it.
 """
 
 import hashlib
-import http.client
 import json
 import math
 import sys
-import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from common.chat_api import ChatApi
 from common.errors import RunFailed, UserError
 from common.files import lock, named, replaced
 from data.reading import raw_rows
 from data.row_shapes import UNUSABLE, BadRow, parse_record, with_beside
 
-MOVED = (301, 302, 303, 307, 308)
-WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries; doubled each time
-LONGEST_REPLY = 2**26  # bytes; more is no answer
-# Why an answer is not whole, by the server's finish_reason (OpenAI's, DeepSeek's); others name a natural end.
-CUT_SHORT = {"length": "cut at max_tokens", "content_filter": "cut by the server's filter",
-             "insufficient_system_resource": "cut off by the server"}  # fmt: skip
 REFUSED_IN_A_ROW = 20  # so many failed prompts one after another end the run: the server is gone
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """Where to ask, and how."""
-
-    base_url: str
-    model: str
-    api_key: str = ""
-    max_tokens: int = 1024
-    temperature: float = 0.7
-    timeout: float = 120.0  # seconds
-    retries: int = 5
-    first_wait: float = FIRST_WAIT
-
-    def ask(self, messages: list[dict], stop: threading.Event | None = None) -> dict:
-        """One request with its retries -> {"content", "reasoning_content", "tokens"} or {"failed": reason, "tokens"}.
-
-        stop: set where the run ends; no retry is made then. Raises UserError where no request can succeed: a wrong
-        key, address or model, a server that has moved (403 can be one prompt's fault, with a server that judges them).
-        """
-        pause, stop = self.first_wait, stop or threading.Event()
-        for attempt in range(self.retries + 1):
-            try:
-                return self._ask_once(messages)
-            except urllib.error.HTTPError as error:
-                said = _body(error)
-                if error.code in MOVED:
-                    to = error.headers.get("Location", "elsewhere")
-                    raise UserError(f"{self.base_url} answers {error.code}: moved to {to}; name where it is") from None
-                if error.code in (401, 404):
-                    raise UserError(f"{self.base_url} answers {error.code}: {said.strip()[:300]}") from None
-                if error.code not in WORTH_ANOTHER_TRY:
-                    return {"failed": f"status {error.code}", "detail": said[:300], "tokens": 0}
-                reason, named = f"status {error.code}", error.headers.get("Retry-After", "")
-                pause = max(pause, float(named)) if named.isdecimal() else pause
-            except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off
-                reason = type(getattr(error, "reason", error)).__name__
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError):
-                reason = "no chat completion in the reply"
-            if attempt < self.retries and stop.wait(min(pause, LONGEST_WAIT)):
-                break
-            pause *= 2
-        return {"failed": reason, "tokens": 0}
-
-    def _ask_once(self, messages: list[dict]) -> dict:
-        body = {"model": self.model, "messages": messages, "max_tokens": self.max_tokens,
-                "temperature": self.temperature}  # fmt: skip
-        headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        url = f"{self.base_url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        completion = json.loads(fetch(request, self.timeout))
-        choice = completion["choices"][0]
-        tokens = max(0, int((completion.get("usage") or {}).get("total_tokens") or 0))
-        content = (choice["message"].get("content") or "").strip()
-        if choice.get("finish_reason") in CUT_SHORT:
-            return {"failed": CUT_SHORT[choice["finish_reason"]], "tokens": tokens}
-        if not content:
-            return {"failed": "empty answer", "tokens": tokens}
-        thinking = (choice["message"].get("reasoning_content") or "").strip()
-        (content + thinking).encode()  # half a surrogate pair cannot be written down
-        return {"content": content, "tokens": tokens} | ({"reasoning_content": thinking} if thinking else {})
-
-
-class _StayHere(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection: the key would go along to whatever server the reply names, the question would not."""
-
-    def redirect_request(self, *_):
-        return None
-
-
-OPENER = urllib.request.build_opener(_StayHere)
-
-
-def fetch(request: urllib.request.Request, seconds: float) -> bytes:
-    """What the server replies within so many seconds, as a whole: a socket's timeout is for each piece, and a reply
-    that drips would take for ever. OSError or HTTPException where none comes, ValueError above LONGEST_REPLY."""
-    end, content = time.monotonic() + seconds, bytearray()
-    with OPENER.open(request, timeout=seconds) as reply:
-        while piece := reply.read1(2**16):
-            content += piece
-            if len(content) > LONGEST_REPLY:
-                raise ValueError(f"a reply of more than {LONGEST_REPLY // 2**20} MB")
-            if time.monotonic() > end:
-                raise TimeoutError(f"no whole reply in {seconds:g} seconds")
-        if reply.length:  # what the server announced and did not send
-            raise http.client.IncompleteRead(bytes(content), reply.length)
-    return bytes(content)
-
-
-def _body(error: urllib.error.HTTPError) -> str:
-    try:
-        return error.read(2000).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        return ""
-
-
-def check_address(flag: str, url: str) -> None:
-    """Raises UserError for what is no address of a server."""
-    try:
-        address = urllib.parse.urlsplit(url)
-        whole = address.scheme in ("http", "https") and address.hostname and address.port != 0
-    except ValueError:  # a port that is no number
-        whole = False
-    if not whole:
-        raise UserError(f"{flag} {url}: write it as http://HOST:PORT/v1")
-
-
-def check_asking(teacher: Teacher, in_flight: int, max_requests: int | None, token_budget: int | None) -> None:
+def check_asking(teacher: ChatApi, in_flight: int, max_requests: int | None, token_budget: int | None) -> None:
     """Raises UserError for what no request can be made of."""
-    check_address("--base_url", teacher.base_url)
-    if not (teacher.api_key.isascii() and teacher.api_key.isprintable()):
-        raise UserError("--api_key: a key has no line breaks and no letters outside ASCII")
+    teacher.check("--base_url")
     if not math.isfinite(teacher.temperature) or teacher.temperature < 0:
         raise UserError(f"--temperature must be a number from 0, not {teacher.temperature}")
     least = {"--timeout": teacher.timeout, "--max_tokens": teacher.max_tokens, "--in_flight": in_flight,
@@ -163,7 +39,7 @@ def check_asking(teacher: Teacher, in_flight: int, max_requests: int | None, tok
         raise UserError(f"--retries must not be negative, but is {teacher.retries}")
 
 
-def distill(path, out, teacher: Teacher, system=None, in_flight=4, max_requests=None, token_budget=None) -> dict:
+def distill(path, out, teacher: ChatApi, system=None, in_flight=4, max_requests=None, token_budget=None) -> dict:
     """Answers for the prompts of `path` -> rows in `out` (.jsonl), {"conversations": [...]}.
 
     in_flight: requests at a time. max_requests: prompts asked by this run; token_budget: tokens of all runs together,
@@ -199,7 +75,7 @@ def distill(path, out, teacher: Teacher, system=None, in_flight=4, max_requests=
 def _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests, token_budget) -> int:
     """Keeps `in_flight` requests under way until the prompts or a limit are reached; returns the prompts asked."""
     before = [{"role": "system", "content": system}] if system else []
-    todo, stop = iter(waiting[:max_requests]), threading.Event()
+    todo = iter(waiting[:max_requests])
     asked, failures, under_way = 0, 0, {}
     bar = tqdm(desc="asking", total=len(waiting[:max_requests]), disable=not sys.stderr.isatty(), leave=False)
     with ThreadPoolExecutor(in_flight) as pool, bar:
@@ -210,7 +86,7 @@ def _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests
                 while len(under_way) < in_flight and (token_budget is None or spent < token_budget):
                     if (i := next(todo, None)) is None:
                         break
-                    under_way[pool.submit(teacher.ask, [*before, *prompts[i]], stop)] = i
+                    under_way[pool.submit(teacher.ask, [*before, *prompts[i]])] = i
                     asked, spent = asked + 1, spent + teacher.max_tokens
                 if not under_way:
                     return asked
@@ -227,7 +103,6 @@ def _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests
                         raise RunFailed(f"{failures} prompts failed one after another ({said}); "
                                         "the same command goes on")  # fmt: skip
         except BaseException:
-            stop.set()
             pool.shutdown(cancel_futures=True)  # waits for the requests under way: their answers are paid for
             for done, i in under_way.items():
                 if not done.cancelled() and not done.exception():

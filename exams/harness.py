@@ -1,7 +1,7 @@
 """The same exam put by lm-evaluation-harness (EleutherAI), from local files and without a network.
 
 The harness builds its own prompts from the task below, tokenises with the exported tokenizer and asks transformers:
-nothing but the questions is shared with inference.exam, which makes it a check on all of that.
+nothing but the questions is shared with exams.exam, which makes it a check on all of that.
 """
 
 import logging

@@ -5,18 +5,14 @@ judged twice with the order swapped; a model wins a prompt only if both verdicts
 often the two agree is reported beside the result: it says how far the judge is to be trusted.
 """
 
-import http.client
 import json
 import re
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 
-from cleaning.distill import Teacher, check_address, fetch
+from common.chat_api import NO_REPLY, ChatApi
 from common.errors import RunFailed, UserError
 
 IN_FLIGHT = 4  # requests at a time
@@ -57,24 +53,26 @@ class Verdict:
         return tuple(s and (s[0] > s[1]) - (s[0] < s[1]) for s in self.scores)
 
 
-def connect(address: str, model: str | None, key: str) -> Teacher:
+def connect(address: str, model: str | None, key: str) -> ChatApi:
     """The judge, once its server has answered; `model` None: the first one that the server names."""
-    check_address("--judge", address)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    import openai
+
+    api = ChatApi(address, model or "", key, temperature=0.0)
+    api.check("--judge")
     try:
-        request = urllib.request.Request(f"{address.rstrip('/')}/models", headers=headers)
-        models = json.loads(fetch(request, LIST_SECONDS))
-        model = model or models["data"][0]["id"]
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise UserError(f"--judge {address} answers {error.code}: the key in OPENAI_API_KEY is not taken") from None
-        if model is None:  # a server without a list of models may still judge
-            raise UserError(f"--judge {address} does not name its models ({error.code}): add --judge_model") from None
-    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-        raise UserError(f"--judge {address}: {getattr(error, 'reason', error)}; is the server running?") from None
-    except (KeyError, IndexError, TypeError):
-        raise UserError(f"--judge {address} names no model: add --judge_model NAME") from None
-    return Teacher(address, model, key, temperature=0.0)
+        known = api.client.with_options(timeout=30, max_retries=0).models.list()
+        return replace(api, model=model or known.data[0].id)
+    except openai.APIStatusError as error:
+        if error.status_code in (401, 403):
+            said = "the key in OPENAI_API_KEY is not taken"
+            raise UserError(f"--judge {address} answers {error.status_code}: {said}") from None
+    except openai.OpenAIError as error:
+        raise UserError(f"--judge {address}: {error.__cause__ or error}; is the server running?") from None
+    except NO_REPLY:
+        pass
+    if model is None:  # a server without a list of models may still judge
+        raise UserError(f"--judge {address} names no model: add --judge_model NAME")
+    return api
 
 
 def transcript(prompt: str | list[dict]) -> str:
@@ -82,19 +80,17 @@ def transcript(prompt: str | list[dict]) -> str:
     return prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def judge(teacher: Teacher, questions: list[str], columns: list[list[str]], tell: Callable) -> list[Verdict]:
+def judge(api: ChatApi, questions: list[str], columns: list[list[str]], tell: Callable) -> list[Verdict]:
     """All pairs of columns on all questions. columns: the answers of each model, in the order of the questions.
 
     tell(done, of) after each pair. RunFailed where there is not one verdict.
     """
-    stop = threading.Event()  # set where the run ends: nobody waits for another try then
     tasks = [(i, a, b) for i in range(len(questions)) for a, b in combinations(range(len(columns)), 2)]
 
     def compare(task) -> Verdict:
         i, a, b = task
         (here, said), (there, said_swapped) = (
-            _ask(teacher, stop, questions[i], columns[first][i], columns[second][i])
-            for first, second in ((a, b), (b, a))
+            _ask(api, questions[i], columns[first][i], columns[second][i]) for first, second in ((a, b), (b, a))
         )
         return Verdict(i, a, b, (here, there and there[::-1]), (said, said_swapped))
 
@@ -105,20 +101,18 @@ def judge(teacher: Teacher, questions: list[str], columns: list[list[str]], tell
                 verdicts.append(verdict)
                 tell(len(verdicts), len(tasks))
         except BaseException:
-            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if all(scores is None for verdict in verdicts for scores in verdict.scores):
         raise RunFailed(
-            f"{teacher.base_url}: no verdict in {2 * len(tasks)} replies, the first: {verdicts[0].replies[0]!r}"
+            f"{api.base_url}: no verdict in {2 * len(tasks)} replies, the first: {verdicts[0].replies[0]!r}"
         )
     return verdicts
 
 
-def _ask(teacher: Teacher, stop, question: str, first: str, second: str) -> tuple[tuple[float, float] | None, str]:
+def _ask(api: ChatApi, question: str, first: str, second: str) -> tuple[tuple[float, float] | None, str]:
     """-> (the scores of the first and the second answer, the reply); None where there are none from 1 to 10."""
-    asked = [{"role": "user", "content": ASK.format(question=question, first=first, second=second)}]
-    reply = teacher.ask(asked, stop)
+    reply = api.ask([{"role": "user", "content": ASK.format(question=question, first=first, second=second)}])
     text = reply.get("content") or reply["failed"]
     found = SCORES.findall(text)
     try:

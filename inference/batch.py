@@ -1,86 +1,123 @@
-"""The running batch: sequences that share forward passes, join while others run and leave when they are done.
+"""The running batch and its key/value cache: sequences share forward passes, join while others run, leave when done.
 
-Legend: R rows of the cache, B sequences in a forward pass, T tokens of it a sequence, S tokens looked back on.
+Legend: R rows of the cache, B sequences in a forward pass, T tokens of it a sequence, C capacity in tokens, S tokens
+that queries may look back on, G key/value heads, h width of a head, V vocabulary.
+
+A decoder needs the keys and values of all earlier tokens at every step. Recomputing them makes n tokens cost n^2
+forward passes of one token; keeping them makes it n. transformers' own cache concatenates a new, longer tensor at
+every step; StaticCache writes into memory it already has. Attention sees the same interface, `update(k, v, layer)`,
+so the model does not know which cache it is given.
 
 A prompt is read in one pass (or a few, if long), then every step adds one token to every sequence ("decode"). A
 decode step reads all weights whatever the number of sequences, so sixteen together take little longer than one.
 Rows of the cache are kept dense: sequences that decode have rows 0 to B-1, so keys and values are read in place.
 """
 
-import itertools
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
 from common.device import upload
-from inference.cache import StaticCache
-from inference.sampling import Sampler, SamplingParams, choose
-from inference.stream_text import TextStream
+from inference.compiled_step import CompiledStep
+from inference.sampling import choose, token_logprobs
+from inference.stream_text import Piece, Sequence
 from model.compat import CACHE
 
 CHUNK = 512  # tokens of one prompt in one pass: bounds the mask's memory and the wait of those who decode meanwhile
 PREFILL_TOKENS = 1024  # tokens of one pass over several short prompts, padding included
 
 
-@dataclass
-class TokenLogprob:
-    """Log-probability (nats) of a generated token, and the best tokens of its place with theirs."""
+class StaticCache:
+    """Keys and values of R rows, up to C tokens each; C grows by doubling when `reserve` asks for more.
 
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
+    Token j of a row stands at place j, whatever the other rows hold, so rows of unequal lengths lie side by side
+    without padding between their tokens. Before each forward pass `look` says which rows it is about and which
+    position each token has; the mask it returns hides all places a token must not see.
+    """
 
+    def __init__(self, rows: int, capacity: int):
+        self.rows, self.capacity = rows, max(capacity, 1)
+        self.keys: list[Tensor] = []  # for each layer (R, C, G, h), made at the first update, when shapes are known
+        self.values: list[Tensor] = []
+        # Set by look() for the forward pass that follows it, and read by update() in every layer of that pass:
+        self._rows: slice | Tensor = slice(0)  # the rows the pass is about
+        self._span = 0  # how many places of them it looks at
+        self._write: Tensor | None = None  # where its new tokens go, as indices into (R C,)
+        self._not_padding: Tensor | None = None  # which of its B T tokens are written; None: all
 
-@dataclass
-class Piece:
-    """What one step added to one sequence. `text` may be empty while a character or a stop string is incomplete."""
+    def reserve(self, tokens: int) -> None:
+        """Makes room for rows of so many tokens; what they hold stays."""
+        if tokens <= self.capacity:
+            return
+        # Twice as much, not as much as is asked for: n tokens then cost O(n) of copying in all, not O(n^2).
+        self.capacity = max(tokens, 2 * self.capacity)
+        for store in (self.keys, self.values):
+            for i, old in enumerate(store):
+                store[i] = old.new_zeros(self.rows, self.capacity, *old.shape[2:])
+                store[i][:, : old.shape[1]] = old
 
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprob] | None = None
-    finish_reason: str | None = None  # None while it goes on; "stop", "length" or "cancelled"
-    index: int = 0  # which of the n samples
+    def look(self, rows: slice | Tensor, positions: Tensor, span: int, dtype=torch.float32) -> Tensor:
+        """Sets which rows (B of them) the next forward pass reads and writes; returns its attention mask.
 
+        positions (B, T): place of each token in its row, -1 for padding, which is neither written nor seen.
+        span: one more than the largest position. The mask (B, 1, T, S) is added to the attention scores: 0 for places
+        up to the token's own, -inf for later ones, which hold nothing yet or what an earlier user left.
+        """
+        self.reserve(span)
+        self._rows, self._span = rows, span
+        # Keys are written through a view (R C, G h), so the place of token j in row r is r C + j.
+        row = torch.arange(self.rows, device=positions.device)[rows].unsqueeze(-1)  # (B, 1)
+        place = (row * self.capacity + positions).flatten()
+        self._not_padding = None
+        if positions.shape[1] > 1:  # a single token is never padding; asking would make each new token wait for the GPU
+            self._not_padding = (positions.flatten() >= 0).nonzero().flatten()
+            place = place[self._not_padding]
+        self._write = place
+        return self._mask(positions, dtype)
 
-@dataclass(eq=False)
-class Sequence:
-    """One answer in the making. `request` is whatever the caller wants to find again."""
+    def look_at_all(self, positions: Tensor, dtype=torch.float32) -> Tensor:
+        """`look` for one token (positions (R - 1, 1)) in every row but the last, which shapes never depend on.
 
-    request: object
-    index: int
-    params: SamplingParams
-    prompt: list[int]
-    limit: int  # tokens it may generate
-    end_tokens: frozenset[int]
-    sampler: Sampler
-    stream: TextStream
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
+        A row at -1 has no token; what its pass writes goes to the last row, which no sequence is given. The mask is
+        (R - 1, 1, 1, C): all of the capacity is looked at, most of it hidden.
+        """
+        spare, row = self.rows - 1, torch.arange(self.rows - 1, device=positions.device)
+        place = torch.where(positions.flatten() < 0, spare * self.capacity, row * self.capacity + positions.flatten())
+        self._rows, self._span, self._write, self._not_padding = slice(0, spare), self.capacity, place, None
+        return self._mask(positions, dtype)
 
-    @property
-    def length(self) -> int:
-        """Tokens it has in the cache: all but the newest, which the next step feeds in."""
-        return len(self.prompt) + max(len(self.token_ids) - 1, 0)
+    def _mask(self, positions: Tensor, dtype) -> Tensor:
+        # Padding is treated as position 0: a row of -inf alone would make its softmax NaN. Nobody reads the result.
+        hidden = torch.arange(self._span, device=positions.device) > positions.clamp(min=0).unsqueeze(-1)  # (B, T, S)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
+        return mask.masked_fill_(hidden, float("-inf")).unsqueeze(1)
 
-    def accept(self, token: int, logprob: TokenLogprob | None) -> Piece:
-        """Takes the next token; returns what it says."""
-        self.token_ids.append(token)
-        self.sampler.accept(token)
-        ended = token in self.end_tokens
-        text = "" if ended else self.stream.feed(token)
-        if ended or self.stream.stopped:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) >= self.limit:
-            self.finish_reason = "length"
-        if self.finish_reason:
-            text += self.stream.finish()
-        self.text += text
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        return Piece(text, [token], None if logprob is None else [logprob], self.finish_reason, self.index)
+    def update(self, k: Tensor, v: Tensor, layer: int, *unused, **unused_too) -> tuple[Tensor, Tensor]:
+        """k, v (B, G, T, h) of the new tokens -> keys and values (B, G, S, h) of all tokens so far.
+
+        transformers' own classes pass more, by place or by name, for caches of other kinds.
+        """
+        while len(self.keys) <= layer:
+            # Made here, when the shapes are known, and each in its own type: under autocast k and v may differ.
+            for store, x in ((self.keys, k), (self.values, v)):
+                store.append(x.new_zeros(self.rows, self.capacity, x.shape[1], x.shape[3]))
+        return self._put(self.keys[layer], k), self._put(self.values[layer], v)
+
+    def _put(self, store: Tensor, x: Tensor) -> Tensor:
+        new = x.transpose(1, 2).reshape(-1, store.shape[2] * store.shape[3])  # (B T, G h), token after token
+        if self._not_padding is not None:
+            new = new[self._not_padding]
+        store.view(self.rows * self.capacity, -1).index_copy_(0, self._write, new)
+        return store[self._rows, : self._span].transpose(1, 2)  # a view: with rows as a slice nothing is copied
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Gives row `target` the first `length` tokens of row `source`."""
+        if source != target:
+            for store in (*self.keys, *self.values):
+                store[target, :length] = store[source, :length]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """transformers asks this where it is given no position_ids; the engine always gives them."""
+        return self._span
 
 
 class Batch:
@@ -94,6 +131,7 @@ class Batch:
         self.model, self.slots = model, slots
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
+        # A compiled step runs every slot, used or not: unused ones write to one row more.
         self.cache = StaticCache(slots + (compiled is not None), capacity)
         self.compiled = None if compiled is None else CompiledStep(model, self.cache, compiled)
         self.decoding: list[Sequence] = []  # the place in this list is the row in the cache
@@ -109,17 +147,19 @@ class Batch:
         return bool(self.decoding or self.joining)
 
     def join(self, samples: list[Sequence]) -> None:
-        """Lets the samples of one prompt take part from the next step on; ValueError if there is no room."""
+        """The samples of one prompt take part from the next step on; ValueError if there is no room."""
         if len(samples) > self.free:
             raise ValueError(f"{len(samples)} sequences do not fit into {self.free} free places of {self.slots}")
         self.joining.append(samples)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, Piece]]:
-        """One token for every sequence that decodes, one pass over short prompts, one over a long one: what they gain.
+        """One token for every sequence that decodes, one pass over short prompts and one over a long one.
 
-        Finished sequences have left when this returns.
+        Returns the pieces with their sequences. Finished sequences have left the batch when this returns.
         """
+        # Decoding comes first: a prompt read in this step joins self.decoding with its first token and must not get
+        # a second one.
         gained = self._decode() if self.decoding else []
         short = self._short_prompts()
         if short:
@@ -136,6 +176,7 @@ class Batch:
     def leave(self, sequence: Sequence) -> None:
         """Frees the sequence's row at once, finished or not; the last row moves into the gap."""
         if sequence in self.decoding:
+            # Rows stay dense, so that a decode step can take them as a slice: the last sequence moves into the gap.
             row, last = self.decoding.index(sequence), len(self.decoding) - 1
             self.cache.copy_row(last, row, self.decoding[last].length)
             self.decoding[row] = self.decoding[last]
@@ -147,14 +188,15 @@ class Batch:
                 return
             elif sequence in samples:
                 if samples is self._first_long():
-                    self.read = 0
+                    self.read = 0  # or the next long prompt would be read from the middle
                 self.joining.remove(samples)
                 return
 
     def _decode(self) -> list[tuple[Sequence, Piece]]:
+        # The newest token of each is not in the cache yet: its place is the sequence's length there.
         lengths = [s.length for s in self.decoding]
         newest = [[s.token_ids[-1]] for s in self.decoding]
-        if self.compiled:
+        if self.compiled:  # one shape for every step, whoever decodes
             unused = self.slots - len(lengths)
             tokens, positions = newest + [[0]] * unused, [[n] for n in lengths] + [[-1]] * unused
             logits = self.compiled(self._tensor(tokens), self._tensor(positions), max(lengths) + 1)
@@ -172,6 +214,7 @@ class Batch:
         for samples in self.joining:
             if is_long(samples):
                 continue
+            # All are padded to the longest: what counts is the rectangle, not the sum of the lengths.
             longest = max(longest, len(samples[0].prompt))
             if group and longest * (len(group) + 1) > PREFILL_TOKENS:
                 break
@@ -190,7 +233,11 @@ class Batch:
         return self._start(group, list(range(first, first + len(group))), logits)
 
     def _read_long(self, samples: list[Sequence]) -> list[tuple[Sequence, Piece]]:
-        """The next chunk of a long prompt, into the last row: places are given out so that no other needs it yet."""
+        """The next chunk of a long prompt, into the last row.
+
+        Every sample that joins has been counted in `free`, so the rows in use never reach the last one while a long
+        prompt waits.
+        """
         prompt, begin = samples[0].prompt, self.read
         end = min(begin + CHUNK, len(prompt))
         row = self.slots - 1
@@ -209,12 +256,14 @@ class Batch:
         """
         for samples in group:
             self.joining.remove(samples)
+        # The first sample of every prompt before the second of any: row i of the pass is then the place of sample i,
+        # and no copy overwrites a prompt that another sample still needs.
         order = [(samples[0], i) for i, samples in enumerate(group)]
         order += [(sample, i) for i, samples in enumerate(group) for sample in samples[1:]]
         for sample, i in order:
             self.cache.copy_row(rows[i], len(self.decoding), len(sample.prompt))
             self.decoding.append(sample)
-        logits = logits.index_select(0, self._tensor([i for _, i in order]))
+        logits = logits.index_select(0, self._tensor([i for _, i in order]))  # samples of a prompt share its logits
         return self._continue([sample for sample, _ in order], logits)
 
     def _tensor(self, numbers: list) -> Tensor:
@@ -223,6 +272,7 @@ class Batch:
     def _forward(self, rows: slice, tokens: Tensor, positions: Tensor, span: int) -> Tensor:
         """tokens, positions (B, T) -> fp32 logits (B, V) of the last column."""
         mask = self.cache.look(rows, positions, span, self.dtype)
+        # logits_to_keep=1: only the last column predicts something new, so the output layer runs for it alone.
         output = self.model(
             input_ids=tokens, attention_mask=mask, position_ids=positions.clamp(min=0), use_cache=True,
             logits_to_keep=1, **{CACHE: self.cache},
@@ -235,49 +285,5 @@ class Batch:
         return [(s, s.accept(token, lp)) for s, token, lp in zip(list(sequences), tokens, logprobs, strict=True)]
 
 
-class CompiledStep:
-    """A decode step as one graph. On CUDA a small model's step is hundreds of kernels of a few microseconds, and
-    starting them takes longer than they do; torch.compile records them once (mode "reduce-overhead": CUDA graphs) and
-    replays them. A graph is made for one shape and fixed memory, hence the fixed shapes; the cache's growth to twice
-    its capacity makes a new one, half a minute each.
-    """
-
-    def __init__(self, model, cache: StaticCache, options: dict):
-        self.model, self.cache = model, cache
-        self.step = torch.compile(self._logits, dynamic=False, **options)
-        self._capacity = 0
-
-    def _logits(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        output = self.model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
-            **{CACHE: self.cache},
-        )  # fmt: skip
-        return output.logits[:, -1].float()
-
-    def __call__(self, tokens: Tensor, positions: Tensor, span: int) -> Tensor:
-        """tokens, positions (slots, 1), -1 where a slot is unused -> fp32 logits (slots, V)."""
-        self.cache.reserve(span)
-        mask = self.cache.look_at_all(positions, self.cache.keys[0].dtype)
-        if self._capacity != self.cache.capacity:
-            self._capacity = self.cache.capacity
-            for store in (*self.cache.keys, *self.cache.values):
-                torch._dynamo.mark_static_address(store)  # written in place: without this CUDA graphs are not used
-        torch.compiler.cudagraph_mark_step_begin()  # the last step's logits may be overwritten
-        return self.step(tokens, positions.clamp(min=0), mask)
-
-
 def is_long(samples: list[Sequence]) -> bool:
     return len(samples[0].prompt) > CHUNK
-
-
-def token_logprobs(logits: Tensor, tokens: list[int], wanted: list[int | None]) -> list[TokenLogprob | None]:
-    """logits (B, V): each chosen token's log-probability and the `wanted` best ones, None where not wanted."""
-    if all(n is None for n in wanted):
-        return list(itertools.repeat(None, len(tokens)))
-    log_p = logits.log_softmax(dim=-1)
-    best = log_p.topk(min(max(n or 0 for n in wanted), log_p.shape[-1]), dim=-1)
-    result = []
-    for row, (token, n) in enumerate(zip(tokens, wanted, strict=True)):
-        top = list(zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True))
-        result.append(None if n is None else TokenLogprob(token, log_p[row, token].item(), top[:n]))
-    return result

@@ -17,34 +17,15 @@ from itertools import islice
 
 import torch
 
-from inference.batch import Batch, Piece, Sequence, TokenLogprob
-from inference.cpu_kernels import prepared
+from inference.batch import Batch
+from inference.cpu_kernels import prepacked
 from inference.log_probs import Score, score_sequences
-from inference.sampling import Sampler, SamplingParams
-from inference.stream_text import TextStream
+from inference.sampling import SamplingParams
+from inference.stream_text import Completion, Piece, Sequence, sequences
 from model.tokenizer import encode_document, encode_text, render
 
 COMPILED = {"capacity": 1024, "compiled": {"mode": "reduce-overhead"}}  # few sizes of the cache: few graphs
 SCORED_TOGETHER = 64  # documents; their logits are not kept, their tokens are
-
-
-@dataclass
-class Completion:
-    """One answer. token_ids and logprobs include the token that ended it, text does not."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str  # "stop": end token or stop string; "length": max_tokens or context reached; "cancelled"
-    prompt_tokens: int
-    completion_tokens: int
-    logprobs: list[TokenLogprob] | None = None
-    index: int = 0  # which of the n samples
-
-
-def completion(s: Sequence) -> Completion:
-    """What a sequence that has ended comes to."""
-    logprobs = s.logprobs if s.params.logprobs is not None else None
-    return Completion(s.text, s.token_ids, s.finish_reason, len(s.prompt), len(s.token_ids), logprobs, s.index)
 
 
 @dataclass
@@ -68,7 +49,6 @@ class Engine:
 
     max_batch   sequences generated side by side; more prompts take turns
     enable_thinking   for chats, see model.tokenizer.render: None leaves it to the model
-    quantize    None, or "int8": 8-bit weights on a CPU, see inference.cpu_kernels
     own_template   chats are written as the tokenizer's template says: for models of other projects
     """
 
@@ -76,12 +56,12 @@ class Engine:
     tokenizer: object
     max_batch: int = 32
     enable_thinking: bool | None = None
-    quantize: str | None = None
     own_template: bool = False
     speed: Speed = field(default_factory=Speed)
 
     def __post_init__(self):
-        self.source, self.model = self.model, prepared(self.model, self.quantize)
+        # `source` is what was given, to be exported or counted; `model` is what runs.
+        self.source, self.model = self.model, prepacked(self.model)
         config = self.model.config
         self.context = config.max_position_embeddings
         self.vocab_size = config.vocab_size
@@ -97,26 +77,27 @@ class Engine:
         """
         params = params if isinstance(params, list) else [params or SamplingParams()] * len(prompts)
         requests = [
-            self.sequences(self.encode(p), q, request=i) for i, (p, q) in enumerate(zip(prompts, params, strict=True))
+            sequences(self, self.encode(p), q, request=i) for i, (p, q) in enumerate(zip(prompts, params, strict=True))
         ]
         if not requests:
             return []
-        waiting = sorted(requests, key=lambda samples: len(samples[0].prompt))  # neighbours of like length: no padding
+        # Prompts of like length are read together, which leaves little padding. Results go back by `requests`' order.
+        waiting = sorted(requests, key=lambda samples: len(samples[0].prompt))
         widest = max(map(len, requests))
         batch = self.batch(min(max(self.max_batch, widest), sum(map(len, requests))))
         for _ in self._run(batch, waiting):
             pass
-        return [completion(s) for samples in requests for s in samples]
+        return [s.completion() for samples in requests for s in samples]
 
     def stream(self, prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """The answer in pieces as it is generated; with n > 1 the samples' pieces are mixed, see Piece.index."""
-        samples = self.sequences(self.encode(prompt), params or SamplingParams())
+        samples = sequences(self, self.encode(prompt), params or SamplingParams())
         for _, piece in self._run(self.batch(len(samples)), [samples]):
             yield piece
 
     def _run(self, batch: Batch, waiting: list[list[Sequence]]):
-        """Steps until all are done, letting in from the front of `waiting` as places become free."""
-        waiting = waiting[::-1]
+        """Steps until all are done; requests join from the front of `waiting` as places become free."""
+        waiting = waiting[::-1]  # pop() takes from the end
         self.speed = Speed(prompt_tokens=sum(len(samples[0].prompt) for samples in waiting))
         while waiting or batch.busy:
             while waiting and batch.free >= len(waiting[-1]):
@@ -124,7 +105,7 @@ class Engine:
             reading, begin = bool(batch.joining), time.perf_counter()
             gained = batch.step()
             seconds = time.perf_counter() - begin
-            if reading:  # a pass that reads prompts is booked under prefill, whoever else got a token in it
+            if reading:  # a step that reads prompts counts as prefill, though others get a token in it
                 self.speed.prefill_seconds += seconds
             else:
                 self.speed.decode_seconds += seconds
@@ -136,22 +117,6 @@ class Engine:
         if compile and next(self.model.parameters()).device.type != "cuda":
             raise ValueError("compiled decode steps pay on CUDA only; leave --compile out")
         return Batch(self.model, slots, **(COMPILED if compile else {}))
-
-    def sequences(self, prompt: list[int], params: SamplingParams, request: object = None) -> list[Sequence]:
-        """The params.n sequences of a prompt, ready to join a batch."""
-        params.check_tokens(self.vocab_size)
-        room = self.context - len(prompt)
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {self.context}"
-            )
-        limit = min(params.max_tokens or room, room)
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.end_tokens)
-        return [
-            Sequence(request, i, params, prompt, limit, ends, Sampler(params, prompt, i, self.vocab_size),
-                     TextStream(self.tokenizer, params.stop))
-            for i in range(params.n)
-        ]  # fmt: skip
 
     # --------------------------------------------------------------------------------------------------- scoring
     def score(self, prompts: list, continuations: list) -> list[Score]:
@@ -180,12 +145,13 @@ class Engine:
         if length < 1:
             raise ValueError(f"texts are read in pieces of at least 1 token, not {length}")
         length = min(length, self.context)
-        nats, n_bytes = 0.0, 0
-        texts = iter(texts)
+        # Block by block: a file of any size is measured in the memory of SCORED_TOGETHER documents.
+        nats, n_bytes, texts = 0.0, 0, iter(texts)
         while block := list(islice(texts, SCORED_TOGETHER)):
             pieces = []
             for text in block:
                 ids = encode_document(self.tokenizer, text)
+                # Pieces overlap by one token, so that every token but a document's first is predicted exactly once.
                 pieces += [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
                 n_bytes += len(text.encode())
             pairs = [(piece[:1], piece[1:]) for piece in pieces]

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference.cache import StaticCache
+from inference.batch import StaticCache
 from model.compat import CACHE
 
 MIN_PREFIX = 16  # tokens in common that are worth a pass of their own
 PASS_TOKENS = 1024  # tokens of one pass; more are no faster, they leave the processor's cache
-FULL_PASS = (
-    256  # from so many tokens on a pass is left as it is rather than joined by a longer row, which pads all others
-)
+FULL_PASS = 256  # tokens from which on a pass takes no much longer row: padding all others would cost more
 CHUNK = 512
 
 
@@ -34,7 +32,7 @@ class Score:
 
 @dataclass
 class _Row:
-    """Tokens to feed in, and for which of their last positions which targets are asked."""
+    """One input of the model, and the continuations that are asked for at its end."""
 
     ids: tuple[int, ...]
     asked: list[tuple[int, list[int]]]  # (number of the pair, its continuation)
@@ -48,12 +46,14 @@ class _Row:
 @torch.inference_mode()
 def score_sequences(model, pairs: list[tuple[list[int], list[int]]], max_batch: int = 32) -> list[Score]:
     """pairs: (prompt ids, continuation ids), none empty -> their scores, in order."""
+    # "A" and "B" after one prompt are the same input: only the last token differs, and that one is not fed in.
     rows: dict[tuple[int, ...], _Row] = {}
     for number, (prompt, target) in enumerate(pairs):
-        ids = tuple(prompt + target[:-1])  # the last token is predicted, not fed in
+        ids = tuple(prompt + target[:-1])
         rows.setdefault(ids, _Row(ids, [])).asked.append((number, target))
     scores: dict[int, Score] = {}
     cache = StaticCache(min(max_batch, len(rows)), max((len(ids) for ids in rows), default=0))
+    # Sorted by tokens, inputs that begin alike are neighbours.
     for group, prefix in _groups(sorted(rows.values(), key=lambda row: row.ids)):
         batches = list(_batches(group, prefix, max_batch))
         _read_prefix(model, cache, group[0].ids[:prefix], rows=max(map(len, batches)))
@@ -72,9 +72,12 @@ def _groups(rows: list[_Row]) -> list[tuple[list[_Row], int]]:
     alone: list[_Row] = []
     i = 0
     while i < len(rows):
+        # The prefix ends where the first logits are asked for: those positions must be computed for each row.
         group, prefix = [rows[i]], rows[i].first
         for row in rows[i + 1 :]:
             common = _common(group[-1].ids, row.ids, min(prefix, row.first))
+            # The first neighbour may shorten the prefix freely, later ones to no less than half: an input that shares
+            # little must not take from a group what its others have in common.
             if common < max(MIN_PREFIX, prefix // 2 if len(group) > 1 else 0):
                 break
             group.append(row)
@@ -96,7 +99,7 @@ def _common(a: tuple, b: tuple, limit: int) -> int:
 
 
 def _read_prefix(model, cache: StaticCache, ids: tuple[int, ...], rows: int) -> None:
-    """Fills row 0 with the common beginning and gives the others a copy. What an earlier group left is overwritten."""
+    """Fills row 0 with the common beginning and copies it to the others, over what an earlier group left."""
     for start in range(0, len(ids), CHUNK):
         chunk = torch.tensor([ids[start : start + CHUNK]], device=model.device)
         positions = torch.arange(start, start + chunk.shape[1], device=model.device).unsqueeze(0)
@@ -109,6 +112,7 @@ def _batches(group: list[_Row], prefix: int, max_batch: int):
     """Rows of like length together, so that little is padding."""
     batch: list[_Row] = []
     for row in sorted(group, key=lambda row: len(row.ids)):
+        # Rows come shortest first, so this one is the longest so far and sets the width of the pass.
         size = len(row.ids) - prefix
         full = len(batch) == max_batch or size * (len(batch) + 1) > PASS_TOKENS
         padded = size * len(batch) >= FULL_PASS and size > 1.1 * (len(batch[0].ids) - prefix)
@@ -124,7 +128,7 @@ def _suffix_logits(model, cache: StaticCache, batch: list[_Row], prefix: int) ->
     """For each row the fp32 logits of the positions from `row.first` on."""
     T = max(len(row.ids) for row in batch) - prefix
     suffixes = [list(row.ids[prefix:]) for row in batch]
-    # Padding on the left: the last positions, whose logits are asked for, share a column.
+    # Padding stands on the left, so the last positions, whose logits are asked for, are the same columns in all rows.
     tokens = torch.tensor([[0] * (T - len(ids)) + ids for ids in suffixes], device=model.device)
     positions = torch.tensor(
         [[-1] * (T - len(ids)) + list(range(prefix, prefix + len(ids))) for ids in suffixes], device=model.device
@@ -149,6 +153,7 @@ def _row_scores(row: _Row, logits: Tensor) -> dict[int, Score]:
     best = log_p.argmax(dim=-1).tolist()
     result = {}
     for number, target in row.asked:
+        # Position t predicts token t + 1, and the last token was not fed in: the last rows are the target's.
         places = log_p[-len(target) :]
         tokens = places.gather(-1, torch.tensor(target, device=places.device).unsqueeze(-1)).flatten().tolist()
         result[number] = Score(sum(tokens), tokens, best[-len(target) :] == target)

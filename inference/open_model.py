@@ -29,9 +29,6 @@ def add_model_flags(parser) -> None:
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (auto)")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                    help="(auto: bfloat16 where a GPU has it, float16 on older ones, else float32)")  # fmt: skip
-    g.add_argument(
-        "--quantize", choices=("none", "int8"), default="none", help="8-bit weights (FBGEMM, dynamic), CPU only (none)"
-    )
     g.add_argument("--rope_scaling", type=rope_scaling, default=None, metavar="none|linear:F|yarn:F",
                    help="texts up to F times as long as those trained on (none)")  # fmt: skip
 
@@ -106,7 +103,7 @@ def open_engine(args, path: Path, foreign: bool = False, **options) -> tuple[Eng
         stretch(model.config, *args.rope_scaling, record.get("seq_len"))
     device = pick_device(args.device)
     model = model.to(device, pick_dtype(args.dtype, device))
-    return Engine(model, tokenizer, quantize=None if args.quantize == "none" else args.quantize, **options), record
+    return Engine(model, tokenizer, **options), record
 
 
 def load_foreign(path: Path, fault: ValueError) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -129,19 +126,3 @@ def stretch(config, kind: str, factor: float, trained: int | None) -> None:
         "rope_type": kind, "factor": factor, "original_max_position_embeddings": trained,
     }  # fmt: skip
     config.max_seq_len = max(config.max_seq_len, int(trained * factor))
-
-
-# ---------------------------------------------------------------------------------------------------------- prompts
-
-
-def _question_of(messages: list, where: str) -> list[dict]:
-    """A conversation without its last answer."""
-    if not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f'{where}: "conversations" must be a list of messages')
-    messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-    if not messages:
-        raise ValueError(f"{where}: the conversation asks nothing")
-    return messages
-
-
-# --------------------------------------------------------------------------------------------------------- printing

@@ -105,7 +105,7 @@ def penalise_counts(logits: Tensor, counts: Tensor, presence: Tensor, frequency:
 
 
 def keep_top_k(logits: Tensor, k: list[int]) -> Tensor:
-    """All but the k best logits of each row become -inf; 0 keeps all. Equals of the k-th best stay."""
+    """All but the k best logits of each row become -inf; 0 keeps all. Ties with the k-th best are kept."""
     V = logits.shape[-1]
     k = [min(n, V) if n > 0 else V for n in k]
     best = logits.topk(max(k), dim=-1).values
@@ -119,11 +119,12 @@ def keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
     On a CPU the best 256 are looked at first, as the kept tokens are usually few: sorting a whole vocabulary of 6,400
     takes several times longer. A GPU sorts faster than it could be asked whether 256 were enough.
     """
+    # `total` is over the whole vocabulary, so probabilities of the best few are true ones however few are sorted.
     total, V = logits.logsumexp(dim=-1, keepdim=True), logits.shape[-1]
     for width in (V,) if logits.is_cuda else (min(256, V), V):
         best = logits.topk(width, dim=-1)
         chance = (best.values - total).exp()
-        before = chance.cumsum(dim=-1) - chance
+        before = chance.cumsum(dim=-1) - chance  # of the more probable ones; 0 for the best, which always stays
         if width == V or bool(((before[:, -1:] >= p) | (p >= 1)).all()):
             break
     keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best.indices, before < p)
@@ -140,6 +141,7 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
     One random number a token: a row's draw depends on its own numbers alone, not on the shape of the batch.
     """
+    # In double, so that summing thousands of small probabilities loses none of them.
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V), the last one 1 up to rounding
     token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return token.clamp(max=logits.shape[-1] - 1).squeeze(-1)
@@ -151,6 +153,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: list[int], sample: int, vocab_size: int):
         self.params, self.vocab_size = params, vocab_size
+        # The n samples of a prompt share a seed and must differ, so each seeds its generator with its number too.
         seed = None if params.seed is None else f"{params.seed}:{sample}"
         self.random = random.Random(seed)
         self.seen = self.counts = None
@@ -171,14 +174,15 @@ def choose(logits: Tensor, samplers: list[Sampler]) -> list[int]:
     """The next token of each row of logits (B, V), fp32. A GPU is waited for once, for the tokens."""
     params = [sampler.params for sampler in samplers]
     logits = _adjust(logits, samplers)
-    tokens = logits.argmax(dim=-1)
-    free = [i for i, p in enumerate(params) if p.temperature > 0]  # the others are greedy
+    tokens = logits.argmax(dim=-1)  # right for greedy rows; the others are overwritten below
+    free = [i for i, p in enumerate(params) if p.temperature > 0]
     if not free:
         return tokens.tolist()
 
     def column(values, dtype=None) -> Tensor:
         return upload([[value] for value in values], logits.device, dtype)
 
+    # Temperature before the filters, as in transformers: top_p then cuts the distribution that is drawn from.
     rows, index = [params[i] for i in free], upload(free, logits.device)
     logits = logits.index_select(0, index) / column([p.temperature for p in rows], logits.dtype)
     if any(p.top_k for p in rows):
@@ -187,12 +191,13 @@ def choose(logits: Tensor, samplers: list[Sampler]) -> list[int]:
         logits = keep_top_p(logits, column([p.top_p for p in rows], logits.dtype))
     if any(p.min_p > 0 for p in rows):
         logits = keep_min_p(logits, column([p.min_p for p in rows], logits.dtype))
+    # One number from each row's own generator, made on the CPU: a seed gives the same numbers on every device.
     uniform = column([samplers[i].random.random() for i in free], torch.float64)
     return tokens.index_copy(0, index, draw(logits, uniform)).tolist()
 
 
 def _adjust(logits: Tensor, samplers: list[Sampler]) -> Tensor:
-    """Penalties and biases, for the rows that have any."""
+    """Penalties and biases, for the rows that have any: most requests have none, and (B, V) tensors are large."""
     params = [sampler.params for sampler in samplers]
 
     def there(x, dtype=None) -> Tensor:
@@ -217,3 +222,27 @@ def _adjust(logits: Tensor, samplers: list[Sampler]) -> Tensor:
         tokens, biases = zip(*params[i].logit_bias.items(), strict=True)
         logits[i].index_add_(0, there(tokens), there(biases, logits.dtype))
     return logits
+
+
+# ---------------------------------------------------------------------------------------------- what it was worth
+@dataclass
+class TokenLogprob:
+    """Log-probability (nats) of a generated token, and the best tokens of its place with theirs."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+def token_logprobs(logits: Tensor, tokens: list[int], wanted: list[int | None]) -> list[TokenLogprob | None]:
+    """logits (B, V): each chosen token's log-probability and the `wanted` best ones, None where not wanted."""
+    if all(n is None for n in wanted):
+        return [None] * len(tokens)
+    log_p = logits.log_softmax(dim=-1)
+    # The most that any row wants, in one call; each row then takes as many as it asked for.
+    best = log_p.topk(min(max(n or 0 for n in wanted), log_p.shape[-1]), dim=-1)
+    result = []
+    for row, (token, n) in enumerate(zip(tokens, wanted, strict=True)):
+        top = list(zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True))
+        result.append(None if n is None else TokenLogprob(token, log_p[row, token].item(), top[:n]))
+    return result

@@ -1,7 +1,7 @@
 """Many requests at once: a thread that runs one batch, which requests join and leave between steps.
 
     with Scheduler(engine, slots=8, queue=64) as scheduler:
-        handle = scheduler.submit(messages, SamplingParams(max_tokens=100))
+        handle = scheduler.submit(engine.encode(messages), SamplingParams(max_tokens=100))
         for piece in handle: print(piece.text, end="")
 
 A request waits in the queue until a row of the cache is free, has its prompt read in the next step, and from then on
@@ -14,13 +14,13 @@ import threading
 import time
 from collections import deque
 
-from inference.batch import Piece, Sequence
-from inference.engine import Completion, Engine, completion
+from inference.engine import Engine
 from inference.sampling import SamplingParams
+from inference.stream_text import Completion, Piece, Sequence, sequences
 
 
 class QueueFull(RuntimeError):
-    """As many requests wait as may; try again later."""
+    """The queue holds as many requests as it may; try again later."""
 
 
 class Closed(RuntimeError):
@@ -28,7 +28,7 @@ class Closed(RuntimeError):
 
 
 class Handle:
-    """A request on its way. Iterate over it for the pieces of its answers as they come, from one thread."""
+    """A submitted request. Iterate over it, in one thread, for the pieces of its answers as they come."""
 
     def __init__(self, scheduler: "Scheduler", samples: list[Sequence]):
         self.scheduler, self.samples = scheduler, samples
@@ -37,6 +37,7 @@ class Handle:
         self.first_token: float | None = None  # when it came, on the same clock; finished likewise
         self.finished: float | None = None
         self.cancelled = False
+        # What the worker hands over: pieces, then None at the end or the exception that ended it.
         self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
 
     def __iter__(self):
@@ -52,10 +53,10 @@ class Handle:
         """Waits for the end; the n samples. Of a cancelled request what there is, finish_reason "cancelled"."""
         for _ in self:
             pass
-        return [completion(sample) for sample in self.samples]
+        return [sample.completion() for sample in self.samples]
 
     def cancel(self) -> None:
-        """Its rows are free before the next step. Harmless where the request has ended."""
+        """Ends the request; its rows are free before the next step. Does nothing where it has ended."""
         self.scheduler._cancel(self)
 
     @property
@@ -82,20 +83,23 @@ class Scheduler:
             ("requests", "finished", "cancelled", "failed", "refused", "prompt_tokens", "new_tokens", "steps"), 0
         )
         self.closed = False
+        # One lock for all of the above. The worker sleeps on it while there is nothing to do. A step of the batch runs
+        # outside it, so submit() and cancel() never wait for the model.
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         self._thread.start()
 
     # ------------------------------------------------------------------------------------------- for the requesters
-    def submit(self, prompt, params: SamplingParams | None = None) -> Handle:
-        """Any thread may call it; returns at once. prompt and params as for Engine.generate.
+    def submit(self, prompt: list[int], params: SamplingParams | None = None) -> Handle:
+        """Any thread may call it; returns at once. prompt: token ids, see Engine.encode.
 
         Raises ValueError for a prompt that cannot be answered or more samples than there are rows, QueueFull, Closed.
         """
         params = params or SamplingParams()
         if params.n > self.slots:
             raise ValueError(f"n is {params.n}, but only {self.slots} answers are generated at once")
-        handle = Handle(self, self.engine.sequences(self.engine.encode(prompt), params))
+        # Outside the lock: checking the request and setting up its samplers need not hold up the others.
+        handle = Handle(self, sequences(self.engine, prompt, params))
         for sample in handle.samples:
             sample.request = handle
         with self._wake:
@@ -130,7 +134,7 @@ class Scheduler:
         self.close()
 
     def _fits(self, handle: Handle) -> bool:
-        """Whether rows are free for it at once: nobody waits, and those who leave have not taken what there is."""
+        """Whether it can start at once: nobody waits before it and enough rows are free."""
         return not self.waiting and self.batch.free >= len(handle.samples)
 
     def _cancel(self, handle: Handle) -> None:
@@ -138,10 +142,10 @@ class Scheduler:
             if handle.finished or handle.cancelled:
                 return
             handle.cancelled = True
-            if handle in self.waiting:
+            if handle in self.waiting:  # it has no rows: it can be ended here
                 self.waiting.remove(handle)
                 self._end(handle, "cancelled")
-            else:
+            else:  # the batch may be in a step now: the worker frees the rows between two steps
                 self.leaving.append(handle)
                 self._wake.notify()
 
@@ -152,7 +156,7 @@ class Scheduler:
                 if not self._let_in_and_out():
                     return
                 gained = self.batch.step()
-            except Exception as error:  # out of memory, for one: those who ran are told, the next ones get a new batch
+            except Exception as error:  # out of memory, for one: the requests that ran end, the next get a new batch
                 self._fail(error)
                 continue
             with self._wake:
@@ -161,7 +165,10 @@ class Scheduler:
                     self._hand_over(sequence.request, piece)
 
     def _let_in_and_out(self) -> bool:
-        """Frees the rows of the cancelled, lets in who fits; sleeps while there is nothing to do. False: closed."""
+        """Between two steps: frees the rows of cancelled requests, then starts waiting ones while rows last.
+
+        Sleeps while there is nothing to do. False where the scheduler has been closed.
+        """
         with self._wake:
             while True:
                 if self.closed:
@@ -175,6 +182,7 @@ class Scheduler:
                     while self.waiting:
                         self._end(self.waiting.popleft(), "cancelled")
                     return False
+                # Strictly first come first served: a request of n samples is not overtaken by smaller ones for ever.
                 while self.waiting and self.batch.free >= len(self.waiting[0].samples):
                     handle = self.waiting.popleft()
                     self.running.add(handle)
@@ -194,7 +202,7 @@ class Scheduler:
             self._end(handle, "finished")
 
     def _end(self, handle: Handle, how: str, error: BaseException | None = None) -> None:
-        """The last thing a handle hears. `how` is the count it goes to."""
+        """Ends a handle: the last item in its queue is None or the error. `how`: the count it is added to."""
         if handle.finished:
             return
         handle.finished = time.monotonic()

@@ -1,8 +1,23 @@
-"""Tokens to text as they come: whole characters only, and an end where a stop string begins; thinking told apart."""
+"""From generated tokens to text as it comes: whole characters only, an end at a stop string, and what its tags mean.
 
-OPEN, CLOSE = "<think>", "</think>"
+  Sequence      one answer in the making: takes a token a step, gives out a Piece
+  TextStream    tokens -> the text they make certain
+  AnswerReader  that text -> thinking, content and tool calls
+
+<think>\\n...\\n</think>\\n\\nLet me see.\\n<tool_call>\\n{"name": "add", "arguments": {"a": 1}}\\n</tool_call>
+"""
+
+import json
+from dataclasses import dataclass, field
+
+from inference.sampling import Sampler, SamplingParams, TokenLogprob
+from model.chat_template import to_json
+
+THINK, THINK_END = "<think>", "</think>"
+CALL, CALL_END = "<tool_call>", "</tool_call>"
 
 
+# ------------------------------------------------------------------------------------------------------- tokens to text
 class TextStream:
     """The text of a growing list of tokens, in pieces whose concatenation is the text of the whole list.
 
@@ -59,6 +74,107 @@ class TextStream:
         return piece
 
 
+# ----------------------------------------------------------------------------------------------------------- a sequence
+@dataclass
+class Piece:
+    """What one step added to one sequence. `text` may be empty while a character or a stop string is incomplete."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None  # None while it goes on; "stop", "length" or "cancelled"
+    index: int = 0  # which of the n samples
+
+
+@dataclass
+class Completion:
+    """One answer. token_ids and logprobs include the token that ended it, text does not."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str  # "stop": end token or stop string; "length": max_tokens or context reached; "cancelled"
+    prompt_tokens: int
+    completion_tokens: int
+    logprobs: list[TokenLogprob] | None = None
+    index: int = 0  # which of the n samples
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer in the making. `request` is whatever the caller wants to find again."""
+
+    request: object
+    index: int
+    params: SamplingParams
+    prompt: list[int]
+    limit: int  # tokens it may generate
+    end_tokens: frozenset[int]
+    sampler: Sampler
+    stream: TextStream
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens it has in the cache: all but the newest, which the next step feeds in."""
+        return len(self.prompt) + max(len(self.token_ids) - 1, 0)
+
+    def accept(self, token: int, logprob: TokenLogprob | None) -> Piece:
+        """Takes the next token; returns what it says."""
+        self.token_ids.append(token)
+        self.sampler.accept(token)
+        ended = token in self.end_tokens
+        text = "" if ended else self.stream.feed(token)
+        if ended or self.stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.limit:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            text += self.stream.finish()
+        self.text += text
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        return Piece(text, [token], None if logprob is None else [logprob], self.finish_reason, self.index)
+
+    def completion(self) -> Completion:
+        """What it comes to, once it has ended."""
+        logprobs = self.logprobs if self.params.logprobs is not None else None
+        return Completion(self.text, self.token_ids, self.finish_reason, len(self.prompt), len(self.token_ids),
+                          logprobs, self.index)  # fmt: skip
+
+
+def sequences(engine, prompt: list[int], params: SamplingParams, request: object = None) -> list[Sequence]:
+    """The params.n samples of a prompt, ready to join a batch. engine: whose tokenizer, context and end tokens hold.
+
+    Raises ValueError for a prompt that is empty or fills the context, and for a parameter that names no token.
+    """
+    params.check_tokens(engine.vocab_size)
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    room = engine.context - len(prompt)
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {engine.context}"
+        )
+    limit = min(params.max_tokens or room, room)
+    ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else engine.end_tokens)
+    return [
+        Sequence(request, i, params, prompt, limit, ends, Sampler(params, prompt, i, engine.vocab_size),
+                 TextStream(engine.tokenizer, params.stop))
+        for i in range(params.n)
+    ]  # fmt: skip
+
+
+def text_with_markers(tokenizer, completion: Completion) -> str:
+    """All that was generated, special tokens spelled out, up to the token that ended it: what a strict check reads."""
+    ended = completion.finish_reason == "stop"
+    ids = completion.token_ids[:-1] if ended else completion.token_ids
+    return tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+
+
+# --------------------------------------------------------------------------------------------------- what the tags mean
 def overlap(text: str, stop: str) -> int:
     """How many of the last characters of `text` are the first of `stop`."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
@@ -72,9 +188,9 @@ def split_thinking(text: str, thinking: bool = False) -> tuple[str | None, str]:
 
     thinking: the prompt has opened the block already. A block that never closes is all thought.
     """
-    if not thinking and not text.lstrip().startswith(OPEN):
+    if not thinking and not text.lstrip().startswith(THINK):
         return None, text
-    thought, closed, said = text.lstrip().removeprefix(OPEN).partition(CLOSE)
+    thought, closed, said = text.lstrip().removeprefix(THINK).partition(THINK_END)
     return thought.strip(), said.lstrip() if closed else ""
 
 
@@ -88,17 +204,112 @@ class ThinkingStream:
         """What is certain now; `final`: no piece will follow."""
         self.held += piece
         parts = []
-        if not self.begun and self.held.lstrip().startswith(OPEN):
+        if not self.begun and self.held.lstrip().startswith(THINK):
             self.begun = self.thinking = True
-            self.held = self.held.lstrip().removeprefix(OPEN)
-        elif not self.begun and (final or not OPEN.startswith(self.held.lstrip())):
+            self.held = self.held.lstrip().removeprefix(THINK)
+        elif not self.begun and (final or not THINK.startswith(self.held.lstrip())):
             self.begun = True  # a block can only open an answer; tags later on are text
-        if self.thinking and CLOSE in self.held:
-            thought, _, self.held = self.held.partition(CLOSE)
+        if self.thinking and THINK_END in self.held:
+            thought, _, self.held = self.held.partition(THINK_END)
             parts.append((True, thought))
             self.thinking = False
         if self.begun:
-            keep = overlap(self.held, CLOSE) if self.thinking and not final else 0
+            keep = overlap(self.held, THINK_END) if self.thinking and not final else 0
             parts.append((self.thinking, self.held[: len(self.held) - keep]))
             self.held = self.held[len(self.held) - keep :]
         return [part for part in parts if part[1]]
+
+
+@dataclass
+class ToolCall:
+    name: str
+    arguments: str  # JSON text
+
+
+def begun_call(name: str | None) -> str:
+    """How an answer begins that must call a tool (this one, or any): put after the prompt, the model has to go on.
+
+    It ends where a token ends in the texts the model has learned: no blank, no quotation mark that the next word takes.
+    """
+    return f'{CALL}\n{{"name": {to_json(name)}, "arguments":' if name else f'{CALL}\n{{"name":'
+
+
+def parse_call(text: str, names: set[str]) -> ToolCall | None:
+    """The call inside a tool_call block; None where it is none, or of a tool that was not offered."""
+    try:
+        call = json.loads(text)
+        name, arguments = call["name"], call.get("arguments") or {}
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        arguments_text = to_json(arguments)
+        arguments_text.encode("utf-8")  # half a surrogate pair, written as an escape, cannot be sent
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
+        return None
+    return ToolCall(name, arguments_text)
+
+
+class AnswerReader:
+    """Turns the pieces of an answer into parts: ("reasoning", text), ("content", text), ("call", ToolCall).
+
+    thinking: the prompt has opened a think block. names: tools whose calls are told apart; none: no block is a call.
+    one_call: what follows the first call is dropped. An answer without tags comes out letter for letter; around
+    blocks, white space is dropped. A block that is no valid call, or never ends, stays text.
+    """
+
+    def __init__(self, thinking: bool = False, names: set[str] = frozenset(), one_call: bool = False):
+        self.think = ThinkingStream(thinking)
+        self.names, self.one_call = names, one_call
+        self.called = False
+        self.held = ""  # text that may turn out to be a block, or white space before one
+        self.trim = False  # content begins after a block: its first white space is dropped
+        self.thought, self.blank = False, ""  # of the thinking: whether it has begun, white space that may end it
+
+    def feed(self, text: str, final: bool = False) -> list[tuple[str, str | ToolCall]]:
+        parts = []
+        for is_thought, piece in self.think.feed(text, final):
+            parts += self._thought(piece) if is_thought else self._said(piece)
+        return parts + (self._said("", final=True) if final else [])
+
+    def _thought(self, piece: str):
+        self.trim = True
+        piece = self.blank + piece if self.thought else piece.lstrip()
+        kept = piece.rstrip()
+        self.blank = piece[len(kept) :]
+        self.thought = self.thought or bool(kept)
+        return [("reasoning", kept)] if kept else []
+
+    def _said(self, piece: str, final: bool = False):
+        self.held += piece
+        if not self.names:
+            return self._content(len(self.held))
+        parts = []
+        while CALL in self.held:
+            begin = self.held.index(CALL)
+            end = self.held.find(CALL_END, begin)
+            if end < 0:
+                break
+            call = parse_call(self.held[begin + len(CALL) : end], self.names)
+            if call is None:
+                parts += self._content(end + len(CALL_END))
+                continue
+            parts += self._content(len(self.held[:begin].rstrip()))
+            if not (self.called and self.one_call):
+                parts.append(("call", call))
+            self.held = self.held[self.held.index(CALL_END) + len(CALL_END) :]
+            self.called = self.trim = True
+        if final:
+            return parts + self._content(len(self.held.rstrip() if self.called else self.held))
+        begin = self.held.find(CALL)
+        certain = self.held[: begin if begin >= 0 else len(self.held) - overlap(self.held, CALL)]
+        return parts + self._content(len(certain.rstrip()))
+
+    def _content(self, length: int):
+        """The first `length` characters of what is held, as content."""
+        text, self.held = self.held[:length], self.held[length:]
+        if self.trim:
+            text = text.lstrip()
+            self.trim = not text
+        if self.called and self.one_call:
+            return []
+        return [("content", text)] if text else []

@@ -96,7 +96,7 @@ class Fact:
 
 
 @dataclass
-class World:
+class SampleWorld:
     """Everything the generator says: relations, frames (wordings of a language), and the other data files.
 
     `domain` holds the relations of a subject that only an adapter is taught.
@@ -129,7 +129,7 @@ def with_chatter(frames, question, rng):
 
 
 def load_world(folder=WORLD_DIR):
-    """Read the data files of `folder` into a World, checked: ValueError names the fact that cannot be scored."""
+    """Read the data files of `folder` into a SampleWorld, checked: ValueError names the fact that cannot be scored."""
     data = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
     frames = data["frames"]
     relations = [
@@ -138,7 +138,7 @@ def load_world(folder=WORLD_DIR):
         for row in data[f"relations_{language}"]
     ]
     domain = [build_relation(row, "zh", frames["zh"]) for row in data["domain"]]
-    world = World(relations, frames, data["talk"], data["identity"], domain, data["arithmetic"])
+    world = SampleWorld(relations, frames, data["talk"], data["identity"], domain, data["arithmetic"])
     for relation in relations + domain:
         check_relation(relation)
     return world

@@ -1,9 +1,10 @@
 """Measurements that are no tests. Each prints its figures and, last, one JSON object.
 
   python scripts/benchmark.py              names them
-  python scripts/benchmark.py step --help  says what one measures, and its flags
+  python scripts/benchmark.py train --help  says what one measures, and its flags
 
-Each is a module of benchmarks/ with add_flags(parser) and run(args) -> dict. Speeds are ratios of things measured in
+Each is a module of benchmarks/ with add_flags(parser) and run(args) -> dict. What was measured once and is no gate
+stands in docs/ with the commit whose command it was. Speeds are ratios of things measured in
 turns in one process; those that want real text take it by --data_path, written $DATA in the documents.
 """
 
@@ -21,23 +22,14 @@ from common.errors import UserError, run_main
 from common.flags import Parser
 
 MEASUREMENTS = {
-    "step": "a training step against transformers and a matrix product",
-    "moe": "a training step with experts against a dense one",
     "train": "each stage against transformers, trl and peft",
     "memory": "the memory estimate against the measured peak",
-    "optimizers": "AdamW and Muon at four rates each, three seeds",
-    "context": "bits per byte beyond the trained length",
     "engine": "generating, beside transformers and llama.cpp",
-    "cache": "tokenising a 2 GB file: memory, speed, a kill",
     "lora": "a new identity by an adapter",
     "dpo": "preferences on held-out pairs",
-    "distill": "a student with and without a teacher",
     "reason": "well-formed thinking and right answers",
     "grpo": "right answers before and after reinforcement",
-    "cleaning": "bits per byte before and after cleaning the data",
-    "exam": "an exam as a whole against one question at a time",
     "serving": "many clients at the API server for minutes",
-    "dedup": "near copies in a large collection",
     "gpu": "all of it on a GPU: stages, speed, decoding, kills, exams",
 }
 

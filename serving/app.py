@@ -1,32 +1,124 @@
-"""The server: addresses, and what happens to a request from its arrival to its last byte.
+"""The server: its routes, and a request's way from the parsed body to the last byte.
 
     app = create_app(scheduler, names=["full_sft_512"])       an ASGI application, for uvicorn
+
+A chat: chat() -> _encode_chat() (messages -> token ids) -> _submit() (to the scheduler) -> _respond() (pieces -> JSON
+or server-sent events). serving/schema.py has checked the body before, serving/middleware.py the key and the size.
 
 POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health, GET /metrics; anything else is a 404.
 The scheduler's owner closes it; requests that run are then ended.
 """
 
+import asyncio
+import logging
 import time
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 
-from inference.answer_reader import OPEN, AnswerReader, begun_call
 from inference.sampling import SamplingParams
 from inference.scheduler import Closed, Handle, QueueFull, Scheduler
+from inference.stream_text import CALL, AnswerReader, Piece, begun_call
 from model.tokenizer import encode_text, render
 from serving import errors
-from serving.errors import ApiError
+from serving.errors import ApiError, failed, timed_out
 from serving.metrics import Metrics
 from serving.middleware import Gate, Limits
-from serving.request_run import CLIENT_GONE, EventStream, Run
-from serving.responses import DONE, Answer, ChatChoice, TextChoice, Tokens, event
+from serving.responses import DONE, ApiResponse, ChatChoice, TextChoice, Tokens, event
 from serving.schema import ChatRequest, CompletionRequest, ErrorBody, NamedTool, Sampling
 
+log = logging.getLogger(__name__)
+CLIENT_GONE = 499  # nginx' number for it; nobody reads the response
 REFUSALS = {status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 429, 503, 504)}
+
+
+class RequestRun:
+    """One HTTP request between the server's event loop and the scheduler's thread.
+
+    Iterating over a handle blocks. So one thread a handle waits there and passes its pieces on to the event loop.
+    end() must be called whatever happens: it frees the slots.
+    """
+
+    def __init__(self, handles: list[Handle], threads: ThreadPoolExecutor, timeout: float, ended: Callable):
+        """ended: is called with each handle once all is over."""
+        self.handles, self.ended, self.over = handles, ended, False
+        self.stopped: ApiError | None = None
+        self.loop = asyncio.get_running_loop()
+        self.arrived: asyncio.Queue = asyncio.Queue()  # (which handle, piece); None for one that ends; ApiError
+        # Three things can end a run early: this timer, a client that leaves (watcher) and an error from the scheduler.
+        self.timer = self.loop.call_later(timeout, self._stop, timed_out(timeout))
+        self.watcher: asyncio.Task | None = None
+        for i, handle in enumerate(handles):
+            threads.submit(self._listen, i, handle)
+
+    def _listen(self, i: int, handle: Handle) -> None:
+        """In a thread of its own: waits for pieces."""
+        try:
+            for piece in handle:
+                # asyncio's queues belong to the loop's thread; this is the one way in from another.
+                self.loop.call_soon_threadsafe(self.arrived.put_nowait, (i, piece))
+            cut = any(sample.finish_reason == "cancelled" for sample in handle.samples)
+            end = ApiError(503, "the server is shutting down", "shutting_down") if cut else None
+        except Exception:  # a failed step of the batch, out of memory for one
+            log.exception("a request failed")
+            end = failed()
+        self.loop.call_soon_threadsafe(self.arrived.put_nowait, end)
+
+    async def pieces(self, request: Request) -> AsyncIterator[tuple[int, Piece]]:
+        """(which handle, piece) as they come. Raises ApiError at the time limit, and if the client has gone."""
+        self.watcher = asyncio.create_task(self._watch(request))
+        waiting = len(self.handles)
+        while waiting:
+            item = await self.arrived.get()
+            # `stopped` first: pieces may still lie in the queue before the reason that was put behind them.
+            if self.stopped or isinstance(item, ApiError):
+                raise self.stopped or item
+            if item is None:
+                waiting -= 1
+            else:
+                yield item
+
+    async def _watch(self, request: Request) -> None:
+        """Nothing but a disconnect can follow the body."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self._stop(ApiError(CLIENT_GONE, "the client has gone"))
+
+    def _stop(self, reason: ApiError) -> None:
+        """Ends the generation at once, even where a slow client keeps pieces() from being asked for the next item."""
+        self.stopped = reason
+        self.arrived.put_nowait(reason)
+        for handle in self.handles:
+            handle.cancel()
+
+    def end(self) -> None:
+        if self.over:
+            return
+        self.over = True
+        self.timer.cancel()
+        if self.watcher:
+            self.watcher.cancel()
+        for handle in self.handles:
+            handle.cancel()
+            self.ended(handle)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a run, which ends with the response even if the client left before the first byte."""
+
+    def __init__(self, events: AsyncIterator[str], run: RequestRun):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.run = run
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.run.end()
 
 
 class Service:
@@ -37,6 +129,7 @@ class Service:
         self.engine = scheduler.engine
         self.tokens = Tokens(self.engine.tokenizer)
         self.metrics = Metrics(scheduler)
+        # A thread a request that runs or waits: fewer would let one request's pieces wait for another's end.
         self.threads = ThreadPoolExecutor(scheduler.slots + scheduler.queue_limit, thread_name_prefix="answers")
         self.started = int(time.time())
 
@@ -61,8 +154,10 @@ class Service:
         if len(body.messages) > self.limits.messages:
             raise ApiError(400, f"{len(body.messages)} messages; at most {self.limits.messages}", param="messages")
         params = self._params(body)
+        # Rendering and the queue's lock take milliseconds: in a thread, or every stream would stutter meanwhile.
         ids, begun = await run_in_threadpool(self._encode_chat, body)
         (handle,) = await run_in_threadpool(self._submit, [ids], params)
+        # A call that was begun in the prompt stands after the think block: the answer starts outside of it.
         thinking = self.engine.enable_thinking if body.thinking is None else body.thinking
         names = {tool.function.name for tool in self._offered(body)}
         choices = [
@@ -72,7 +167,7 @@ class Service:
             )
             for i in range(params.n)
         ]  # fmt: skip
-        return await self._respond(body, request, [handle], Answer(body.model, choices, len(ids)))
+        return await self._respond(body, request, [handle], ApiResponse(body.model, choices, len(ids)))
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         self._check_model(body.model)
@@ -82,7 +177,7 @@ class Service:
         prompts = await run_in_threadpool(self._encode_prompts, body.prompts)
         handles = await run_in_threadpool(self._submit, prompts, params)
         choices = [TextChoice(i, self.tokens, self.engine.end_tokens) for i in range(params.n * len(prompts))]
-        return await self._respond(body, request, handles, Answer(body.model, choices, sum(map(len, prompts))))
+        return await self._respond(body, request, handles, ApiResponse(body.model, choices, sum(map(len, prompts))))
 
     # ------------------------------------------------------------------------------------------ from request to ids
     def _check_model(self, name: str) -> None:
@@ -107,7 +202,7 @@ class Service:
         return [] if body.tool_choice == "none" else body.tools or []
 
     def _encode_chat(self, body: ChatRequest) -> tuple[list[int], str]:
-        """-> (ids of the prompt, what of the answer stands in it already: the beginning of a call that must be)."""
+        """-> (ids of the prompt, what of the answer stands in it already: the beginning of a forced tool call)."""
         tools = [tool.model_dump(exclude_unset=True) for tool in self._offered(body)] or None
         thinking = self.engine.enable_thinking if body.thinking is None else body.thinking
         must_call = tools and body.tool_choice not in (None, "auto")
@@ -127,10 +222,10 @@ class Service:
         return self._fitting(ids, "messages"), begun
 
     def _encode_begun(self, begun: str) -> list[int]:
-        tag = self.engine.tokenizer.get_vocab().get(OPEN)
+        tag = self.engine.tokenizer.get_vocab().get(CALL)
         if tag is None:  # a vocabulary to which the tags are plain text
             return encode_text(self.engine.tokenizer, begun)
-        return [tag, *encode_text(self.engine.tokenizer, begun.removeprefix(OPEN))]
+        return [tag, *encode_text(self.engine.tokenizer, begun.removeprefix(CALL))]
 
     def _encode_prompts(self, prompts: list) -> list[list[int]]:
         try:
@@ -162,8 +257,9 @@ class Service:
         raise refusal
 
     # ------------------------------------------------------------------------------------------- from ids to answer
-    async def _respond(self, body: Sampling, request: Request, handles: list[Handle], answer: Answer) -> Response:
-        run = Run(handles, self.threads, self.limits.timeout, self.metrics.observe)
+    async def _respond(self, body: Sampling, request: Request, handles: list[Handle], answer: ApiResponse) -> Response:
+        # From here on rows are taken: run.end() must be reached on every way out.
+        run = RequestRun(handles, self.threads, self.limits.timeout, self.metrics.observe)
         if body.stream:
             return EventStream(self._events(run, request, answer, body.include_usage, body.n or 1), run)
         try:
@@ -173,7 +269,7 @@ class Service:
             run.end()
         return JSONResponse(answer.whole())
 
-    async def _events(self, run: Run, request: Request, answer: Answer, include_usage: bool, n: int):
+    async def _events(self, run: RequestRun, request: Request, answer: ApiResponse, include_usage: bool, n: int):
         for choice in answer.choices:
             for part in choice.opening():
                 yield answer.chunk([part], include_usage)

@@ -1,7 +1,7 @@
 """Answers in the forms of OpenAI's API, whole or as the events of a stream.
 
-The pieces that the scheduler hands out are fed to one Choice a sample. It gives out what they add (`feed`, for
-streams) and holds what they come to (`whole`), so a stream and its whole cannot differ.
+Every sample has a Choice. It is fed the scheduler's pieces, returns what each adds to a stream (`feed`) and keeps the
+sum for an answer in one body (`whole`), so the two forms cannot differ.
 """
 
 import json
@@ -10,8 +10,8 @@ import uuid
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from inference.answer_reader import AnswerReader, ToolCall
-from inference.batch import Piece, TokenLogprob
+from inference.sampling import TokenLogprob
+from inference.stream_text import AnswerReader, Piece, ToolCall
 
 DONE = "data: [DONE]\n\n"
 
@@ -28,6 +28,7 @@ class Tokens:
         self.byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
 
     def bytes(self, token: int) -> bytes:
+        # Byte-level BPE writes each byte as a printable character: "Ġ" is a blank. Here that is undone.
         name = self.tokenizer.convert_ids_to_tokens(token)
         if name is not None and all(character in self.byte_of for character in name):
             return bytes(self.byte_of[character] for character in name)
@@ -51,7 +52,7 @@ class Choice:
         self.completion_tokens = 0
 
     def _count(self, piece: Piece) -> list[TokenLogprob] | None:
-        """Takes note of a piece; the log-probabilities to show: the token that ends a turn is no part of the text."""
+        """Counts a piece's tokens; returns the log-probabilities to show, but for the token that ends a turn."""
         self.completion_tokens += len(piece.token_ids)
         self.finish_reason = piece.finish_reason
         if piece.logprobs is None:
@@ -80,12 +81,14 @@ class ChatChoice(Choice):
         deltas = [self._add(kind, part) for kind, part in self.reader.feed(text, final=piece.finish_reason is not None)]
         logprobs = None
         if shown is not None:
+            # A piece may mean several deltas, or none while text is held back; its log-probabilities go out once.
             entries = [self.tokens.chat(item) for item in shown]
             self.logprobs = (self.logprobs or []) + entries
             logprobs = {"content": entries, "refusal": None} if entries else None
             deltas = deltas or [{"content": ""}] * bool(entries)
         chunks = [self._chunk(delta, logprobs if i == 0 else None) for i, delta in enumerate(deltas)]
         if piece.finish_reason:
+            # "length" stays: a client must know that the last call may be cut off.
             if self.calls and piece.finish_reason == "stop":
                 self.finish_reason = "tool_calls"
             chunks.append(self._chunk({}, finish_reason=self.finish_reason))
@@ -107,7 +110,7 @@ class ChatChoice(Choice):
         return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def whole(self) -> dict:
-        content = self.content if self.content or not self.calls else None
+        content = self.content if self.content or not self.calls else None  # as OpenAI's API has it beside calls
         message = {"role": "assistant", "content": content, "refusal": None}
         message |= {"reasoning_content": self.reasoning} if self.reasoning else {}
         message |= {"tool_calls": self.calls} if self.calls else {}
@@ -157,7 +160,7 @@ class TextChoice(Choice):
         return self._choice(self.text, self.logprobs, self.finish_reason)
 
 
-class Answer:
+class ApiResponse:
     """One response: its choices, prompt after prompt and sample after sample, under one id."""
 
     def __init__(self, model: str, choices: list[Choice], prompt_tokens: int):

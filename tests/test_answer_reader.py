@@ -2,7 +2,7 @@
 
 import pytest
 
-from inference.answer_reader import AnswerReader, parse_call
+from inference.stream_text import AnswerReader, parse_call
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 TEXTS = {

@@ -13,7 +13,7 @@ from inference.cpu_kernels import has_packed
 
 # file: private names of libraries used in it. A new one wants a line here and a test below; the best is to do without.
 PRIVATE = {
-    "inference/batch.py": {"_dynamo"},
+    "inference/compiled_step.py": {"_dynamo"},
     "inference/cpu_kernels.py": {"_linear_pointwise", "_reorder_linear_weight"},
     "trainer/deepspeed_config.py": {"__compatible_ops__"},
     "trainer/deepspeed_engine.py": {"_config"},

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from inference.batch import Batch
-from inference.cache import StaticCache
-from inference.cpu_kernels import MIN_ROWS, Int8Product, has_int8, has_packed, prepared
+from inference.batch import Batch, StaticCache
+from inference.cpu_kernels import MIN_ROWS, has_packed, prepacked
 from inference.engine import Engine, SamplingParams
 from inference.stream_text import TextStream
 from model.LMConfig import LMConfig
@@ -66,9 +65,9 @@ def assert_same(tokens, expected, gaps):
 
 # --------------------------------------------------------------------------------------------------- the packed copy
 @pytest.mark.parametrize("shape", SHAPES)
-def test_prepared_copy_computes_the_same(shape):
+def test_prepacked_copy_computes_the_same(shape):
     model = small_model(shape)
-    twin = prepared(model)
+    twin = prepacked(model)
     ids = torch.randint(0, 6400, (3, 20))
     with torch.no_grad():
         expected, got = model(ids).logits, twin(ids).logits
@@ -78,33 +77,14 @@ def test_prepared_copy_computes_the_same(shape):
 
 
 @pytest.mark.skipif(not has_packed(), reason="this torch has no packed matrix product")
-@pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_do_not_influence_each_other(shape, quantize):
-    if quantize and not has_int8():
-        pytest.skip("this torch has no FBGEMM")
-    twin = prepared(small_model(shape), quantize)
+def test_rows_do_not_influence_each_other(shape):
+    twin = prepacked(small_model(shape))
     ids = torch.randint(0, 6400, (16, 1))
     with torch.no_grad():
         together = twin(ids, use_cache=False).logits
         for n in (1, 2, 3, MIN_ROWS, 7):
             assert torch.equal(twin(ids[:n], use_cache=False).logits, together[:n])
-
-
-@pytest.mark.skipif(not has_int8(), reason="this torch has no FBGEMM")
-def test_int8_products_equal_their_definition():
-    """Weights and inputs rounded to 8 bits by hand, then multiplied exactly."""
-    generator = torch.Generator().manual_seed(0)
-    w, x = torch.randn(24, 64, generator=generator), torch.randn(5, 64, generator=generator)
-    w_scale, x_scale = w.abs().amax(1, keepdim=True) / 127, x.abs().amax(1, keepdim=True) * 2 / 255
-    w8, x8 = (w / w_scale).round() * w_scale, (x / x_scale).round() * x_scale
-    got, exact = Int8Product(w)(x), x @ w.T
-    assert (got - x8 @ w8.T).abs().max() < 0.02 * exact.abs().max()  # zero points and ties may round the other way
-    assert 0.001 < (got - exact).norm() / exact.norm() < 0.02
-    with pytest.raises(ValueError, match="float32"):
-        prepared(small_model().bfloat16(), "int8")
-    with pytest.raises(ValueError, match="int4"):
-        prepared(small_model(), "int4")
 
 
 # ------------------------------------------------------------------------------------------------------- the cache

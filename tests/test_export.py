@@ -374,27 +374,6 @@ def test_from_the_command_line(here, capsys):
     assert left.value.code == 2 and capsys.readouterr().err == "error: no weights at none.pth\n"
 
 
-# ------------------------------------------------------------------------------------------------ libraries train it
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "granite"])
-def test_trl_trains_three_steps(folders, tmp_path, kind):
-    pytest.importorskip("trl")
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    chats = [
-        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"答{i}"}]}
-        for i in range(12)
-    ]
-    args = SFTConfig(output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, use_cpu=True, bf16=False,
-                     report_to="none", assistant_only_loss=True, learning_rate=1e-2, save_strategy="no")  # fmt: skip
-    trainer = SFTTrainer(model=str(folders[kind][1]), args=args, train_dataset=Dataset.from_list(chats))
-    before = trainer.model.model.embed_tokens.weight.detach().clone()
-    loss = trainer.train().training_loss
-    assert trainer.state.global_step == 3 and 0 < loss < 100
-    assert not torch.equal(before, trainer.model.model.embed_tokens.weight)
-
-
 def test_config_of_a_released_shape():
     """MiniMind 2's 26M, as vLLM would see it."""
     config = transformers_config(LMConfig.from_preset("minimind2-small"), "float16")

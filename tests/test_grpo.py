@@ -45,7 +45,7 @@ from trainer.problems import (
     read_problems,
     split_problems,
 )
-from trainer.rewards import final_answer, is_right, reward
+from trainer.rewards import answer_block, exact_match, reward
 from trainer.setup import prepare
 from trainer.stage_flags import parse
 from trainer.world import World
@@ -135,7 +135,7 @@ def test_log_probs_are_of_the_tempered_distribution():
     ],
 )
 def test_the_form_of_an_answer(text, answer):
-    assert final_answer(text) == answer
+    assert answer_block(text) == answer
 
 
 def test_rewards():
@@ -149,7 +149,7 @@ def test_rewards():
     for said, known in (("−5", "-5"), ("-5", "−5"), ("－５", "-5"), ("（３，４）", "(3,4)"), ("10²", "10²"),
                         ("ＡＢ", "ab"), ("1\u3000200", "1200"), ("x = 1 , 2", "x=1,2"), ("1\n2", "1 2")):  # fmt: skip
         assert reward(good.format(said), known, 0.2) == 1.2, said
-    assert reward("1200", "1200", 0.2) == 0 and not is_right("1200", "1200")
+    assert reward("1200", "1200", 0.2) == 0 and not exact_match("1200", "1200")
 
 
 # ----------------------------------------------------------------------------------------------------------- questions

@@ -6,8 +6,6 @@ import json
 import re
 import socket
 import threading
-import time
-from dataclasses import replace
 
 import pytest
 import stage
@@ -35,10 +33,10 @@ def by_length(request):
 
 def judged(reply, columns=COLUMNS, names=("A", "B")):
     with StubApi(reply) as stub:
-        teacher = judge.connect(stub.address, None, "secret")
-        assert teacher.model == "stub" and teacher.temperature == 0
+        api = judge.connect(stub.address, None, "secret")
+        assert api.model == "stub" and api.temperature == 0
         told = []
-        verdicts = judge.judge(teacher, QUESTIONS, columns, lambda *of: told.append(of))
+        verdicts = judge.judge(api, QUESTIONS, columns, lambda *of: told.append(of))
         pairs = len(QUESTIONS) * len(columns) * (len(columns) - 1) // 2
         assert told == [(i, pairs) for i in range(1, pairs + 1)] and set(stub.keys) == {"Bearer secret"}
         return judge.summarise(verdicts, names), verdicts, stub.requests
@@ -122,17 +120,6 @@ def test_a_server_that_cannot_be_asked():
         stub.models = 401
         with pytest.raises(UserError, match="OPENAI_API_KEY"):
             judge.connect(stub.address, "mine", "")
-
-
-def test_the_pause_before_another_try_ends_with_the_run():
-    def reply(request):
-        return 500 if answers_of(request) == ["xx", "x"] else 401
-
-    with StubApi(reply) as stub, pytest.raises(UserError, match="answers 401"):
-        begin = time.monotonic()
-        teacher = replace(judge.connect(stub.address, "m", ""), first_wait=30.0)
-        judge.judge(teacher, QUESTIONS, [column[::-1] for column in COLUMNS], lambda *of: None)
-    assert time.monotonic() - begin < 20
 
 
 def test_the_program_judges_what_it_compares(tmp_path, monkeypatch, capsys):

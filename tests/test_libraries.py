@@ -88,7 +88,7 @@ def test_trl_sft(kind, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     model, tokenizer = small(kind), load_tokenizer()
     before = state_of(model)
-    arguments = trl.SFTConfig(tmp_path, per_device_train_batch_size=4, max_length=64, **CPU)
+    arguments = trl.SFTConfig(tmp_path, per_device_train_batch_size=4, max_length=64, assistant_only_loss=True, **CPU)
     data = datasets.Dataset.from_dict({"messages": CHATS})
     trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
     trainer.train()

@@ -7,7 +7,8 @@ import time
 import pytest
 from stage import STAGES, Forked, load, run_flags, with_loss
 
-from cleaning.distill import Teacher, distill
+from cleaning.distill import distill
+from common.chat_api import ChatApi
 from common.errors import UserError, run_main
 from common.files import lock
 from scripts.download_data import ITEMS, HuggingFace, Remote
@@ -108,7 +109,7 @@ def test_a_second_run_of_distill_or_of_a_download_touches_nothing(tmp_path):
     journal, part = tmp_path / "out.jsonl.answers", tmp_path / "dpo.jsonl.part"
     held = []
     child = in_a_child(lambda: held.extend(lock(path, "taken") for path in (journal, part)))
-    teacher = Teacher("http://127.0.0.1:9/v1", "m", retries=0)
+    teacher = ChatApi("http://127.0.0.1:9/v1", "m", retries=0)
     with pytest.raises(UserError, match=r"another run is asking for .*out.jsonl; wait for it, or name another --out"):
         distill(tmp_path / "p.txt", tmp_path / "out.jsonl", teacher)
     with pytest.raises(UserError, match=r"another download of .*dpo.jsonl is under way; wait for it"):

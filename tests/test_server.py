@@ -11,9 +11,9 @@ import pytest
 from serve import ADD, CALLS, HELLO, learned_model, serve, user, wait_until
 from stage import load
 
-from inference.answer_reader import AnswerReader, begun_call
 from inference.engine import Engine
 from inference.sampling import SamplingParams
+from inference.stream_text import AnswerReader, begun_call
 from serving.middleware import Limits
 
 LONG = {"ignore_eos": True}

@@ -20,8 +20,9 @@ from stub_api import StubApi
 
 from benchmarks import serving
 from common.errors import UserError
-from inference.batch import TokenLogprob
-from inference.engine import Completion, Engine
+from inference.engine import Engine
+from inference.sampling import TokenLogprob
+from inference.stream_text import Completion
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer

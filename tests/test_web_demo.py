@@ -19,8 +19,8 @@ from stub_api import StubApi
 from chat import demo_tools, page
 from chat.demo_tools import calculate
 from data.row_shapes import as_chat
-from inference.answer_reader import ToolCall
 from inference.engine import Engine
+from inference.stream_text import ToolCall
 from model.LMConfig import LMConfig
 from model.tokenizer import encode_text, load_tokenizer, render
 

@@ -20,7 +20,7 @@ from trainer.losses import group_advantages, grpo_loss, token_log_probs
 from trainer.plan import Plan
 from trainer.preference import paired_bootstrap
 from trainer.prefetch import amounts, ready_for, to_device
-from trainer.rewards import final_answer, is_right, reward
+from trainer.rewards import answer_block, exact_match, reward
 
 LENGTHS = 64  # rows are a multiple of it long: few shapes for --compile, and for a GPU's kernels
 CURVES = (("reward", "reward of sampled answers"), ("exact_match", "exact match, held out"))
@@ -122,7 +122,7 @@ def sample(engine: TrainingEngine, rollout, problems, indices: list[int], args) 
     for index, problem, completion in zip(indices, asked, completions, strict=True):
         text, tokens, cut_off = complete_text(completion), completion.token_ids, completion.finish_reason != "stop"
         worth = reward(text, problem.answer, args.format_reward)
-        right, well_formed = is_right(text, problem.answer), final_answer(text) is not None
+        right, well_formed = exact_match(text, problem.answer), answer_block(text) is not None
         answers.append(SampledAnswer(index, problem.prompt, tokens, worth, well_formed, right, cut_off))
     return answers
 
@@ -241,7 +241,7 @@ def evaluate(engine: TrainingEngine, rollout, held_out) -> tuple[list[bool], dic
     own = held_out[world.rank :: world.size]
     completions = roll_out(engine, rollout, [q.prompt for q in own], [0] * len(own), 0.0)
     texts = [complete_text(completion) for completion in completions]
-    found = [(is_right(t, q.answer), final_answer(t) is not None) for t, q in zip(texts, own, strict=True)]
+    found = [(exact_match(t, q.answer), answer_block(t) is not None) for t, q in zip(texts, own, strict=True)]
     # Rank r had questions r, r + size, ...: back into their order, for the comparison of each with itself.
     parts = world.gather(found)
     right, well_formed = zip(*(parts[i % world.size][i // world.size] for i in range(len(held_out))), strict=True)

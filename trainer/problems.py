@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import UserError, note
+from data.answer_match import ANSWER_BLOCK
 from data.reading import raw_rows
 from data.row_shapes import UNUSABLE, BadRow, as_chat, parse_record, with_beside
 from model.tokenizer import render
-from trainer.rewards import known_answer
 
 
 @dataclass
@@ -65,10 +65,10 @@ def as_problem(record: dict) -> tuple[list[dict], str]:
             raise BadRow('"answer" must be a string or a number')
         return with_beside([{"role": "user", "content": question}], record), str(answer).strip()
     *messages, last = as_chat(record)
-    answer = known_answer(last["content"]) if last["role"] == "assistant" else None
-    if answer is None or not messages:
+    blocks = ANSWER_BLOCK.findall(last["content"]) if last["role"] == "assistant" else []
+    if not messages or not blocks or not blocks[-1].strip():
         raise BadRow("no <answer>...</answer> in the conversation's last message: no answer to check against")
-    return messages, answer
+    return messages, blocks[-1].strip()
 
 
 def read_problems(paths, tokenizer, longest: int, skip_bad_lines=False) -> list[Problem]:

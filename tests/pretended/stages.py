@@ -21,7 +21,7 @@ from stage import STAGES, load, run_flags, weights_of
 import inference.batch
 import trainer.grpo
 import trainer.loop
-from inference.engine import Completion
+from inference.stream_text import Completion
 
 torch.set_num_threads(1)
 STEPS = 3
