@@ -179,21 +179,30 @@ def choose(logits: Tensor, samplers: list[Sampler]) -> list[int]:
     if not free:
         return tokens.tolist()
 
-    def column(values, dtype=None) -> Tensor:
-        return upload([[value] for value in values], logits.device, dtype)
-
-    # Temperature before the filters, as in transformers: top_p then cuts the distribution that is drawn from.
     rows, index = [params[i] for i in free], upload(free, logits.device)
-    logits = logits.index_select(0, index) / column([p.temperature for p in rows], logits.dtype)
-    if any(p.top_k for p in rows):
-        logits = keep_top_k(logits, [p.top_k for p in rows])
-    if any(p.top_p < 1 for p in rows):
-        logits = keep_top_p(logits, column([p.top_p for p in rows], logits.dtype))
-    if any(p.min_p > 0 for p in rows):
-        logits = keep_min_p(logits, column([p.min_p for p in rows], logits.dtype))
+    logits = filtered(logits.index_select(0, index), rows)
     # One number from each row's own generator, made on the CPU: a seed gives the same numbers on every device.
-    uniform = column([samplers[i].random.random() for i in free], torch.float64)
+    uniform = upload([[samplers[i].random.random()] for i in free], logits.device, torch.float64)
     return tokens.index_copy(0, index, draw(logits, uniform)).tolist()
+
+
+def filtered(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Temperature (above 0 in every row), then the filters: softmax of what is returned is what a token is drawn from.
+
+    Temperature comes first, as in transformers: top_p then cuts the distribution that is drawn from.
+    """
+
+    def column(values) -> Tensor:
+        return upload([[value] for value in values], logits.device, logits.dtype)
+
+    logits = logits / column([p.temperature for p in params])
+    if any(p.top_k for p in params):
+        logits = keep_top_k(logits, [p.top_k for p in params])
+    if any(p.top_p < 1 for p in params):
+        logits = keep_top_p(logits, column([p.top_p for p in params]))
+    if any(p.min_p > 0 for p in params):
+        logits = keep_min_p(logits, column([p.min_p for p in params]))
+    return logits
 
 
 def _adjust(logits: Tensor, samplers: list[Sampler]) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from model.chat_template import CHAT_TEMPLATE
 
@@ -90,3 +91,17 @@ def _pre_tokenizer():
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def spelled_bytes(tokenizer, token: int) -> bytes:
+    """The bytes that a token stands for, which may be a part of a character.
+
+    Byte-level BPE writes each byte as a printable character ("Ġ" is a blank); here that is undone.
+    """
+    name = tokenizer.convert_ids_to_tokens(token)
+    if name is not None and all(character in BYTE_OF for character in name):
+        return bytes(BYTE_OF[character] for character in name)
+    return tokenizer.decode([token]).encode("utf-8")  # another kind of vocabulary, or an entry without a name

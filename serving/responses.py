@@ -8,10 +8,9 @@ import json
 import time
 import uuid
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 from inference.sampling import TokenLogprob
 from inference.stream_text import AnswerReader, Piece, ToolCall
+from model.vocabulary import spelled_bytes
 
 DONE = "data: [DONE]\n\n"
 
@@ -25,17 +24,9 @@ class Tokens:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-
-    def bytes(self, token: int) -> bytes:
-        # Byte-level BPE writes each byte as a printable character: "Ġ" is a blank. Here that is undone.
-        name = self.tokenizer.convert_ids_to_tokens(token)
-        if name is not None and all(character in self.byte_of for character in name):
-            return bytes(self.byte_of[character] for character in name)
-        return self.tokenizer.decode([token]).encode("utf-8")  # another kind of vocabulary, or an entry without a name
 
     def entry(self, token: int, logprob: float) -> dict:
-        raw = self.bytes(token)
+        raw = spelled_bytes(self.tokenizer, token)
         return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
 
     def chat(self, item: TokenLogprob) -> dict:

@@ -22,6 +22,7 @@ MAY_IMPORT = {  # room: the rooms below it; docs/design.md draws it
     "cleaning": ("common", "data", "model"),
     "sample": ("common", "data"),
     "export": ("common", "model"),
+    "inspection": ("common", "model", "inference"),
 }
 SCRIPTS = sorted(p for p in ROOT.glob("*.py"))
 CODE = SCRIPTS + sorted(p for room in (*MAY_IMPORT, "benchmarks", "scripts") for p in (ROOT / room).glob("*.py"))
