@@ -16,6 +16,7 @@ from trainer.world import join  # first: it says how torch's threads wait
 # isort: split
 from common.errors import run_main
 from data.rows import load_rows
+from inference.continuations import continue_texts
 from trainer.loop import train
 from trainer.setup import prepare
 from trainer.stage_flags import parse, stage_parser
@@ -30,7 +31,7 @@ def main(argv=None) -> dict:
     run = prepare(args, MINIMIND_FILES, sample="pretrain.jsonl")
     with join(args) as world:
         rows = load_rows("text", run.data_files, run.tokenizer, args, world)
-        return train(run, rows, world)
+        return train(run, rows, world, write=continue_texts)
 
 
 if __name__ == "__main__":

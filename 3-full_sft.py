@@ -19,6 +19,7 @@ from trainer.world import join  # first: it says how torch's threads wait
 # isort: split
 from common.errors import run_main
 from data.rows import load_rows
+from inference.continuations import answer_questions
 from trainer.loop import train
 from trainer.setup import prepare
 from trainer.stage_flags import parse, stage_parser
@@ -32,7 +33,7 @@ def main(argv=None) -> dict:
     run = prepare(args, MINIMIND_FILES, sample="sft.jsonl", before=("pretrain",))
     with join(args) as world:
         rows = load_rows("chat", run.data_files, run.tokenizer, args, world)
-        return train(run, rows, world)
+        return train(run, rows, world, write=answer_questions)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from trainer.world import join  # first: it says how torch's threads wait
 from common.errors import UserError, run_main
 from data.reading import raw_rows
 from data.rows import load_rows
+from inference.continuations import answer_questions
 from model.lora import PROJECTIONS, LoraConfig, add_lora, load_lora
 from model.peft_folder import check_peft, save_peft
 from model.weights import load_model
@@ -85,7 +86,8 @@ def main(argv=None) -> dict:
     for path in run.data_files:
         refuse_placeholders(path)
     with join(args) as world:
-        result = train(run, load_rows("chat", run.data_files, run.tokenizer, args, world), world)
+        rows = load_rows("chat", run.data_files, run.tokenizer, args, world)
+        result = train(run, rows, world, write=answer_questions)
         if args.peft_dir and world.first and not args.dry_run:
             model = load_model(run.came_from, args.preset)[0]  # a fresh one: ZeRO 3 spreads the trained one
             load_lora(model, result["weights"], "trained")

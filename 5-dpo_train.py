@@ -25,6 +25,7 @@ from trainer.world import join  # first: it says how torch's threads wait
 # isort: split
 from common.errors import UserError, run_main
 from data.rows import load_rows
+from inference.continuations import answer_questions
 from trainer import losses
 from trainer.loop import train
 from trainer.preference import Reference, bound_to_its_start, chosen_and_rejected, pair_log_probs
@@ -79,7 +80,6 @@ def preference_loss(args, reference):
         chosen_tokens, rejected_tokens = chosen_and_rejected(tokens.clamp(min=1))
         # Rows have as many places for pairs as the fullest one; empty places must count nothing.
         real = chosen_and_rejected(batch["documents"])[0] >= 0
-
         chosen_mean, rejected_mean = chosen / chosen_tokens, rejected / rejected_tokens
         policy, ref = (chosen, rejected), (ref_chosen, ref_rejected)
         if per_token:  # a long answer is not less likely for its length alone
@@ -112,8 +112,8 @@ def main(argv=None) -> dict:
     with join(args) as world:
         rows = load_rows("pair", run.data_files, run.tokenizer, args, world, val_files)
         reference.ready(rows, world)  # before the first step: run.model still is what the run began with
-        run, loss_fn = run.using(reference.parameters), preference_loss(args, reference)
-        return train(run, rows, world, loss_fn, reference.report(rows[1], world), bits_per_byte=False)
+        run, loss_fn, report = run.using(reference.parameters), preference_loss(args, reference), reference.report
+        return train(run, rows, world, loss_fn, report(rows[1], world), bits_per_byte=False, write=answer_questions)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 
 from common.errors import UserError, run_main
 from data.rows import load_rows
+from inference.continuations import answer_questions, continue_texts
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
@@ -111,7 +112,8 @@ def main(argv=None) -> dict:
     with join(args) as world:
         teacher.requires_grad_(False).to(world.device)
         rows = load_rows(args.rows, run.data_files, run.tokenizer, args, world)
-        return train(run, rows, world, distillation(args, teacher))
+        write = answer_questions if args.rows == "chat" else continue_texts
+        return train(run, rows, world, distillation(args, teacher), write=write)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 from common.errors import UserError, run_main
 from data.rows import load_rows
 from data.thinking import REASONING_TAGS
+from inference.continuations import answer_questions
 from trainer.loop import inputs, learned_targets, train
 from trainer.losses import weighted_sum
 from trainer.setup import prepare
@@ -79,7 +80,7 @@ def main(argv=None) -> dict:
     share = None if args.think_ratio == 1 else args.think_ratio
     with join(args) as world:
         rows = load_rows("chat", run.data_files, run.tokenizer, args, world, think_share=share)
-        return train(run, rows, world, tagged_language_model(weights.to(world.device)))
+        return train(run, rows, world, tagged_language_model(weights.to(world.device)), write=answer_questions)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from trainer.world import join  # first: it says how torch's threads wait
 
 # isort: split
 from common.errors import UserError, run_main
+from inference.continuations import answer_questions
 from inference.engine import Engine
 from inference.sampling import SamplingParams
 from inference.stream_text import text_with_markers
@@ -102,7 +103,8 @@ def main(argv=None) -> dict:
     with join(args) as world:
         if reference is not None:
             reference.to(world.device)
-        return grpo.train(run, problems, held_out, reference, sampler(run.tokenizer, args.max_new_tokens), world)
+        rollout = sampler(run.tokenizer, args.max_new_tokens)
+        return grpo.train(run, problems, held_out, reference, rollout, world, write=answer_questions)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, locks, and errors of the disk that name their file."""
 
+import errno
 import os
 import sys
 from contextlib import contextmanager
@@ -82,3 +83,25 @@ def lock(path, taken: str):
         file.close()
         raise UserError(taken)
     return file
+
+
+def is_locked(path) -> bool:
+    """Whether another process holds lock(path); False where there is no such file or it may not be read.
+
+    On Unix a shared lock is tried and given back at once: nothing is written, and of several readers none is told yes
+    because of another. Only a run that asks for its lock in that very moment would be refused it.
+    """
+    try:
+        with open(path, "rb") as file:
+            if fcntl is None:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+            else:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except PermissionError as error:  # Windows says so of a locked file, and any system of one that may not be read
+        return fcntl is None or error.errno == errno.EACCES and os.access(path, os.R_OK)
+    except OSError:
+        return False
+    return False

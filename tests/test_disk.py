@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stage import STAGES, load, run_flags, with_loss, write_texts
+from stage import STAGES, history, load, run_flags, with_loss, write_texts
 
 from common.errors import RunFailed, disk_fault, run_main
 from common.files import named, replaced
@@ -130,7 +130,7 @@ def test_filled_by_another_program_between_two_saves(disk, tmp_path):
     stage.main([*flags, "--eval_interval", "0", "--out_dir", str(tmp_path / "twin")])
     one, two = (torch.load(d / "pretrain_32.pth", weights_only=True)["model"] for d in (out, tmp_path / "twin"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert (out / "pretrain_32.jsonl").read_text() == (tmp_path / "twin" / "pretrain_32.jsonl").read_text()
+    assert history(out / "pretrain_32.jsonl") == history(tmp_path / "twin" / "pretrain_32.jsonl")
 
 
 def test_the_reference_of_preferences(disk, tmp_path):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from stage import ROOT, STAGES, TINY, load, run_flags, write_chats, write_texts
+from stage import ROOT, STAGES, TINY, load, run_flags, write_chats, write_prompts, write_texts
 
 from common.errors import RunFailed, UserError
 from trainer import heartbeat
@@ -31,7 +31,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def flags_of(stage, folder, out, *more) -> list[str]:
     data = write_texts(folder / "t.jsonl") if stage == "pretrain" else write_chats(folder / "c.jsonl")
     flags = [*TINY, "--data_path", data, "--out_dir", folder / out, "--max_steps", 8, "--save_interval", 2,
-             "--eval_interval", 3, "--val_split", 0.1, "--from_weight", "none", "--accumulation_steps", 4]  # fmt: skip
+             "--eval_interval", 3, "--val_split", 0.1, "--from_weight", "none", "--accumulation_steps", 4,
+             "--sample_prompts", write_prompts(folder / "prompts.txt")]  # fmt: skip
     return list(map(str, [*flags, *more]))
 
 
@@ -85,6 +86,13 @@ def assert_same_losses(one, two) -> None:
 def test_two_processes_learn_what_one_does(stage, job):
     """Training and validation losses of each step, and the tokens counted, are those of the whole job."""
     assert_same_losses(job.folder / "one" / f"{stage}_32.jsonl", job.folder / "two" / f"{stage}_32.jsonl")
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_samples_are_written_once_whoever_else_takes_part(stage, job):
+    one, two = (history(job.folder / d / f"{stage}_32_samples.jsonl") for d in ("one", "two"))
+    asked = [(step, prompt) for step in (3, 6, 8) for prompt in ("春天", "第3篇")]
+    assert [(row["step"], row["prompt"]) for row in one] == [(row["step"], row["prompt"]) for row in two] == asked
 
 
 @pytest.mark.parametrize("number", range(2))

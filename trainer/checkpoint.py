@@ -43,6 +43,8 @@ class Files:
         self.shards = self.folder / f"{name}{STATE_SUFFIX}"  # a folder, if the engine's processes write on their own
         self.log = self.folder / f"{name}.jsonl"
         self.curve = self.folder / f"{name}.png"
+        self.samples = self.folder / f"{name}_samples.jsonl"  # see samples.py
+        self.about = self.folder / f"{name}_run.json"  # see run_note.py
 
     def check_writable(self) -> None:
         """Raises UserError where nothing can be written."""

@@ -21,6 +21,7 @@ from trainer.plan import Plan
 from trainer.preference import paired_bootstrap
 from trainer.prefetch import amounts, ready_for, to_device
 from trainer.rewards import answer_block, exact_match, reward
+from trainer.run_note import with_its_end_noted
 
 LENGTHS = 64  # rows are a multiple of it long: few shapes for --compile, and for a GPU's kernels
 CURVES = (("reward", "reward of sampled answers"), ("exact_match", "exact match, held out"))
@@ -43,14 +44,16 @@ class SampledAnswer:
         return len(self.prompt) + len(self.tokens)
 
 
-def train(run, problems, held_out, reference, rollout, world) -> dict:
+@with_its_end_noted
+def train(run, problems, held_out, reference, rollout, world, write=None) -> dict:
     """Trains run.model by GRPO, as run.args say, and returns the result that is printed as JSON.
 
     problems: trainer.problems.Problems; held_out: a list of Problem, maybe empty. reference: the frozen model, on
     world.device; None with --kl 0. rollout(model, prompts, seeds, temperature) -> for each prompt (token ids) an object
     with token_ids, text (all that was generated before the token that ended it, special tokens too) and finish_reason
     ("stop" where the answer came to its end), sampled from softmax(logits / temperature) by a generator of that seed;
-    temperature 0: the best token. Raises RunFailed (NaN, full disk); exits 130 or 143 when told to stop.
+    temperature 0: the best token. write: see samples.Samples. Raises RunFailed (NaN, full disk); exits 130 or 143 when
+    told to stop.
     """
     args = run.args
     plan = Plan(run, problems, world, args.group)
@@ -66,11 +69,12 @@ def train(run, problems, held_out, reference, rollout, world) -> dict:
     def validate(engine) -> dict:
         return evaluate(engine, rollout, held_out)[1]
 
-    session = Session(run, plan, recipe, world, validate, slots=0, learned=0, before=None)
+    session = Session(run, plan, recipe, world, validate, write, slots=0, learned=0, before=None)
     engine, counters = session.engine, session.counters
     # What was right before training is compared with what is right at the end, so it is part of the saved state.
     if counters["before"] is None:
         counters["before"], validation = evaluate(engine, rollout, held_out)
+        session.samples.take(engine, 0)
         session.log.validation(0, **validation)
     for step in session.steps():
         numbers, amounts = take_grpo_step(engine, rollout, problems, reference, plan, session.rate_factor, step)
@@ -79,6 +83,7 @@ def train(run, problems, held_out, reference, rollout, world) -> dict:
     gain = {}
     if session.finished:
         after, validation = evaluate(engine, rollout, held_out)
+        session.samples.take(engine, session.step)
         session.log.validation(session.step, **validation)
         gain = what_was_gained(counters["before"], after)
     shares = {f"{name}_token_share": counters[counter] / max(counters["slots"], 1)

@@ -84,7 +84,7 @@ class Log:
             left = (self.total - step) * (now - self.clock) / self.since[1]
             self.clock, self.since = now, [0, 0]
             mfu = f"{speed * self.flops_per_token / self.peak_flops:.0%}" if self.peak_flops else "unknown"
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name != "lr")
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name not in ("lr", "seconds"))
             memory = peak_memory(self.world.device) / 2**30
             self.say(
                 f"step {step}/{self.total}  {shown}  lr {numbers['lr']:.2e}  {speed:,.0f} tok/s  "

@@ -21,6 +21,8 @@ from trainer.losses import learned_bytes
 from trainer.optimizers import learning_rate_factor
 from trainer.plan import Plan, SaveTimes, StopSignals
 from trainer.prefetch import Feed, amounts, ready_for, to_device
+from trainer.run_note import begin_note, with_its_end_noted
+from trainer.samples import Samples
 from trainer.tracking import new_run_id, trackers
 
 NOT_FINITE = ("the weights are as they were, and what was saved is whole. Lower --learning_rate, lengthen --warmup, or "
@@ -46,7 +48,8 @@ def language_model(model, batch: dict):
 
 
 # --------------------------------------------------------------------------------------------------------- training
-def train(run, rows, world, loss_fn=language_model, report=None, bits_per_byte=True) -> dict:
+@with_its_end_noted
+def train(run, rows, world, loss_fn=language_model, report=None, bits_per_byte=True, write=None) -> dict:
     """Trains run.model on rows with loss_fn, as run.args say, and returns the result that is printed as JSON.
 
     rows: (training rows, validation rows or None), see data/rows.py.
@@ -54,7 +57,8 @@ def train(run, rows, world, loss_fn=language_model, report=None, bits_per_byte=T
     balance loss or None). Among the names, "loss" is printed in place of the sum that is minimised, and "ce" is the
     cross-entropy of the text where the loss is something else.
     report(engine) -> further figures of the trained model for the result. bits_per_byte: whether the validation loss
-    is that of a text. Raises RunFailed (NaN, full disk); exits 130 or 143 when told to stop.
+    is that of a text. write: see samples.Samples. Raises RunFailed (NaN, full disk); exits 130 or 143 when told to
+    stop.
     """
     train_rows, val_rows = rows
     plan = Plan(run, train_rows, world)
@@ -66,7 +70,7 @@ def train(run, rows, world, loss_fn=language_model, report=None, bits_per_byte=T
     def validate(engine) -> dict:
         return evaluate(engine, val_rows, loss_fn, run.batch_size, bytes_of_token)
 
-    session = Session(run, plan, recipe, world, validate)
+    session = Session(run, plan, recipe, world, validate, write)
     engine, feed = session.engine, Feed(train_rows, plan, world.device)
     batches = feed.micro_batches(session.step)
     count, tokens = world.sum(*amounts(batches))
@@ -222,11 +226,11 @@ class Session:
             session.end_step(numbers, amounts, *world.sum(*session.news()))
         result = session.close(figures)
 
-    validate(engine) -> numbers of a validation. counters: further amounts to be summed over the steps, with the values
-    they begin with; they are part of the saved state.
+    validate(engine) -> numbers of a validation. write: see samples.Samples. counters: further amounts to be summed over
+    the steps, with the values they begin with; they are part of the saved state.
     """
 
-    def __init__(self, run, plan: Plan, recipe: dict, world, validate, **counters):
+    def __init__(self, run, plan: Plan, recipe: dict, world, validate, write=None, **counters):
         self.run, self.plan, self.world, self.validate = run, plan, world, validate
         self.engine = make_engine(run.model, run.args, world)
         self.step, self.counters = 0, {"tokens": 0, "seconds": 0.0, "loss": None, "run_id": new_run_id()} | counters
@@ -236,8 +240,10 @@ class Session:
             self.step, self.counters = state["step"], self.counters | state["counters"]
         self.record = run.record | {"recipe": recipe}
         self.log = self._open_log(recipe)
+        self.samples = Samples(run, world, write, self.step, plan.steps)
         self.stop, self.saves = StopSignals(), SaveTimes(run.args)
         self.begin = time.perf_counter() - self.counters["seconds"]
+        begin_note(self)
 
     def _open_log(self, recipe: dict) -> logs.Log:
         """The run's log, with the services attached that the flags name."""
@@ -277,8 +283,8 @@ class Session:
         self.counters["loss"] = numbers.get("loss", self.counters["loss"])
         for name, amount in amounts.items():
             self.counters[name] += int(amount)
-        rate = self.run.args.learning_rate * self.rate_factor
-        self.log.step(self.step, int(amounts["tokens"]), lr=rate, **numbers)
+        rate, seconds = self.run.args.learning_rate * self.rate_factor, round(time.perf_counter() - self.begin, 3)
+        self.log.step(self.step, int(amounts["tokens"]), seconds=seconds, lr=rate, **numbers)
         every = self.run.args.eval_interval
         if every and self.step % every == 0 and not self.finished:
             self.validation()
@@ -287,8 +293,9 @@ class Session:
             self._save()
 
     def validation(self) -> dict:
-        """Validates and logs the numbers."""
+        """Validates, has the model write its samples, and logs the numbers."""
         numbers = self.validate(self.engine)
+        self.samples.take(self.engine, self.step)
         self.log.validation(self.step, **numbers)
         return numbers
 

@@ -19,6 +19,7 @@ from model.weights import load_model
 from model.weights_file import newest_weights
 from trainer.checkpoint import AdapterFiles, Files, find_states, read_state
 from trainer.memory import rows_that_fit
+from trainer.samples import read_prompts
 from trainer.stage_flags import SHAPE_FLAGS
 from trainer.world import World
 
@@ -46,6 +47,7 @@ class Run:
     record: dict = field(default_factory=dict)  # what the weights' file says of their making
     fixed: dict[str, str] = field(default_factory=dict)  # fingerprints of what is used and not trained, by its role
     other_parameters: int = 0  # of further models in memory
+    prompts: tuple[str, ...] = ()  # of --sample_prompts
 
     def using(self, parameters: int = 0, paths: dict[str, str] | None = None, **fingerprints: str) -> "Run":
         """A copy that also depends on something that is not trained: it must be the same when the run is resumed.
@@ -99,6 +101,7 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
         weights = resumed_weights(args, state)
     else:
         weights = starting_weights(args, args.from_weight, before, required, make)
+    prompts = read_prompts(args.sample_prompts, weights.tokenizer, weights.model.config)
     files = claim_files(args, name, weights, adapters=adapt is not None)
     batch_size, accumulation_steps = micro_batch(args, weights.model, state)
 
@@ -109,7 +112,7 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
     record.pop("result", None)  # that of the run which made the starting weights
     fixed = {"base": weights.model.lora_base} if adapt is not None else {}
     return Run(args, weights.model, weights.tokenizer, data_files, weights.came_from, files, batch_size,
-               accumulation_steps, state, record, fixed)  # fmt: skip
+               accumulation_steps, state, record, fixed, prompts=prompts)  # fmt: skip
 
 
 def resumed_weights(args, state: dict) -> Weights:

@@ -108,6 +108,8 @@ def add_watching(parser: Parser, val_split: float) -> None:
                    help="save at the latest after so many minutes, 0: by steps alone (10)")  # fmt: skip
     g.add_argument("--val_split", type=float, default=val_split, metavar="SHARE",
                    help=f"share of the documents held out for validation ({val_split})")  # fmt: skip
+    g.add_argument("--sample_prompts", metavar="FILE",
+                   help="one a line: what the model writes at each validation, into <name>_samples.jsonl")  # fmt: skip
     parser.flag(g, "resume", False, "go on where the run of the same name stopped")
     parser.flag(g, "overwrite", False, "replace weights of another configuration, or an unfinished run")
     parser.flag(g, "skip_bad_lines", False, "leave out rows that cannot be read, and count them")
