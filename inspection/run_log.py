@@ -54,8 +54,8 @@ class RunLog:
                 whole = file.read()
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}") from None
-        for line in whole[: whole.rfind(b"\n") + 1].splitlines(keepends=True):
-            self._take(line)
+        for line in whole.split(b"\n")[:-1]:  # what follows the last line end is not complete yet
+            self._take(line + b"\n")
         return self
 
     def _is_continued(self, file) -> bool:

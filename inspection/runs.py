@@ -61,12 +61,16 @@ class Found:
     others: list[tuple[Path, str]]
 
 
-def find_runs(folder="out") -> Found:
-    """Looks into `folder` and the folders in it. UserError where it is no folder."""
+def find_runs(folder="out", before: Found | None = None) -> Found:
+    """Looks into `folder` and the folders in it. UserError where it is no folder.
+
+    before: what was found there the last time; of its logs only what is new is read.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: training writes one, or name another")
     paths = [p for p in (*folder.glob("*.jsonl"), *folder.glob("*/*.jsonl")) if p.parent.name not in NO_RUNS]
+    logs = {run.log.path: run.log for run in before.runs} if before else {}
     runs, others = [], []
     for path in sorted(paths):
         if path.name.endswith(SAMPLES):
@@ -74,7 +78,7 @@ def find_runs(folder="out") -> Found:
         if why := why_no_log(path):
             others.append((path, why))
         else:
-            runs.append(open_run(path))
+            runs.append(open_run(path, logs.get(path)))
     return Found(sorted(runs, key=lambda run: changed(run.log.path), reverse=True), others)
 
 
@@ -91,10 +95,13 @@ def why_no_log(path: Path) -> str:
     return "" if known and len(first) < FIRST_BYTES else "is not the log of a training run"
 
 
-def open_run(path) -> TrainingRun:
-    """The run whose log this is, as its files are now. Files that cannot be read are named in `faults`."""
+def open_run(path, log: RunLog | None = None) -> TrainingRun:
+    """The run whose log this is, as its files are now. Files that cannot be read are named in `faults`.
+
+    log: the same log as it was read earlier; it is read on.
+    """
     path = Path(path)
-    run = TrainingRun(path.stem, RunLog(path))
+    run = TrainingRun(path.stem, log or RunLog(path))
     try:
         run.log.read()
     except UserError as error:
@@ -102,11 +109,8 @@ def open_run(path) -> TrainingRun:
     run.faults += run.log.faults
     note = read_note(run)
     told = note or read_record(run)
-    run.stage, run.steps, run.settings = (
-        text(told.get("stage")),
-        whole_number(told.get("steps")),
-        flat(told["settings"]),
-    )
+    run.stage, run.steps = text(told.get("stage")), whole_number(told.get("steps"))
+    run.settings = flat(told["settings"])
     run.status, run.why, run.result = how_it_stands(run, note, told)
     if run.status != FINISHED:
         run.resume, run.folder = text(told.get("resume")), text(told.get("folder"))
@@ -181,8 +185,8 @@ def flat(settings) -> dict:
     """{"config": {"dim": 512}} -> {"config.dim": 512}."""
     found = {}
     for name, value in settings.items() if isinstance(settings, dict) else ():
-        inner = flat(value) if isinstance(value, dict) else None
-        found |= {f"{name}.{key}": one for key, one in inner.items()} if inner is not None else {name: value}
+        inside = flat(value) if isinstance(value, dict) else {}
+        found |= {f"{name}.{key}": one for key, one in inside.items()} or {name: value}
     return found
 
 

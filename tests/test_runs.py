@@ -1,6 +1,7 @@
 """Runs found in a folder: how far they are, how they ended, what differs, and which files are none; logs that grow."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -13,7 +14,7 @@ from stage import STAGES, Forked, load, run_flags, with_loss, write_prompts
 from common.errors import RunFailed, UserError
 from common.files import is_locked, lock
 from inspection.run_log import RunLog, read_samples
-from inspection.runs import differences, find_runs, open_run
+from inspection.runs import NOTE, SAMPLES, TrainingRun, differences, find_runs, lock_of, open_run
 from trainer.setup import prepare
 from trainer.stage_flags import parse, stage_parser
 
@@ -114,6 +115,8 @@ def test_a_run_from_its_beginning_to_its_end(tmp_path):
     seconds = run.log.series("loss").seconds
     assert (np.diff(seconds) > 0).all() and 0 < seconds[-1] <= result["seconds"]
     assert run.log.series("tokens_per_second").value.min() > 0
+    again = find_runs(out, before=find_runs(out)).runs[0]
+    assert again.log.rows == run.log.rows and again.status == "finished"
     samples = read_samples(run.beside("_samples.jsonl"))
     assert [(s.step, s.prompt) for s in samples] == [(s, p) for s in (5, 6) for p in ("春天", "第3篇")]
 
@@ -149,8 +152,6 @@ def test_a_run_at_work_one_that_is_told_to_stop_and_one_that_is_killed(tmp_path)
             time.sleep(0.02)
         (run,) = find_runs(out).runs
         assert run.status == "running" and run.steps == 100_000 and run.log.seconds_left(run.steps) > 0
-        import os
-
         os.kill(process.pid, how)
         process.wait()
         (run,) = find_runs(out).runs
@@ -215,8 +216,6 @@ def test_the_names_of_files_are_the_trainers(tmp_path):
     data.write_text('{"text": "x"}\n')
     flags = ["--preset", "tiny", "--device", "cpu", "--data_path", str(data), "--out_dir", str(tmp_path / "o")]
     files = prepare(parse(stage_parser("pretrain", "", from_weight="none"), flags)).files
-    from inspection.runs import NOTE, SAMPLES, TrainingRun, lock_of
-
     run = TrainingRun(files.name, RunLog(files.log))
     assert run.beside(NOTE) == files.about and run.beside(SAMPLES) == files.samples
     assert run.beside("_resume.pth") == files.state and lock_of(files.log).exists()
