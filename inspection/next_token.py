@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, user_errors
 from inference.engine import Engine
 from inference.sampling import SamplingParams, filtered
 from inference.stream_text import Completion, Piece
-from inspection.tokens import read
+from inspection.tokens import own_model, read
 from inspection.trace import Catcher, Trace, here
 
 
@@ -86,10 +86,8 @@ def what_if(engine: Engine, ids: list[int], place: int, token: int, params: Samp
     """
     if not 1 <= place <= len(ids):
         raise UserError(f"place {place} has no rivals; places run from 1 to {len(ids)}")
-    try:
+    with user_errors():
         return engine.generate([[*ids[:place], token]], params)[0]
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 @dataclass
@@ -113,7 +111,8 @@ def watch(engine: Engine, text, params: SamplingParams) -> Iterator[NewToken]:
     ids = read(engine, text)
     if params.n != 1:
         raise UserError(f"one answer at a time can be watched, not {params.n}")
-    with Catcher(engine.model) as caught:  # what runs: on a CPU a copy of the model with packed weights
+    own_model(engine)
+    with user_errors(), Catcher(engine.model) as caught:  # what runs: on a CPU a copy of it with packed weights
         for piece in engine.stream(ids, params):
             rows = [weights[:, -1] for weights in caught.attention]  # (H, S) of each layer: those of the last token
             caught.begin_pass()

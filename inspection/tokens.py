@@ -4,7 +4,7 @@ import codecs
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-from common.errors import UserError
+from common.errors import UserError, user_errors
 from inference.engine import Engine
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_text, render
@@ -24,14 +24,11 @@ def read(engine: Engine, text, most: int = MOST_TOKENS) -> list[int]:
     """
     if not isinstance(text, list | tuple | str) or not len(text) or (isinstance(text, str) and not text.strip()):
         raise UserError("there is no text to look at; write one")
-    try:
-        if isinstance(text, list) and isinstance(text[0], dict):
-            ids, _ = render(engine.tokenizer, text, add_generation_prompt=text[-1].get("role") != "assistant",
-                            enable_thinking=engine.enable_thinking)  # fmt: skip
+    with user_errors():
+        if isinstance(text, list) and isinstance(text[0], dict) and text[-1].get("role") == "assistant":
+            ids, _ = render(engine.tokenizer, text)
         else:
             ids = engine.encode(text)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     if len(ids) > (limit := min(most, engine.context)):
         raise UserError(f"the text has {len(ids)} tokens, and {limit} at most can be looked at; take a part of it")
     return ids
