@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from stage import ROOT, STAGES, last_json, load, run, run_flags
+from stage import ROOT, STAGES, history, last_json, load, run, run_flags
 from test_dist import TORCHRUN, assert_same_losses, flags_of, free_port
 
 from common.errors import UserError
@@ -126,6 +126,8 @@ def shared_flags(plain, out, processes=2, *more) -> list[str]:
 
 def assert_same_run(plain, out) -> None:
     assert_same_losses(plain / "plain" / "pretrain_32.jsonl", plain / out / "pretrain_32.jsonl")
+    samples = [history(plain / d / "pretrain_32_samples.jsonl") for d in ("plain", out)]
+    assert [row["step"] for row in samples[0]] == [row["step"] for row in samples[1]]
     one, two = (load_model(plain / d / "pretrain_32.pth")[0].state_dict() for d in ("plain", out))
     assert one.keys() == two.keys()
     for name in one:
