@@ -54,7 +54,7 @@ class Files:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise UserError(f"cannot write to --out_dir {self.folder}: {error.strerror}") from None
+            raise UserError(f"cannot write to --out_dir {self.folder} as {self.name}: {error.strerror}") from None
 
     def lock(self) -> None:
         """Keeps other runs away from these files until this process ends; UserError where one is at work on them."""

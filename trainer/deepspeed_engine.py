@@ -46,9 +46,6 @@ class DeepSpeedEngine:
             raise UserError(f"{args.deepspeed}: {' '.join(str(error).split())}") from None
         self.module = self.model.module
 
-    def autocast(self):
-        return self.world.autocast()
-
     @contextlib.contextmanager
     def micro_batch(self, last: bool):
         """Around forward and backward of one micro-batch."""

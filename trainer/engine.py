@@ -30,9 +30,6 @@ class TrainingEngine:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.model, device_ids=ids)
 
-    def autocast(self):
-        return self.world.autocast()
-
     @contextlib.contextmanager
     def micro_batch(self, last: bool):
         """Around forward and backward of one micro-batch: only a step's last one exchanges gradients."""

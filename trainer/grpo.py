@@ -130,7 +130,7 @@ def sample(engine: TrainingEngine, rollout, problems, indices: list[int], args) 
 def roll_out(engine: TrainingEngine, rollout, prompts, seeds, temperature: float) -> list:
     """rollout with the model as it is now, in eval mode and the run's precision."""
     engine.module.eval()
-    with engine.autocast():
+    with engine.world.autocast():
         completions = rollout(engine.module, prompts, seeds, temperature)
     engine.module.train()
     return completions
@@ -203,7 +203,7 @@ def add_log_probs(engine: TrainingEngine, micro_batches, reference, args) -> Non
     for batch in micro_batches:
         for name, model in models.items():
             if model is not None:
-                with engine.autocast():
+                with engine.world.autocast():
                     batch[name] = log_probs(model, batch, args.temperature)[1]
 
 

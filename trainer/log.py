@@ -9,12 +9,8 @@ import time
 import torch
 from tqdm import tqdm
 
+from common import workers
 from common.files import named, replaced
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 # Dense products a second in units of 10^12, half precision with sums in float32: from the makers' data sheets; for
 # GeForce 30, 40 and 50, whose sheets give other sums, multiprocessors x 512 x boost clock, which their white papers'
@@ -88,7 +84,7 @@ class Log:
             memory = peak_memory(self.world.device) / 2**30
             self.say(
                 f"step {step}/{self.total}  {shown}  lr {numbers['lr']:.2e}  {speed:,.0f} tok/s  "
-                f"mfu {mfu}  mem {memory:.2f} GB  left {duration(left)}"
+                f"mfu {mfu}  mem {memory:.2f} GB  left {tqdm.format_interval(left)}"
             )
 
     def validation(self, step: int, **numbers) -> None:
@@ -196,16 +192,4 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: by torch on a GPU, by the process on a CPU (0 where the system does not say)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
-
-
-def duration(seconds: float) -> str:
-    """90 -> "1m30s"."""
-    seconds = int(seconds)
-    hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+    return workers.peak_memory(0) or 0

@@ -98,7 +98,7 @@ def add_gradients(engine: TrainingEngine, micro_batches, loss_fn, count: float, 
     sums: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micro_batches if count else ()):
         with engine.micro_batch(last=i == len(micro_batches) - 1):
-            with engine.autocast():
+            with engine.world.autocast():
                 loss, counted, numbers, balance = loss_fn(engine.model, to_device(batch, engine.world.device))
             found = {"counted": counted, "loss": loss.detach()}
             if balance is not None:
@@ -163,7 +163,7 @@ def evaluate(engine: TrainingEngine, rows, loss_fn, batch_size: int, bytes_of_to
     parts = defaultdict(list)  # of each number; tensors that nobody has waited for
     for indices in world.shares(len(rows), batch_size):
         batch = to_device(ready_for(world.device, rows.batch(indices), rows.most_documents), world.device)
-        with engine.autocast():
+        with engine.world.autocast():
             loss, count, numbers, _ = loss_fn(engine.module, batch)
         for name, value in {"count": count, "loss": loss, **numbers}.items():
             parts[name].append(value)

@@ -1,6 +1,5 @@
 """What a stage runs with: data, weights, tokenizer, files. All mistakes are found here, before any work."""
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from trainer.stage_flags import SHAPE_FLAGS
 from trainer.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST_NAME = 160  # bytes; of 255 that a disk takes, the rest is for what a temporary file's name has besides
 SAMPLE = ROOT / "dataset" / "sample"
 RECIPE_FLAGS = ("stage", "seq_len", "epochs", "max_steps", "learning_rate", "optimizer", "schedule", "warmup",
                 "weight_decay", "grad_clip", "seed", "dtype", "val_split")  # fmt: skip
@@ -87,8 +85,6 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
     device_and_dtype(args)
     data_files = resolve_data(args, minimind_files, sample)
     name = args.save_weight or data_files[0].name.split(".")[0]  # an adapter is named after its data
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        raise UserError(f"{name} is too long a name for the run's files; give a shorter --save_weight")
 
     # The model: of a resumed run its shape alone, for its weights are in the state. An adapter's state holds no more
     # than the adapter, so the weights below it are read either way.

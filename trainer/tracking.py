@@ -2,8 +2,6 @@
 
 import os
 import uuid
-from netrc import NetrcParseError, netrc
-from urllib.parse import urlsplit
 
 from common.errors import UserError
 
@@ -31,7 +29,7 @@ class Wandb:
 
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds for what is not sent yet when the run ends
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         why = "no key" if "WANDB_MODE" not in os.environ else "WANDB_MODE"
         options = {"project": args.wandb_project, "name": files.name, "id": run_id, "resume": "allow",
                    "dir": str(files.folder), "config": recipe, "settings": wandb.Settings(init_timeout=20)}  # fmt: skip
@@ -72,13 +70,3 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
-
-
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc().authenticators(host) is not None
-    except (OSError, NetrcParseError):
-        return False
