@@ -33,6 +33,12 @@ from trainer.stage_flags import parse, stage_parser
 
 FLAGS = ("loss", "beta", "label_smoothing", "simpo_gamma", "per_token", "sft_weight", "reference")
 
+BOUNDS = (
+    (("beta",), "be above 0", lambda x: x > 0),
+    (("sft_weight",), "be at least 0", lambda x: x >= 0),
+    (("label_smoothing",), "lie in [0, 0.5)", lambda x: 0 <= x < 0.5),
+)
+
 
 def parser():
     p = stage_parser("dpo", __doc__, learning_rate=5e-5, batch_size=4, accumulation_steps=1, weight_decay=0.01,
@@ -50,19 +56,8 @@ def parser():
     g.add_argument("--reference", choices=("cached", "live"), default="cached",
                    help="log-probabilities computed once, or by a second model at every step (cached)")  # fmt: skip
     g.add_argument("--val_path", nargs="+", metavar="FILE", help="held-out pairs, in place of --val_split's")
-    p.set_defaults(recipe_flags=FLAGS)
+    p.set_defaults(recipe_flags=FLAGS, bounds=BOUNDS)
     return p
-
-
-def check(args) -> None:
-    if not args.beta > 0:
-        raise UserError(f"--beta must be above 0, not {args.beta}")
-    if args.sft_weight < 0:
-        raise UserError(f"--sft_weight must not be negative, but is {args.sft_weight}")
-    if not 0 <= args.label_smoothing < 0.5:
-        raise UserError(f"--label_smoothing must lie in [0, 0.5), not {args.label_smoothing}")
-    if args.label_smoothing and args.loss != "sigmoid":
-        raise UserError(f"--label_smoothing belongs to --loss sigmoid, not to {args.loss}")
 
 
 def preference_loss(args, reference):
@@ -105,7 +100,8 @@ def preference_loss(args, reference):
 
 def main(argv=None) -> dict:
     args = parse(parser(), argv)
-    check(args)
+    if args.label_smoothing and args.loss != "sigmoid":
+        raise UserError(f"--label_smoothing belongs to --loss sigmoid, not to {args.loss}")
     run = bound_to_its_start(prepare(args, ("dpo.jsonl",), sample="dpo.jsonl", before=("full_sft",), required=True))
     reference = Reference(run)
     val_files = held_out_files(run, sample="dpo.jsonl", held_out="dpo_heldout.jsonl")

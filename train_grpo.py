@@ -34,6 +34,14 @@ from trainer.stage_flags import parse, stage_parser
 
 FLAGS = ("group", "temperature", "max_new_tokens", "kl", "clip", "inner_steps", "format_reward")
 
+BOUNDS = (
+    (("group",), "be at least 2", lambda x: x >= 2),  # an answer is compared with the others of its group
+    (("inner_steps",), "be at least 1", lambda x: x >= 1),
+    (("temperature",), "be above 0", lambda x: x > 0),  # without chance a group would be one answer
+    (("clip",), "lie in (0, 1)", lambda x: 0 < x < 1),
+    (("kl", "format_reward"), "be at least 0", lambda x: x >= 0),
+)
+
 
 def parser():
     p = stage_parser("grpo", __doc__, seq_len=256, batch_size=32, accumulation_steps=4, learning_rate=2e-5,
@@ -51,24 +59,13 @@ def parser():
     g.add_argument("--format_reward", type=float, default=0.2, metavar="X",
                    help="for a well-formed answer, beside 1 for a right one (0.2)")  # fmt: skip
     g.add_argument("--val_path", nargs="+", metavar="FILE", help="held-out questions, in place of --val_split's")
-    p.set_defaults(recipe_flags=FLAGS, dropout=0.0)  # also where the starting weights were trained with some
+    p.set_defaults(recipe_flags=FLAGS, bounds=BOUNDS, dropout=0.0)  # also where the starting weights were trained with some
     return p
 
 
 def check(args) -> None:
-    if args.group < 2:
-        raise UserError(f"--group must be at least 2, not {args.group}: an answer is compared with the others")
-    if args.inner_steps < 1:
-        raise UserError(f"--inner_steps must be at least 1, not {args.inner_steps}")
     if not 1 <= args.max_new_tokens < args.seq_len:
         raise UserError(f"--max_new_tokens must lie between 1 and --seq_len {args.seq_len}, not {args.max_new_tokens}")
-    if args.temperature <= 0:
-        raise UserError(f"--temperature must be above 0, not {args.temperature}: without chance a group is one answer")
-    if not 0 < args.clip < 1:
-        raise UserError(f"--clip must lie between 0 and 1, not {args.clip}")
-    for name in ("kl", "format_reward"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
     if args.deepspeed and read_config(args.deepspeed).get("zero_optimization", {}).get("stage") == 3:
         raise UserError(f"{args.deepspeed}: ZeRO stage 3 leaves no process whole weights to sample from; use stage 2")
     if args.dropout:

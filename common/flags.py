@@ -23,6 +23,19 @@ class Parser(argparse.ArgumentParser):
                            help=argparse.SUPPRESS)  # fmt: skip
 
 
+def out_of_bounds(args, bounds) -> list[str]:
+    """A sentence for each flag whose value is wrong.
+
+    bounds: (names of flags, what their values must do, in words, and whether a value does). None is no value.
+    """
+    return [
+        f"--{name} must {words}, not {value}"
+        for names, words, holds in bounds
+        for name in names
+        if (value := getattr(args, name)) is not None and not holds(value)
+    ]
+
+
 def boolean(text: str) -> bool:
     if text.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
