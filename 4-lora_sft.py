@@ -21,7 +21,7 @@ from pathlib import Path
 from trainer.world import join  # first: it says how torch's threads wait
 
 # isort: split
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, user_errors
 from data.reading import raw_rows
 from data.rows import load_rows
 from model.lora import PROJECTIONS, LoraConfig, add_lora, load_lora
@@ -67,10 +67,8 @@ def refuse_placeholders(path) -> None:
 def main(argv=None) -> dict:
     args = parse(parser(), argv)
     args.targets = [*args.targets, "experts"] if args.lora_experts else args.targets
-    try:
+    with user_errors():
         config = LoraConfig(args.rank, args.alpha, args.lora_dropout, args.targets)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
     def adapt(model):
         if args.peft_dir:

@@ -59,7 +59,8 @@ def parser():
     g.add_argument("--format_reward", type=float, default=0.2, metavar="X",
                    help="for a well-formed answer, beside 1 for a right one (0.2)")  # fmt: skip
     g.add_argument("--val_path", nargs="+", metavar="FILE", help="held-out questions, in place of --val_split's")
-    p.set_defaults(recipe_flags=FLAGS, bounds=BOUNDS, dropout=0.0)  # also where the starting weights were trained with some
+    # No dropout, even if the starting weights were trained with it: see check().
+    p.set_defaults(recipe_flags=FLAGS, bounds=BOUNDS, dropout=0.0)
     return p
 
 
@@ -78,7 +79,7 @@ def sampler(tokenizer, max_new_tokens: int):
     def rollout(model, prompts, seeds, temperature):
         params = [SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed) for seed in seeds]
         completions = Engine(model, tokenizer, max_batch=128).generate(prompts, params)
-        for completion in completions:  # what is judged is what was generated, not what a reader would be shown of it
+        for completion in completions:  # the judge sees all that was generated, special tokens too
             completion.text = text_with_markers(tokenizer, completion)
         return completions
 
@@ -91,8 +92,9 @@ def main(argv=None) -> dict:
     run = prepare(args, sample="reason.jsonl", before=("reason",), required=True)
     val_files = held_out_files(run, sample="reason.jsonl", held_out="reason_heldout.jsonl")
     problems, held_out = load_problems(run.data_files, run.tokenizer, args, val_files)
+    # The questions are part of the recipe by their digest: no token cache names them.
     run, reference = run.using(**fingerprints(problems, held_out)), None
-    if args.kl:  # else nothing holds the model near its start
+    if args.kl:  # without the KL penalty no second model is needed in memory
         run = bound_to_its_start(run)
         reference = frozen_copy(starting_model(run))
         run = run.using(reference.num_parameters())
