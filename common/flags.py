@@ -23,16 +23,16 @@ class Parser(argparse.ArgumentParser):
                            help=argparse.SUPPRESS)  # fmt: skip
 
 
-def out_of_bounds(args, bounds) -> list[str]:
-    """A sentence for each flag whose value is wrong.
+def out_of_bounds(values, bounds, prefix="--") -> list[str]:
+    """A sentence for each attribute of `values` (flags) that is wrong; None stands for no value.
 
-    bounds: (names of flags, what their values must do, in words, and whether a value does). None is no value.
+    bounds: rows of (names, the condition in words after "must", the condition as a function of a value).
     """
     return [
-        f"--{name} must {words}, not {value}"
+        f"{prefix}{name} must {words}, not {value!r}"
         for names, words, holds in bounds
         for name in names
-        if (value := getattr(args, name)) is not None and not holds(value)
+        if (value := getattr(values, name)) is not None and not holds(value)
     ]
 
 
