@@ -1,4 +1,4 @@
-"""Other people's trainers on our model as it is: transformers' Trainer, trl's SFT and DPO, peft's LoRA.
+"""Other people's trainers on our model as it is: transformers' Trainer, trl's SFT (its DPO: test_dpo.py), peft's LoRA.
 
 The balance loss of the experts: `forward` adds it to the loss it returns when it is given labels, in training. The
 Trainer learns from that loss, so nothing is lost. trl computes its own loss from the logits (SFT) or from
