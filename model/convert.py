@@ -1,6 +1,7 @@
-"""State dicts made elsewhere, renamed and reshaped into ours: MiniMind v1, v2, v3 and transformers' classes.
+"""Converts state dicts of other programs into ours: MiniMind v1, v2, v3 and transformers' classes.
 
-No number changes. Ours: Llama's names; the experts of a layer stacked into two tensors; shared experts as one block.
+Tensors are renamed and reshaped; no number changes. Our names are Llama's, the experts of a layer are stacked into two
+tensors, and its shared experts are one block.
 """
 
 import math
@@ -33,7 +34,7 @@ _ONLY = {  # settings of transformers' classes that change what is computed, and
 
 
 def state_dict_of(content, path) -> dict[str, Tensor]:
-    """The tensors of a loaded file by name, wrappers' prefixes and tables dropped; ValueError if it is none."""
+    """The tensors of a loaded file by name, without wrappers' prefixes and tables; ValueError if it has none."""
     if isinstance(content, dict) and isinstance(content.get("model"), dict):  # a resume file: {"model": ..., ...}
         content = content["model"]
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
@@ -49,10 +50,10 @@ def state_dict_of(content, path) -> dict[str, Tensor]:
 def from_minimind(state: dict[str, Tensor], preset: str | None = None) -> tuple[LMConfig, dict[str, Tensor]]:
     """A bare MiniMind state dict of any version -> (config, our state dict).
 
-    The number of heads cannot be read off the tensors, so they must have the shape of a preset, or `preset` names the
-    one with the same heads and rotation; width, layers and experts are then the tensors' own.
+    The shapes of tensors do not tell the number of heads. So they must be the shapes of a preset, or `preset` names one
+    with the same heads and rotation; width, layers and experts are then taken from the tensors.
     """
-    interleaved = "tok_embeddings.weight" in state  # MiniMind v1, in names and in how it pairs numbers to rotate
+    interleaved = "tok_embeddings.weight" in state  # MiniMind v1: other names, and it rotates neighbouring numbers
     if interleaved:
         state = {_v1_name(name): tensor for name, tensor in state.items()}
     if "model.embed_tokens.weight" not in state:
@@ -100,7 +101,7 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
     for key, value in _ONLY.items():
         if raw.get(key) is not None and raw[key] != value:
             raise NoCounterpart(f"a model with {key} {raw[key]!r} has no counterpart here, only with {value!r}")
-    # What a config.json leaves out has the default of transformers' class, which is not always ours.
+    # A field that config.json leaves out has the default of transformers' class, which may differ from ours.
     fields = {key: value for key, value in raw.items() if value is not None}
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     if rope:
@@ -111,6 +112,7 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
         fields.setdefault("rope_theta", 10000.0)
     fields["qk_norm"] = any(name.endswith("q_norm.weight") for name in state)
     fields.setdefault("tie_word_embeddings", kind == "minimind")
+    # The kinds with experts name and count them in their own ways.
     if kind in ("qwen3_moe", "granitemoeshared"):
         fields["use_moe"] = True
     if kind == "qwen3_moe":
@@ -167,8 +169,9 @@ def _whole(parts: dict, name: str) -> int:
 def interleaved_to_halves(weight: Tensor, head_dim: int) -> Tensor:
     """Reorders the rows of a q or k projection from pairs (0,1), (2,3), ... to pairs (0, h/2), (1, h/2+1), ...
 
-    MiniMind v1 rotates neighbouring numbers, transformers' Llama numbers half a head apart. The pairs and their angles
-    are the same, only their places in the head differ; and as q and k change places alike, their product stays.
+    MiniMind v1 rotates neighbouring numbers as a pair, transformers' Llama numbers half a head apart. The pairs and
+    their angles are the same, only their places in the head differ. q and k are reordered alike, so their dot product
+    stays the same.
     """
     rows = weight.view(-1, head_dim // 2, 2, weight.shape[1])  # (heads, pair, which of the pair, D)
     return rows.transpose(1, 2).reshape(weight.shape)
@@ -197,7 +200,7 @@ def _from_granite(state):
 
 
 def _seen_shape(state) -> tuple[dict, int]:
-    """The fields of LMConfig that the tensors' shapes tell, and the width of all keys together."""
+    """-> (the fields of LMConfig that follow from the tensors' shapes, the width of all key heads together)."""
     numbers = [int(match[1]) for name in state if (match := re.match(r"model\.layers\.(\d+)\.", name))]
     vocab_size, dim = state["model.embed_tokens.weight"].shape
     first = "model.layers.0."
