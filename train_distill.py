@@ -1,4 +1,4 @@
-"""White-box distillation: a small model learns from a large one's probabilities, not from its words alone.
+"""White-box distillation: a small model learns from a large model's probabilities, not only from its text.
 
   in    --data_path FILE...   rows of {"conversations": [...]}; with --rows text rows of {"text": ...}
         --teacher             a model with the same tokenizer; default: the newest chat weights in --out_dir or out/
@@ -56,7 +56,7 @@ def parser():
 
 
 def new_student(args, teacher):
-    """-> (student, where it comes from) where there is no file of it."""
+    """-> (student, its origin in words), for a student that has no file."""
     given = shape_flags(args)
     if args.preset or given.keys() - set(FREE_FIELDS):
         return random_model(args, teacher.config.vocab_size), "random (from nothing)"

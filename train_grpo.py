@@ -1,14 +1,14 @@
-"""GRPO: learn by trying. The model answers questions whose answers can be checked, and keeps what worked.
+"""GRPO: reinforcement learning on questions whose answers can be checked.
 
   in    --data_path FILE...   {"question": ..., "answer": ...}, or worked examples with <answer>...</answer>
         --from_weight         a reasoning model; default: the newest reason_* in --out_dir or out/
   out   out/grpo_<dim>.pth  (weights, config, tokenizer), .jsonl (every step), .png (curve)
 
 Each question is answered --group times, sampled from softmax(logits / temperature). An answer's reward is 1 where it is
-right, and --format_reward where it is one <think> block and one <answer> block; its advantage is how far it lies above
-its group. The loss (trainer/losses.py) raises the likelihood of answers above and lowers that of answers below, as far
-as --clip allows in --inner_steps updates, and holds the model near the one it began with (--kl). A step is --batch_size
-x --accumulation_steps x processes answers; --seq_len bounds question and answer together.
+right, plus --format_reward where it is one <think> block and one <answer> block. Its advantage is how far the reward is
+above the mean of its group. The loss (trainer/losses.py) raises the probability of answers above the mean and lowers
+that of the others, as far as --clip allows in --inner_steps updates, and keeps the model near the starting one (--kl).
+A step is --batch_size x --accumulation_steps x processes answers; --seq_len bounds question and answer together.
 
 Printed: means over a step's sampled answers (reward, well_formed, right, truncated, length); learning_groups, the share
 of groups whose rewards differ; clip_share, the share of tokens the clip holds; kl, in nats a token. Validation: exact

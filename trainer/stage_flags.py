@@ -35,8 +35,8 @@ BOUNDS = (  # of the common flags, see out_of_bounds; a stage gives those of its
 def stage_parser(stage: str, description: str, **defaults) -> Parser:
     """The common flags, with this stage's defaults.
 
-    stage: its name in records, and the first part of its files. learning_rate may be one for each optimizer, as a dict.
-    The caller adds flags of its own to the parser.
+    stage: its name in records, and the first part of its files' names. learning_rate: a number, or a dict with one for
+    each optimizer. The caller adds flags of its own to the parser.
     """
     d = {
         "save_weight": stage, "seq_len": 512, "epochs": 1.0, "batch_size": 8, "accumulation_steps": 4,
@@ -109,7 +109,7 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
 
 
 def add_watching(parser: Parser, val_split: float) -> None:
-    """The flags of logging, validation and saving: they do not change how a run learns."""
+    """The flags of logging, validation and saving, which do not change what is learned."""
     g = parser.add_argument_group("watching")
     g.add_argument("--log_interval", type=int, default=10, metavar="STEPS", help="steps between printed lines (10)")
     g.add_argument("--eval_interval", type=int, default=200, metavar="STEPS",
@@ -133,7 +133,8 @@ def parse(parser: Parser, argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.optimizer = args.optimizer or ("adamw" if args.deepspeed else args.default_optimizer)
     args.learning_rate = args.rates[args.optimizer] if args.learning_rate is None else args.learning_rate
-    # What a flag says holds; the defaults are a CPU's, and a GPU may take the step's rows in fewer micro-batches.
+    # Flags decide. Without them the defaults below suit a CPU; a GPU may take a step's rows in fewer micro-batches, see
+    # setup.micro_batch, which needs to know whether there was a flag.
     args.batch_given = bool(args.deepspeed) or any(getattr(args, name) is not None for name in BATCH)
     for name, size in args.default_batch.items():
         if getattr(args, name) is None:
