@@ -58,7 +58,7 @@ def from_minimind(state: dict[str, Tensor], preset: str | None = None) -> tuple[
         state = {_v1_name(name): tensor for name, tensor in state.items()}
     if "model.embed_tokens.weight" not in state:
         raise ValueError(f"these are no MiniMind weights: no embedding among {', '.join(list(state)[:3])}, ...")
-    state = stack_experts(state)
+    state = stack_experts(state)  # before the shapes are read, which are those of stacked experts
     try:
         shape, kv_width = _seen_shape(state)
     except KeyError as missing:
@@ -78,7 +78,7 @@ def _config_of(shape: dict, kv_width: int, preset: str | None) -> LMConfig:
         if config.n_kv_heads * config.head_dim != kv_width:
             raise ValueError(f"weights of {shape} with keys of width {kv_width} have not the heads of {preset}")
         return config
-    for name in PRESETS:
+    for name in PRESETS:  # the first preset with these shapes; the vocabulary may have another size
         config = LMConfig.from_preset(name, vocab_size=shape["vocab_size"])
         same = all(getattr(config, field) == value for field, value in shape.items())
         if same and config.n_kv_heads * config.head_dim == kv_width:
@@ -120,6 +120,7 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
         fields["norm_topk_prob"] = bool(raw.get("norm_topk_prob", False))
         fields["n_shared_experts"] = 0
     if kind == "granitemoeshared":
+        # Granite has free factors, which the export sets so that it computes what our model does.
         width = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         if not math.isclose(raw.get("attention_multiplier", 1), width**-0.5, rel_tol=1e-6):
             raise ValueError(f"attention_multiplier must be {width}**-0.5, as everywhere but in Granite")
@@ -129,6 +130,7 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
     if kind == "minimind" and fields.get("use_moe") and "n_shared_experts" not in fields:
         fields["n_shared_experts"] = int(any(".shared_experts." in name for name in state))
     state = stack_experts(state)
+    # config.json has many other keys, such as token ids and versions, that do not change what is computed.
     known = {k: v for k, v in fields.items() if k in LMConfig.__annotations__ or k in LMConfig.attribute_map}
     return LMConfig(**known), state
 
@@ -145,11 +147,13 @@ def stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
             shared.setdefault(one_shared[1], {})[int(one_shared[2]), one_shared[3]] = tensor
         else:
             out[name] = tensor
+    # gate above up: one product computes both, see moe.Experts.
     for prefix, parts in experts.items():
         n = _whole(parts, f"{prefix}experts")
         gate_up = [torch.cat([parts[e, "gate"], parts[e, "up"]]) for e in range(n)]
         out[f"{prefix}experts.gate_up_proj"] = torch.stack(gate_up)  # (E, 2I, D)
         out[f"{prefix}experts.down_proj"] = torch.stack([parts[e, "down"] for e in range(n)])  # (E, D, I)
+    # n shared experts side by side are one block n times as wide: rows of gate and up, columns of down.
     for prefix, parts in shared.items():
         n = _whole(parts, f"{prefix}shared_experts")
         for which, axis in (("gate", 0), ("up", 0), ("down", 1)):

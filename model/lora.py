@@ -133,6 +133,7 @@ def add_lora(model, rank=8, alpha=16.0, dropout=0.0, targets=PROJECTIONS, name="
     if name in getattr(model, "lora_configs", {}) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"the adapter's name {name!r} is taken; give it another one")
     base = getattr(model, "lora_base", None) or fingerprint(model)  # of the weights, frozen from here on
+    # An update of rank r is useful only below the matrix's own largest rank, the smaller of its two sides.
     layers = targeted(model, config.targets)
     largest = max(min(p.shape[-2:]) for layer in layers.values() for p in layer.parameters() if p.ndim >= 2)
     if config.rank > largest:
@@ -188,6 +189,7 @@ def use_lora(model, name: str | None):
     """Makes the adapter called `name` the active one and the only one that is trained; None: none is."""
     if name is not None and name not in getattr(model, "lora_configs", {}):
         raise ValueError(f"no adapter {name!r} is loaded; there are {', '.join(getattr(model, 'lora_configs', {}))}")
+    # Adapters may have different targets, so a layer may lack this one: then it computes without any.
     for layer in adapted_layers(model).values():
         layer.active = name if name in layer.adapters else None
         for key, adapter in layer.adapters.items():
@@ -224,11 +226,12 @@ def merge_lora(model):
         model.config.tie_word_embeddings = False
     for layer in adapted_layers(model).values():
         for key, adapter in (layer.adapter or {}).items():
-            getattr(layer, key).add_(adapter.delta())
+            getattr(layer, key).add_(adapter.delta())  # W becomes W' = W + s B A, in place
         del layer.adapters, layer.active
         layer.__class__ = PLAIN[type(layer)]
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    # The weights have changed: the fingerprint and the adapters' configs no longer describe this model.
     for attribute in ("lora_base", "lora_configs"):
         model.__dict__.pop(attribute, None)
     return model
@@ -280,6 +283,8 @@ def load_lora(model, path, name: str | None = None):
 
 def attach(model, content: dict, name: str, path):
     """Adds the adapter that an adapter file holds to the model it fits."""
+    # Another shape is an error. Other weights of the same shape are only a warning: an adapter may be tried on a model
+    # that was trained further.
     theirs, ours = content["config"], model.config.fields()
     wrong = [f"{key} {theirs.get(key)} (here: {ours.get(key)})" for key in sorted(theirs.keys() | ours.keys())
              if theirs.get(key) != ours.get(key) and key not in FREE_FIELDS]  # fmt: skip
@@ -296,6 +301,7 @@ def attach(model, content: dict, name: str, path):
 def fill(model, name: str, tensors: dict[str, Tensor], path):
     """Copies tensors, named as in adapter_parameters, into the adapter `name`; ValueError where they do not fit."""
     own = adapter_parameters(model, name)
+    # Names first, then shapes. The new adapter is removed again where they do not fit: the model stays as it was.
     odd = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
     if odd:
         remove_lora(model, name)

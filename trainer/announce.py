@@ -67,6 +67,7 @@ def resume_command() -> str:
     """The command that started this process, with --resume. With several machines only the launcher's name is shown,
     since each machine has a command of its own."""
     words = without_flags(sys.argv, ("--resume", "--overwrite", "--local_rank"))
+    # The launcher is known by the environment variables that it sets.
     launcher, size = "python", os.environ.get("WORLD_SIZE")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = f"torchrun --nproc_per_node {size}" if size == os.environ["LOCAL_WORLD_SIZE"] else "torchrun ..."

@@ -163,6 +163,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature=1.0, 
     skewed   KL(p || skew p + (1 - skew) q): forward, bounded where q is nearly 0 (Ko et al. 2024, arXiv 2402.03898)
     T^2 keeps the gradient's size when T changes.
     """
+    # In float32 and as logarithms: probabilities near 0 would be rounded to 0 otherwise.
     log_p = (teacher_logits.float() / temperature).log_softmax(dim=-1)  # (n, V)
     log_q = (student_logits.float() / temperature).log_softmax(dim=-1)
     if kind == "reverse":
@@ -189,7 +190,7 @@ def distillation_sums(student_logits, hidden, head, labels, temperature=1.0, kin
     targets = labels[:, 1:][where]  # (n,)
 
     def compare(student: Tensor, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad():  # the teacher does not learn
             teacher = head(hidden)  # (chunk, V)
         ce = F.cross_entropy(student.float(), target, reduction="sum")
         return ce, divergence(student, teacher, temperature, kind, skew)

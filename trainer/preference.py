@@ -166,6 +166,7 @@ def preference_report(before: np.ndarray, after: np.ndarray, counts: np.ndarray)
     chosen, rejected = counts[::2], counts[1::2]
     result = {"heldout_pairs": len(chosen)}
     for name, divisor in (("accuracy", np.ones_like(counts)), ("accuracy_per_token", np.maximum(counts, 1))):
+        # (pairs,) before and after: whether the chosen answer is the likelier one.
         right = [(x / divisor)[::2] > (x / divisor)[1::2] for x in (before, after)]
         result |= {
             name: float(right[1].mean()), f"{name}_before": float(right[0].mean()),

@@ -74,6 +74,7 @@ def as_problem(record: dict) -> tuple[list[dict], str]:
 def read_problems(paths, tokenizer, longest: int, skip_bad_lines=False) -> list[Problem]:
     """All problems of the files. longest: tokens a prompt may have. Raises UserError naming file and line."""
     found, skipped = [], []
+    # One bad line ends the run with its place, or is counted and left out with --skip_bad_lines: none is lost unseen.
     for path in paths:
         for line, raw in raw_rows(path):
             try:
@@ -99,6 +100,7 @@ def split_problems(problems: list[Problem], val_split: float) -> tuple[list[Prob
     """(for training, held out): the prompt's hash decides, so copies fall on the same side."""
 
     def held_out(problem: Problem) -> bool:
+        # The hash as a number in [0, 2^64): a share val_split of all prompts lies below val_split * 2^64.
         digest = hashlib.blake2b(json.dumps(problem.prompt).encode(), digest_size=8, person=b"question").digest()
         return int.from_bytes(digest, "little") < val_split * 2**64
 

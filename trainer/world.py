@@ -39,6 +39,7 @@ class World:
         if self.size == 1 and not any(isinstance(x, torch.Tensor) for x in numbers):
             return [float(x) for x in numbers]
         kind = torch.float32 if self.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        # Python's numbers go to the device in one copy; tensors are there already. Together they make one tensor.
         ours = iter(upload([float(x) for x in numbers if not isinstance(x, torch.Tensor)], self.device, kind))
         total = torch.stack([x.detach().to(kind) if isinstance(x, torch.Tensor) else next(ours) for x in numbers])
         if self.size > 1:
@@ -71,6 +72,7 @@ class World:
         """function() on rank 0, None on the others. A UserError in it is raised on all processes, so none is left
         waiting for the others."""
         value = error = None
+        # The error is sent as text to all processes: were it raised on rank 0 alone, the others would wait for it.
         if self.first:
             try:
                 value = function()
@@ -95,7 +97,7 @@ def join(args):
     device, dtype = device_and_dtype(args)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = True  # tensor cores for float32: faster, 10 bits of mantissa
     backend = "nccl" if device.type == "cuda" else "gloo"
     heartbeat = contextlib.nullcontext()
     if size > 1:
