@@ -22,8 +22,7 @@ from common.errors import UserError, run_main
 from common.flags import Parser
 
 MEASUREMENTS = {
-    "memory": "the memory estimate against the measured peak",
-    "engine": "generating, beside transformers and llama.cpp",
+    "engine": "generating, beside transformers",
     "lora": "a new identity by an adapter",
     "dpo": "preferences on held-out pairs",
     "reason": "well-formed thinking and right answers",
