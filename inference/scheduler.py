@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 from inference.engine import Engine
 from inference.sampling import SamplingParams
@@ -28,17 +29,21 @@ class Closed(RuntimeError):
 
 
 class Handle:
-    """A submitted request. Iterate over it, in one thread, for the pieces of its answers as they come."""
+    """A submitted request. Iterate over it, in one thread, for the pieces of its answers as they come.
 
-    def __init__(self, scheduler: "Scheduler", samples: list[Sequence]):
+    With `deliver` the pieces go there instead, see Scheduler.submit.
+    """
+
+    def __init__(self, scheduler: "Scheduler", samples: list[Sequence], deliver: Callable | None = None):
         self.scheduler, self.samples = scheduler, samples
         self.open = len(samples)  # samples that go on
         self.submitted = time.monotonic()
         self.first_token: float | None = None  # when it came, on the same clock; finished likewise
         self.finished: float | None = None
         self.cancelled = False
-        # What the worker hands over: pieces, then None at the end or the exception that ended it.
+        # What the worker delivers: pieces, then None at the end or the exception that ended it.
         self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
+        self.deliver = deliver or self._pieces.put
 
     def __iter__(self):
         while True:
@@ -90,8 +95,14 @@ class Scheduler:
         self._thread.start()
 
     # ------------------------------------------------------------------------------------------- for the requesters
-    def submit(self, prompt: list[int], params: SamplingParams | None = None) -> Handle:
+    def submit(
+        self, prompt: list[int], params: SamplingParams | None = None,
+        deliver: Callable[[Piece | BaseException | None], None] | None = None,
+    ) -> Handle:  # fmt: skip
         """Any thread may call it; returns at once. prompt: token ids, see Engine.encode.
+
+        deliver: the worker calls it with each piece, then with None or with the exception that ended the request. All
+        requests wait while it runs, so it must return at once. Without it iterate over the handle.
 
         Raises ValueError for a prompt that cannot be answered or more samples than there are rows, QueueFull, Closed.
         """
@@ -99,7 +110,7 @@ class Scheduler:
         if params.n > self.slots:
             raise ValueError(f"n is {params.n}, but only {self.slots} answers are generated at once")
         # Outside the lock: checking the request and setting up its samplers need not hold up the others.
-        handle = Handle(self, sequences(self.engine, prompt, params))
+        handle = Handle(self, sequences(self.engine, prompt, params), deliver)
         for sample in handle.samples:
             sample.request = handle
         with self._wake:
@@ -196,13 +207,13 @@ class Scheduler:
             return
         handle.first_token = handle.first_token or time.monotonic()
         self.counts["new_tokens"] += len(piece.token_ids)
-        handle._pieces.put(piece)
+        handle.deliver(piece)
         handle.open -= piece.finish_reason is not None
         if not handle.open:
             self._end(handle, "finished")
 
     def _end(self, handle: Handle, how: str, error: BaseException | None = None) -> None:
-        """Ends a handle: the last item in its queue is None or the error. `how`: the count it is added to."""
+        """Ends a handle: the last thing it is given is None or the error. `how`: the count it is added to."""
         if handle.finished:
             return
         handle.finished = time.monotonic()
@@ -210,7 +221,7 @@ class Scheduler:
         self.counts[how] += 1
         for sample in handle.samples:
             sample.finish_reason = sample.finish_reason or "cancelled"
-        handle._pieces.put(error)
+        handle.deliver(error)
 
     def _fail(self, error: Exception) -> None:
         with self._wake:
