@@ -161,8 +161,8 @@ class Engine:
         return nats / math.log(2) / n_bytes, n_bytes
 
     # ---------------------------------------------------------------------------------------------------- prompts
-    def encode(self, prompt) -> list[int]:
-        """Token ids of a prompt of any kind."""
+    def encode(self, prompt, tools: list[dict] | None = None, thinking: bool | None = None) -> list[int]:
+        """Token ids of a prompt of any kind. For a chat: tools it may call; thinking: in place of enable_thinking."""
         if isinstance(prompt, str):
             return encode_document(self.tokenizer, prompt)[:-1]  # the text goes on: no end token
         if isinstance(prompt, torch.Tensor):
@@ -170,7 +170,8 @@ class Engine:
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
             if self.own_template:
                 return self._by_template(prompt)
-            return render(self.tokenizer, prompt, add_generation_prompt=True, enable_thinking=self.enable_thinking)[0]
+            thinking = self.enable_thinking if thinking is None else thinking
+            return render(self.tokenizer, prompt, tools, add_generation_prompt=True, enable_thinking=thinking)[0]
         return self._checked(prompt)
 
     def _by_template(self, messages: list[dict]) -> list[int]:

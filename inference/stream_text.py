@@ -183,19 +183,11 @@ def overlap(text: str, stop: str) -> int:
     return 0
 
 
-def split_thinking(text: str, thinking: bool = False) -> tuple[str | None, str]:
-    """A whole answer -> (what it thinks, what it says); None where it has no think block.
+class ThinkingStream:
+    """Tells thinking from what is said, in a text that comes in pieces, as (is it thought, text) pairs.
 
     thinking: the prompt has opened the block already. A block that never closes is all thought.
     """
-    if not thinking and not text.lstrip().startswith(THINK):
-        return None, text
-    thought, closed, said = text.lstrip().removeprefix(THINK).partition(THINK_END)
-    return thought.strip(), said.lstrip() if closed else ""
-
-
-class ThinkingStream:
-    """split_thinking for a text that comes in pieces, as (is it thought, text) pairs."""
 
     def __init__(self, thinking: bool = False):
         self.thinking, self.held, self.begun = thinking, "", thinking

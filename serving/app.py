@@ -25,7 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from inference.sampling import SamplingParams
 from inference.scheduler import Closed, Handle, QueueFull, Scheduler
 from inference.stream_text import CALL, AnswerReader, Piece, begun_call
-from model.tokenizer import encode_text, render
+from model.tokenizer import encode_text
 from serving import errors
 from serving.errors import ApiError, failed, shutting_down, timed_out
 from serving.metrics import Metrics
@@ -157,12 +157,12 @@ class Service:
         # Rendering takes milliseconds: in a thread, or every stream would stutter meanwhile.
         ids, begun = await run_in_threadpool(self._encode_chat, body)
         # A call that was begun in the prompt stands after the think block: the answer starts outside of it.
-        thinking = self.engine.enable_thinking if body.thinking is None else body.thinking
+        thinking = self._thinking(body) and not begun
         names = {tool.function.name for tool in self._offered(body)}
         choices = [
             ChatChoice(
                 i, self.tokens, self.engine.end_tokens,
-                AnswerReader(thinking is True and not begun, names, one_call=body.parallel_tool_calls is False), begun,
+                AnswerReader(thinking, names, one_call=body.parallel_tool_calls is False), begun,
             )
             for i in range(params.n)
         ]  # fmt: skip
@@ -197,21 +197,23 @@ class Service:
             raise ApiError(400, f"{len(params.stop)} stop strings; at most {self.limits.stops}", param="stop")
         return params
 
+    def _thinking(self, body: ChatRequest) -> bool:
+        """Whether the prompt opens a think block."""
+        return (self.engine.enable_thinking if body.thinking is None else body.thinking) is True
+
     def _offered(self, body: ChatRequest) -> list:
         return [] if body.tool_choice == "none" else body.tools or []
 
     def _encode_chat(self, body: ChatRequest) -> tuple[list[int], str]:
         """-> (ids of the prompt, what of the answer stands in it already: the beginning of a forced tool call)."""
         tools = [tool.model_dump(exclude_unset=True) for tool in self._offered(body)] or None
-        thinking = self.engine.enable_thinking if body.thinking is None else body.thinking
         must_call = tools and body.tool_choice not in (None, "auto")
-        thinking = False if must_call and thinking is True else thinking  # the call is begun, there is no thinking left
+        # A call that is begun in the prompt leaves no thinking to come: the think block is closed before it.
+        thinking = False if must_call and self._thinking(body) else body.thinking
         name = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
         begun = begun_call(name) if must_call else ""
-        tokenizer = self.engine.tokenizer
         try:
-            messages = [message.plain() for message in body.messages]
-            ids, _ = render(tokenizer, messages, tools, add_generation_prompt=True, enable_thinking=thinking)
+            ids = self.engine.encode([message.plain() for message in body.messages], tools, thinking)
             if begun:
                 ids += self._encode_begun(begun)
         except ValueError as error:
