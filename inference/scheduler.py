@@ -4,9 +4,9 @@
         handle = scheduler.submit(engine.encode(messages), SamplingParams(max_tokens=100))
         for piece in handle: print(piece.text, end="")
 
-A request waits in the queue until a row of the cache is free, has its prompt read in the next step, and from then on
-gets a token in every step of the batch. No request waits for another to finish while there are rows; none is moved
-aside once it runs. (Orca, Yu et al. 2022, OSDI, calls this iteration-level scheduling.)
+A request waits in the queue until a row of the cache is free. The next step reads its prompt, and from then on it gets
+a token in every step of the batch. While rows are free no request waits for another to finish, and once it runs none
+has to make room. (Orca, Yu et al. 2022, OSDI, calls this iteration-level scheduling.)
 """
 
 import queue
@@ -25,7 +25,7 @@ class QueueFull(RuntimeError):
 
 
 class Closed(RuntimeError):
-    """The scheduler does not run any more."""
+    """The scheduler has been closed."""
 
 
 class Handle:
@@ -55,13 +55,13 @@ class Handle:
             yield piece
 
     def result(self) -> list[Completion]:
-        """Waits for the end; the n samples. Of a cancelled request what there is, finish_reason "cancelled"."""
+        """Waits for the end -> the n samples. A cancelled request gives what it has, finish_reason "cancelled"."""
         for _ in self:
             pass
         return [sample.completion() for sample in self.samples]
 
     def cancel(self) -> None:
-        """Ends the request; its rows are free before the next step. Does nothing where it has ended."""
+        """Ends the request and frees its rows before the next step. Does nothing if it has ended already."""
         self.scheduler._cancel(self)
 
     @property
@@ -70,9 +70,10 @@ class Handle:
 
 
 class Scheduler:
-    """One worker thread, `slots` rows (a request of n samples takes n), at most `queue` requests that wait.
+    """One worker thread over one batch.
 
-    compile: decode steps as CUDA graphs, see Engine.batch.
+    slots: rows of the batch; a request of n samples takes n. queue: requests that may wait. compile: decode steps as
+    CUDA graphs, see Engine.batch.
     """
 
     def __init__(self, engine: Engine, slots: int = 8, queue: int = 64, compile: bool = False):
@@ -136,7 +137,7 @@ class Scheduler:
         with self._wake:
             self.closed = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join()  # it ends the requests: only the worker may touch the batch
 
     def __enter__(self) -> "Scheduler":
         return self
@@ -170,6 +171,7 @@ class Scheduler:
             except Exception as error:  # out of memory, for one: the requests that ran end, the next get a new batch
                 self._fail(error)
                 continue
+            # While the step ran, some of these requests may have been cancelled: _hand_over() looks again.
             with self._wake:
                 self.counts["steps"] += 1
                 for sequence, piece in gained:
@@ -182,6 +184,7 @@ class Scheduler:
         """
         with self._wake:
             while True:
+                # Out before in: rows that become free now are given away in the same pause.
                 if self.closed:
                     self.leaving += [handle for handle in self.running if not handle.cancelled]
                 for handle in self.leaving:
@@ -203,6 +206,7 @@ class Scheduler:
                 self._wake.wait()
 
     def _hand_over(self, handle: Handle, piece: Piece) -> None:
+        """Delivers one piece, and the end of the request after the last piece of its last sample."""
         if handle.finished or handle.cancelled:
             return
         handle.first_token = handle.first_token or time.monotonic()
@@ -224,8 +228,9 @@ class Scheduler:
         handle.deliver(error)
 
     def _fail(self, error: Exception) -> None:
+        """Ends what ran and begins with a new batch: after half a step nobody knows what the old cache holds."""
         with self._wake:
             for handle in list(self.running):
                 self._end(handle, "failed", error)
-            self.leaving.clear()
+            self.leaving.clear()  # their rows went with the old batch
             self.batch = self.engine.batch(self.slots, self.compile)
