@@ -46,7 +46,7 @@ def run(args):
         return score(engine, args.score, args.score_length or record.get("seq_len", 512))
     for text in texts or BEGINNINGS:
         print(f"\n{text}", end="", flush=True)
-        terminal.print_stream(engine.stream(text, params))
+        terminal.print_answer(("content", piece.text) for piece in engine.stream(text, params))
         note(f"[{engine.speed}]")
 
 

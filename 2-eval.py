@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from chat import terminal
+from chat.sources import Local, Settings
 from chat.terminal import as_messages, note
 from common.errors import UserError, disk_fault, run_main, user_errors
 from common.files import replaced
@@ -23,7 +24,6 @@ from common.flags import Parser
 from data.answer_match import is_right
 from exams import judge
 from inference import open_model
-from inference.stream_text import split_thinking
 
 
 def parse(argv):
@@ -63,26 +63,11 @@ def open_chat(args, path):
 def chat(args):
     params = open_model.sampling(args, temperature=0.85)
     engine = open_chat(args, open_model.find_weight(args))
-    exchanges: list[tuple[str, str]] = []
-    for question in terminal.typed(forget=exchanges.clear):
-        messages, exchanges[:] = fitting(engine, args, exchanges, question)
-        text = terminal.print_stream(engine.stream(messages, params), thinking=args.thinking is True)
-        note(f"[{engine.speed}]")
-        _, answer = split_thinking(text, thinking=args.thinking is True)
-        exchanges.append((question, answer))
-
-
-def fitting(engine, args, exchanges, question):
-    """The messages to send, and the exchanges in them: the last --history ones, fewer where the context is full."""
-    exchanges = exchanges[-args.history :] if args.history else []
-    while True:
-        said = [
-            {"role": r, "content": t} for pair in exchanges for r, t in zip(("user", "assistant"), pair, strict=True)
-        ]
-        messages = as_messages([*said, {"role": "user", "content": question}], args.system)
-        if not exchanges or len(engine.encode(messages)) + args.max_new_tokens <= engine.context:
-            return messages, exchanges
-        exchanges = exchanges[1:]
+    settings = Settings(
+        args.system or "", args.history, args.thinking, max_tokens=params.max_tokens, temperature=params.temperature,
+        top_p=params.top_p, top_k=params.top_k, repetition_penalty=params.repetition_penalty, seed=params.seed,
+    )  # fmt: skip
+    terminal.converse(Local(engine), settings, answered=lambda: note(f"[{engine.speed}]"))
 
 
 def answer_all(args, engine, rows):

@@ -1,12 +1,13 @@
 """Chat in a terminal: prompts from files, questions as they are typed, answers printed as they come."""
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from inference.stream_text import ThinkingStream
+from chat.sources import Refused, Settings
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 
@@ -79,28 +80,41 @@ def typed(forget) -> Iterator[str]:
             return
 
 
-def thought_marks() -> tuple[str, str]:
-    """What is printed before and after thinking: dimmed on a terminal, between words elsewhere."""
+def print_answer(parts) -> str:
+    """Prints an answer as it comes, thinking dimmed (between marks where the output is no terminal) -> its content.
+
+    parts: ("reasoning" or "content", text). Ctrl-C ends this answer, not the program.
+    """
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    return (DIM, PLAIN) if colour else ("[thinks] ", " [/thinks]\n")
-
-
-def print_stream(pieces, thinking: bool = False) -> str:
-    """Prints pieces as they come, thinking dimmed (between marks where the output is no terminal) -> the whole text."""
-    begin, end = thought_marks()
-    stream, text, in_thought = ThinkingStream(thinking), "", False
+    begin, end = (DIM, PLAIN) if colour else ("[thinks] ", " [/thinks]\n")
+    said, thinking = "", False
     try:
-        for piece in pieces:
-            text += piece.text
-            for thought, part in stream.feed(piece.text, final=piece.finish_reason is not None):
-                if thought != in_thought:
-                    print(begin if thought else end, end="")
-                    in_thought = thought
-                print(part, end="", flush=True)
+        with contextlib.closing(parts):  # closed at once after Ctrl-C: a server then frees the answer's row
+            for kind, text in parts:
+                if thinking != (kind == "reasoning"):
+                    thinking = not thinking
+                    print(begin if thinking else end, end="")
+                print(text, end="", flush=True)
+                said += "" if thinking else text
     except KeyboardInterrupt:
-        print(" ...", end="")  # Ctrl-C ends this answer, not the program
-    print(end if in_thought else "")
-    return text
+        print(" ...", end="")
+    print(end if thinking else "")
+    return said
+
+
+def converse(source, settings: Settings, answered: Callable[[], None] = lambda: None) -> None:
+    """Question and answer by turns, to the end of typed(). answered: is called after each answer."""
+    messages: list[dict] = []
+    for question in typed(forget=messages.clear):
+        messages.append({"role": "user", "content": question})
+        try:
+            said = print_answer(source.stream(messages, settings))
+        except Refused as refusal:  # the server is full, say: the chat goes on, without the question
+            note(str(refusal))
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": said})
+        answered()
 
 
 def note(text: str) -> None:
