@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from cleaning.distill import distill, read_prompts
+from cleaning.distill import distill
 from common.chat_api import ChatApi
 from common.errors import RunFailed, UserError
 from data.reading import iter_rows
@@ -230,28 +230,8 @@ def test_prompts_are_not_written_over(tmp_path):
     assert len(path.read_text().splitlines()) == 2
 
 
-def test_half_a_surrogate_pair_is_no_prompt(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "x \\ud83d y"}\n')
-    with pytest.raises(UserError, match=r"p\.jsonl:1"):
-        read_prompts(path)
-
-
-def test_prompts_of_every_shape(tmp_path):
-    path = tmp_path / "a.jsonl"
-    user, reply = {"role": "user", "content": "问"}, {"role": "assistant", "content": "旧"}
-    rows = [{"prompt": "甲"}, {"question": "乙", "answer": "x"}, {"conversations": [user, reply, user, reply]}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert read_prompts(path) == [[user | {"content": "甲"}], [user | {"content": "乙"}], [user, reply, user]]
-    path.write_text('{"text": "x"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match="a.jsonl:1"):
-        read_prompts(path)
-
-
-def test_a_system_text_beside_a_conversation_is_asked_with_and_tools_are_refused(tmp_path):
+def test_a_conversation_with_tools_is_refused(tmp_path):
     user, path = {"role": "user", "content": "甲"}, tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"conversations": [user], "system": "短"}) + "\n")
-    assert read_prompts(path) == [[{"role": "system", "content": "短"}, user]]
     called = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
     for row, key in (
         ({"messages": [user], "tools": [{"name": "f"}]}, "tools"),
@@ -259,4 +239,4 @@ def test_a_system_text_beside_a_conversation_is_asked_with_and_tools_are_refused
     ):
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f'p.jsonl:1: "{key}" in the conversation'):
-            read_prompts(path)
+            distill(path, tmp_path / "out.jsonl", ChatApi("http://x", "x"))
