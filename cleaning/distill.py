@@ -117,7 +117,7 @@ def _questions(path) -> list[list[dict]]:
         for key in ("tools", "tool_calls", "function_call"):
             if any(message.get(key) for message in messages):
                 where = f"{path}:{row['line']}"
-                raise UserError(f'{where}: "{key}" in the conversation: a teacher is asked for words only; leave it out')
+                raise UserError(f'{where}: "{key}" in the conversation, but a teacher is asked for words; leave it out')
         questions.append([{"role": m["role"], "content": m.get("content") or ""} for m in messages])
     return questions
 
