@@ -7,7 +7,6 @@ the journal in the order of the prompts, so the output does not depend on the or
 
 import hashlib
 import json
-import math
 import sys
 import time
 from collections import Counter
@@ -24,20 +23,6 @@ from data.prompts import as_messages, read_prompts
 REFUSED_IN_A_ROW = 20  # so many failed prompts one after another end the run: the server is gone
 
 
-def check_asking(teacher: ChatApi, in_flight: int, max_requests: int | None, token_budget: int | None) -> None:
-    """Raises UserError for what no request can be made of."""
-    teacher.check("--base_url")
-    if not math.isfinite(teacher.temperature) or teacher.temperature < 0:
-        raise UserError(f"--temperature must be a number from 0, not {teacher.temperature}")
-    least = {"--timeout": teacher.timeout, "--max_tokens": teacher.max_tokens, "--in_flight": in_flight,
-             "--max_requests": max_requests, "--token_budget": token_budget}  # fmt: skip
-    for name, value in least.items():
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name} must be above 0, not {value}")
-    if teacher.retries < 0:
-        raise UserError(f"--retries must not be negative, but is {teacher.retries}")
-
-
 def distill(path, out, teacher: ChatApi, system=None, in_flight=4, max_requests=None, token_budget=None) -> dict:
     """Answers for the prompts of `path` -> rows in `out` (.jsonl), {"conversations": [...]}.
 
@@ -47,7 +32,7 @@ def distill(path, out, teacher: ChatApi, system=None, in_flight=4, max_requests=
     out = Path(out)
     if not out.name.endswith(".jsonl"):
         raise UserError(f"--out {out}: the answers are JSON lines; let the name end in .jsonl")
-    check_asking(teacher, in_flight, max_requests, token_budget)
+    teacher.check("--base_url")
     prompts = _questions(path)
     journal = Journal(out, prompts, {"model": teacher.model, "system": system, "max_tokens": teacher.max_tokens,
                                      "temperature": teacher.temperature})  # fmt: skip

@@ -12,6 +12,7 @@ from cleaning.distill import distill
 from common.chat_api import ChatApi
 from common.errors import RunFailed, UserError
 from data.reading import iter_rows
+from data_process import main
 
 
 class Stub(ThreadingHTTPServer):
@@ -114,12 +115,10 @@ def test_rows_come_in_the_order_of_the_prompts_after_retries(prompts, tmp_path):
 
 
 def test_the_command(prompts, tmp_path, monkeypatch, capsys):
-    import data_process
-
     stub, out = Stub(), tmp_path / "out.jsonl"
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     prompts.write_text("一\u2028二\r\n三\n", encoding="utf-8")
-    data_process.main(["distill", str(prompts), "--out", str(out), "--base_url", stub.teacher().base_url,
+    main(["distill", str(prompts), "--out", str(out), "--base_url", stub.teacher().base_url,
                        "--model", "m", "--max_tokens", "9"])  # fmt: skip
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 2
     assert answers(out) == ["答：一\u2028二", "答：三"]
@@ -204,21 +203,23 @@ def test_what_no_retry_can_mend_is_one_line(prompts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "limits", "message"),
+    ("flags", "message"),
     [
-        (("localhost:1/v1", "x"), {}, "write it as http://HOST:PORT/v1"),
-        (("http://127.0.0.1:8998x/v1", "x"), {}, "write it as http://HOST:PORT/v1"),
-        (("http://h/v1", "x", "sk-abc\n"), {}, "--api_key"),
-        (("http://h/v1", "x", "", 1024, float("nan")), {}, "--temperature"),
-        (("http://h/v1", "x", "", 1024, 0.7, 0), {}, "--timeout must be above 0"),
-        (("http://h/v1", "x", "", 1024, 0.7, 1, -1), {}, "--retries must not be negative"),
-        (("http://h/v1", "x"), {"max_requests": -1}, "--max_requests must be above 0"),
-        (("http://h/v1", "x"), {"in_flight": 0}, "--in_flight must be above 0"),
+        (("--base_url", "localhost:1/v1"), "write it as http://HOST:PORT/v1"),
+        (("--base_url", "http://127.0.0.1:8998x/v1"), "write it as http://HOST:PORT/v1"),
+        (("--api_key", "sk-abc\n"), "--api_key"),
+        (("--temperature", "nan"), "--temperature must be at least 0"),
+        (("--timeout", "0"), "--timeout must be at least 0.1"),
+        (("--timeout", "inf"), "--timeout must be at least 0.1"),
+        (("--retries", "-1"), "--retries must be at least 0"),
+        (("--max_requests", "-1"), "--max_requests must be at least 1"),
+        (("--in_flight", "0"), "--in_flight must be from 1"),
     ],
 )
-def test_what_no_request_can_be_made_of(teacher, limits, message, prompts, tmp_path):
+def test_what_no_request_can_be_made_of(flags, message, prompts, tmp_path):
+    out = str(tmp_path / "out.jsonl")
     with pytest.raises(UserError, match=message):
-        distill(prompts, tmp_path / "out.jsonl", ChatApi(*teacher), **limits)
+        main(["distill", str(prompts), "--out", out, "--model", "x", "--base_url", "http://h/v1", *flags])
     assert not list(tmp_path.glob("out*"))
 
 
