@@ -57,8 +57,7 @@ def clean(args):
         print(f"{reason:<28}{count:>12,}{count / summary['rows']:>9.2%}")
     for name, count in summary["written"].items():
         print(f"{name:<28}{count:>12,} rows{summary['characters'][name]:>16,} characters")
-    if "documents_per_second" in summary:
-        print(f"{summary['documents_per_second']:,.0f} documents a second with {summary['workers']} process(es)")
+    print(f"{summary['documents_per_second']:,.0f} documents a second with {summary['workers']} process(es)")
     return summary
 
 
