@@ -17,11 +17,12 @@ from pathlib import Path
 
 from chat import terminal
 from chat.sources import Local, Settings
-from chat.terminal import as_messages, note
+from chat.terminal import note
 from common.errors import UserError, disk_fault, run_main, user_errors
 from common.files import replaced
 from common.flags import Parser
 from data.answer_match import is_right
+from data.prompts import as_messages, read_prompts
 from exams import judge
 from inference import open_model
 
@@ -104,7 +105,7 @@ def check_question(row: dict, where: str) -> None:
 
 
 def questions(args):
-    rows = terminal.read_prompts(args.questions)
+    rows = read_prompts(args.questions)
     for row in rows:
         check_question(row, f"{args.questions}:{row['line']}")
     path = open_model.find_weight(args)
@@ -132,7 +133,7 @@ def asked(row: dict) -> str:
 
 
 def prompts(args):
-    rows, path = terminal.read_prompts(args.prompts), open_model.find_weight(args)
+    rows, path = read_prompts(args.prompts), open_model.find_weight(args)
     answers = answer_all(args, open_chat(args, path), rows)
     lines = []
     for row, answer in zip(rows, answers, strict=True):
@@ -143,7 +144,7 @@ def prompts(args):
 
 
 def compare(args):
-    rows, columns = terminal.read_prompts(args.prompts), []
+    rows, columns = read_prompts(args.prompts), []
     judging = judge.connect(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY", "")) if args.judge else None
     for path in map(Path, args.compare):
         columns.append([answer.text for answer in answer_all(args, open_chat(args, path), rows)])

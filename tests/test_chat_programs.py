@@ -174,8 +174,8 @@ def test_mistakes_are_one_line(program, arguments, message, monkeypatch):
     [
         ("", "is empty"),
         ('{"question": "x"\n', ":1: not JSON"),
-        ('{"prompt": "x"}\n[1]\n', ":2: not a JSON object"),
-        ('{"text": "x"}\n', ':1: no "prompt"'),
+        ('{"prompt": "x"}\n[1]\n', ":2: a row must be a JSON object"),
+        ('{"text": "x"}\n', ':1: no text under "prompt"'),
         ('{"question": "x"}\n', ':1: no "answer"'),
         ("\udcff", "not UTF-8"),
         ('{"question": "x", "answer": "y", "rivals": "abc"}\n', ':1: "rivals" must be a list of texts'),
