@@ -120,7 +120,7 @@ def dropped_line(reason: str, detail: str, file: str, line: int, row) -> bytes:
 # -------------------------------------------------------------------------------------------------------- the command
 def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool = False) -> dict:
     """Cleans files and folders into the new folder out_dir; returns the summary that is also written there."""
-    begin, out = time.time(), Path(out_dir)
+    begin, out = time.monotonic(), Path(out_dir)
     files, others, weights = _inputs(paths, settings)
     _check_places(paths, files, out)
     if others:
@@ -138,7 +138,7 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
             _read(work, files, settings, workers)
             for name, rows in _damaged(files, work.progress["counts"]).items():
                 print(f"warning: {name} cannot be read to its end, only {rows:,} rows of it", file=sys.stderr)
-            read_seconds = time.time() - begin
+            read_seconds = time.monotonic() - begin
             if work.progress["kept"]:
                 of, similarity = _find(work, settings)
                 summary = _write(work, plan, files, others, weights, of, similarity, settings)
@@ -149,7 +149,7 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
             raise UserError(f"no row is left: {_reasons_in_words(work.progress['counts'])}")
         _publish(work.folder, out, overwrite)
     rows = sum(work.progress["counts"].values()) - rows_before
-    seconds = time.time() - begin
+    seconds = time.monotonic() - begin
     return summary | {
         "out_dir": str(out), "workers": workers, "seconds": round(seconds, 1), "read_seconds": round(read_seconds, 1),
         "documents_per_second": round(rows / seconds, 1), "peak_memory_bytes": peak_memory(workers),
