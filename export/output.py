@@ -46,8 +46,13 @@ def publish_folder(stage: Path, out: Path, overwrite: bool) -> None:
     if any(out.iterdir()) and not overwrite:
         raise ValueError(f"--out {out} holds another export, which was kept; --overwrite replaces it")
     with stage_beside(out) as aside:
-        os.rename(out, aside / "old")
-        os.rename(stage, out)
+        try:
+            os.rename(out, aside / "old")
+            os.rename(stage, out)
+        except BaseException:  # Ctrl-C too
+            if not out.exists():
+                os.rename(aside / "old", out)
+            raise
 
 
 def publish_files(stage: Path, folder: Path, overwrite: bool) -> None:

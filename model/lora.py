@@ -24,8 +24,18 @@ from torch import Tensor, nn
 
 from model.model import MiniMindForCausalLM
 from model.moe import Experts
-from model.weights import FREE_FIELDS, LORA_FORMAT, describe, fingerprint, load_model, read_file, save_atomically
+from model.weights import (
+    FREE_FIELDS,
+    LORA_FORMAT,
+    describe,
+    fingerprint,
+    load_model,
+    read_file,
+    save_atomically,
+    told_of,
+)
 
+LARGEST = torch.finfo(torch.float32).max
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -40,11 +50,11 @@ class LoraConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"the rank of an adapter must be a whole number of at least 1, not {self.rank!r}")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha of an adapter must be above 0, not {self.alpha!r}")
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha <= LARGEST:
+            raise ValueError(f"alpha of an adapter must be above 0 and a float32, not {self.alpha!r}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout of an adapter must lie in [0, 1), not {self.dropout!r}")
 
 
@@ -137,7 +147,7 @@ def add_lora(model, rank=8, alpha=16.0, dropout=0.0, targets=PROJECTIONS, name="
     is zero. Raises ValueError where a target names no layer, no layer is as large as the rank, or the name is taken.
     """
     config = LoraConfig(rank, alpha, dropout, targets)
-    if name in getattr(model, "lora_configs", {}) or hasattr(nn.ModuleDict, name):
+    if name in getattr(model, "lora_configs", {}) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"the adapter's name {name!r} is taken; give it another one")
     base = getattr(model, "lora_base", None) or fingerprint(model)
     layers = targeted(model, config.targets)
@@ -281,15 +291,16 @@ def load_lora(model, path, name: str | None = None):
     it was trained on other weights of this shape.
     """
     path = Path(path)
-    name = (name or path.stem).replace(".", "_")
-    if path.is_dir():
-        from model.peft_folder import load_peft
+    name = (name or path.absolute().stem).replace(".", "_")  # of ".", which has no name, the folder's
+    with told_of(path):
+        if path.is_dir():
+            from model.peft_folder import load_peft
 
-        return load_peft(model, path, name)
-    content = read_file(path)
-    if not isinstance(content, dict) or content.get("format") != LORA_FORMAT:
-        raise ValueError(f"{path} is not an adapter")
-    return attach(model, content, name, path)
+            return load_peft(model, path, name)
+        content = read_file(path)
+        if not isinstance(content, dict) or content.get("format") != LORA_FORMAT:
+            raise ValueError(f"{path} is not an adapter")
+        return attach(model, content, name, path)
 
 
 def attach(model, content: dict, name: str, path):

@@ -144,19 +144,25 @@ def tokenizer_from_dict(files: dict[str, str]) -> PreTrainedTokenizerFast:
     """
     if "tokenizer.json" not in files:
         raise ValueError(f"no tokenizer.json among the tokenizer's files ({', '.join(files) or 'none'})")
-    try:
-        backend = Tokenizer.from_str(files["tokenizer.json"])
-    except Exception as error:  # the library raises bare Exception for a broken file
-        raise ValueError(f"tokenizer.json cannot be read: {error}") from None
     raw = json.loads(files.get("tokenizer_config.json", "{}"))
+    if not isinstance(raw, dict):
+        raise ValueError("tokenizer_config.json holds no JSON object")
     config = {"clean_up_tokenization_spaces": False}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length"):
         value = raw.get(key)
-        value = value["content"] if isinstance(value, dict) else value
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and key.endswith("_token") and not isinstance(value, str):
+            raise ValueError(f"{key} of tokenizer_config.json must be a text, not {value!r}")
         if value is not None:
             config[key] = value
     template = files.get("chat_template.jinja") or raw.get("chat_template")
-    return _wrap(backend, config, template if isinstance(template, str) else None)
+    try:
+        backend = Tokenizer.from_str(files["tokenizer.json"])
+        return _wrap(backend, config, template if isinstance(template, str) else None)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # for a broken file the library raises bare Exception, or Rust's panic
+        raise ValueError(f"tokenizer.json cannot be read: {error}") from None
 
 
 def save_tokenizer(tokenizer, folder) -> None:
@@ -185,9 +191,15 @@ def load_tokenizer(path=None) -> PreTrainedTokenizerFast:
     if not folder.is_dir():
         raise ValueError(f"no tokenizer folder at {folder}")
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    files = {name: (folder / name).read_text("utf-8") for name in names if (folder / name).is_file()}
+    try:
+        files = {name: (folder / name).read_text("utf-8") for name in names if (folder / name).is_file()}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder} holds no tokenizer in UTF-8: {error}") from None
     if "tokenizer.json" in files:
-        return tokenizer_from_dict(files)
+        try:
+            return tokenizer_from_dict(files)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
     try:
         # A kind of vocabulary that transformers can convert. Without the word it asks whether to run the folder's code.
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

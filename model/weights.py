@@ -7,6 +7,7 @@ all. Also read: transformers folders and MiniMind's releases (see model/convert.
 
 import hashlib
 import json
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer, tokenizer_from_dict, tokenizer_to_dict
 
+OURS = "minimind-"  # how the formats of our files begin
 FORMAT = "minimind-weights-1"
 LORA_FORMAT = "minimind-lora-1"  # of an adapter's file, see model/lora.py
 FREE_FIELDS = ("dropout", "aux_loss_alpha", "seq_aux", "max_seq_len", "use_cache")  # a trained model may change them
@@ -34,30 +36,33 @@ def load_model(path, preset=None):
     Raises ValueError, in a sentence, for anything that cannot be read or does not fit.
     """
     path = Path(path)
-    if not path.exists():
-        raise ValueError(f"no weights at {path}")
-    if path.is_dir():
-        return _load_folder(path)
+    with told_of(path):
+        if not path.exists():
+            raise ValueError(f"no weights at {path}")
+        return _load_folder(path) if path.is_dir() else _load_file(path, preset)
+
+
+def _load_file(path: Path, preset):
     content = read_file(path)
     if isinstance(content, dict) and content.get("format") == LORA_FORMAT:
         from model.lora import load_merged  # which imports this file
 
         return load_merged(path, content)
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        with _told_of(path):
-            config, state = LMConfig(**content["config"]), content["model"]
+        config, state = LMConfig(**content["config"]), content["model"]
         tokenizer = tokenizer_from_dict(content["tokenizer"]) if content["tokenizer"] else None
         record = content["record"]
     else:
         state = convert.state_dict_of(content, path)
-        with _told_of(path):
-            config, state = convert.from_minimind(state, preset)
+        config, state = convert.from_minimind(state, preset)
         tokenizer, record = _tokenizer_beside(path.parent), {}
     return build_model(config, state, path), tokenizer, record
 
 
 def build_model(config: LMConfig, state: dict, path="these weights") -> MiniMindForCausalLM:
     """A model of this shape holding these weights; ValueError names what does not fit."""
+    if config.n_layers > len(state):  # a wrong number would fill the memory with layers before they are compared
+        raise ValueError(f"{path} does not fit a model of {describe(config)}: it holds {len(state)} tensors")
     with torch.device("meta"):
         model = MiniMindForCausalLM(config)
     if config.tie_word_embeddings:
@@ -125,7 +130,8 @@ def all_weights(folder) -> list[Path]:
     folder = Path(folder)
     found = [*folder.glob("*.pth"), *folder.glob("*/*.pth")]
     found = [p for p in found if not p.stem.endswith(STATE_SUFFIX) and p.parent.name != "lora" and p.name[0] != "."]
-    return sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    files = [p for p in found if p.is_file()]  # no folder, no link that leads nowhere
+    return sorted(files, key=lambda p: (p.stat().st_mtime_ns, p), reverse=True)  # an unpacked archive has one time
 
 
 def newest_weights(folder, want=None, unwanted=None) -> Path | None:
@@ -143,21 +149,35 @@ def read_file(path: Path, mmap=False):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
+        if not mmap and isinstance(content, dict) and str(content.get("format")).startswith(OURS):
+            check_sums(path)
+        return content
     except Exception as error:  # torch reports damaged files by a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as weights: {reason}") from None
 
 
+def check_sums(path) -> None:
+    """ValueError where a bit of a file of ours has turned, on a disk or on its way: torch writes a checksum of every
+    tensor and reads none. (Other writers may leave them out.)"""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in it is damaged, its checksum is another")
+
+
 @contextmanager
-def _told_of(path):
-    """Puts the path before what is wrong with its content."""
+def told_of(path):
+    """Around what reads a file that anybody may have made: whatever is wrong with it becomes a ValueError that begins
+    with the path."""
     try:
         yield
-    except convert.NoCounterpart as error:
-        raise convert.NoCounterpart(f"{path}: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        kind = convert.NoCounterpart if isinstance(error, convert.NoCounterpart) else ValueError
+        said = str(error)
+        raise kind(said if str(path) in said else f"{path}: {said}") from None
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} holds other things than such a file does: {error!r}") from None
 
 
 def _tokenizer_beside(folder: Path):
@@ -168,18 +188,24 @@ def _load_folder(folder: Path):
     """A transformers folder: config.json, weights in safetensors or .bin (shards too), tokenizer files if any."""
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no config.json: it is not a transformers folder")
-    try:
-        raw_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    raw_config = _json_object(folder / "config.json")
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise ValueError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
     state = {}
     for file in files:
         state |= convert.state_dict_of(read_file(file), file)
-    with _told_of(folder):
-        config, state = convert.from_transformers(raw_config, state)
+    config, state = convert.from_transformers(raw_config, state)
     record_file = folder / "training_record.json"
-    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
+    record = _json_object(record_file) if record_file.exists() else {}
     return build_model(config, state, folder), _tokenizer_beside(folder), record
+
+
+def _json_object(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content

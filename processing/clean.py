@@ -124,7 +124,7 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
 
     engine: what runs clean_batch in the place of a pool of `workers` processes, see processing/cluster.py.
     """
-    begin, out, engine = time.time(), Path(out_dir), engine or Pool(workers)
+    begin, out, engine = time.monotonic(), Path(out_dir), engine or Pool(workers)
     files, others, weights = _inputs(paths, settings)
     _check_places(paths, files, out)
     if others:
@@ -142,7 +142,7 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
             _read(work, files, settings, engine)
             for name, rows in _damaged(files, work.progress["counts"]).items():
                 print(f"warning: {name} cannot be read to its end, only {rows:,} rows of it", file=sys.stderr)
-            read_seconds = time.time() - begin
+            read_seconds = time.monotonic() - begin
             if work.progress["kept"]:
                 of, similarity = _find(work, settings)
                 summary = _write(work, plan, files, others, weights, of, similarity, settings)
@@ -153,7 +153,7 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
             raise UserError(f"no row is left: {_reasons_in_words(work.progress['counts'])}")
         _publish(work.folder, out, overwrite)
     rows = sum(work.progress["counts"].values()) - rows_before
-    seconds = time.time() - begin
+    seconds = time.monotonic() - begin
     return summary | {
         "out_dir": str(out), "workers": engine.workers, "seconds": round(seconds, 1),
         "read_seconds": round(read_seconds, 1), "documents_per_second": round(rows / seconds, 1),

@@ -177,7 +177,7 @@ def distill(path, out, teacher: Teacher, system=None, in_flight=4, max_requests=
     journal = Journal(out, prompts, {"model": teacher.model, "system": system, "max_tokens": teacher.max_tokens,
                                      "temperature": teacher.temperature})  # fmt: skip
     waiting = [i for i in range(len(prompts)) if "content" not in journal.answers.get(i, {})]
-    begin, asked = time.time(), 0
+    begin, asked = time.monotonic(), 0
     try:
         asked = _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests, token_budget)
     finally:
@@ -192,7 +192,7 @@ def distill(path, out, teacher: Teacher, system=None, in_flight=4, max_requests=
         print(f"{len(prompts) - rows:,} prompts without an answer; the same command asks them again")
     return {
         "stage": "distill", "prompts": len(prompts), "rows": rows, "asked": asked, "failed": dict(failed),
-        "complete": complete, "tokens": journal.tokens, "seconds": round(time.time() - begin, 1), "out": str(out),
+        "complete": complete, "tokens": journal.tokens, "seconds": round(time.monotonic() - begin, 1), "out": str(out),
     }  # fmt: skip
 
 

@@ -96,6 +96,10 @@ class Remote:
     size: int
     sha256: str | None
 
+    def __post_init__(self):
+        if not isinstance(self.path, str) or not isinstance(self.size, int) or self.size < 0:
+            raise ValueError(f"it lists a file of the name {self.path!r} and the size {self.size!r}")
+
 
 class HuggingFace:
     """Through huggingface_hub; HF_ENDPOINT names a mirror."""
@@ -126,7 +130,8 @@ class HuggingFace:
         part = folder / f"{file.path}.part"
         part.parent.mkdir(parents=True, exist_ok=True)
         with lock(part, f"another download of {folder / file.path} is under way; wait for it") as there:
-            if file.size and there.seek(0, os.SEEK_END) > file.size:
+            # Where no checksum would tell, the beginning may be of a file that the source has replaced since.
+            if file.sha256 is None or (file.size and there.seek(0, os.SEEK_END) > file.size):
                 there.truncate(0)
             done = there.seek(0, os.SEEK_END)
             http_get(url, there, resume_size=done, headers=build_hf_headers(), expected_size=file.size or None)

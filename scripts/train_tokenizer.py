@@ -63,7 +63,7 @@ def main(argv=None):
     files = [split_weight(name) for name in args.data_path or default_files()]
     others = {Path(folder).name: open_tokenizer(folder) for folder in args.compare}
     check_out_dir(args)
-    started = time.time()
+    started = time.monotonic()
     corpus = Corpus(files, args.val_split, args.limit_mb * 1e6, args.skip_bad_lines)
     tokenizer = train_tokenizer(corpus, args.vocab_size)
     if not corpus.documents and not any(corpus.held_out.values()):
@@ -82,7 +82,7 @@ def main(argv=None):
         "characters": corpus.characters,
         "chars_per_token": chars_per_token,
         "out_dir": args.out_dir,
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(time.monotonic() - started, 1),
     }
     print(json.dumps(record))
 

@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from inference.exam import read_exam
 from processing.exams import arrange
-from scripts.download_data import HuggingFace, Remote, download, main
+from scripts.download_data import ITEMS, HuggingFace, Remote, download, main
 from trainer.cli import RunFailed, run_main
 
 REPO = "/datasets/jingyaogong/minimind_dataset"
@@ -126,6 +126,24 @@ def test_weights_are_releases_only(fetch):
         assert code == 2 and "There are minimind2, minimind2-pth, minimind-3" in err
     code, _, err = fetch(Hub(), "weights", "minimind2")  # which the stub does not have
     assert code == 1 and "jingyaogong/MiniMind2/resolve" in err
+
+
+def test_what_no_checksum_would_tell_is_not_put_together_from_two_starts(tmp_path, monkeypatch):
+    """The source may have replaced the file between them."""
+    hub = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for sha256, kept in ((None, 0), (hub.sha256, 1000)):
+        (tmp_path / "pretrain_hq.jsonl.part").write_bytes(CONTENT[:1000])
+        HuggingFace().fetch(ITEMS["pretrain_hq"], Remote("pretrain_hq.jsonl", hub.size, sha256), tmp_path)
+        assert hub.ranges.pop() == kept and (tmp_path / "pretrain_hq.jsonl").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(("path", "size"), [(5, 1), (None, 1), ("a", "12"), ("a", -5), ("a", 1.5)])
+def test_a_listing_of_no_names_and_sizes_is_refused(path, size):
+    """As a ValueError, which becomes the one line that tells where to fetch the file by hand."""
+    with pytest.raises(ValueError, match="it lists a file of the name"):
+        Remote(path, size, None)
 
 
 def test_a_file_with_another_checksum_is_not_kept(fetch, tmp_path):

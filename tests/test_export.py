@@ -419,3 +419,21 @@ def test_config_of_a_released_shape():
     """MiniMind 2's 26M, as vLLM would see it."""
     config = transformers_config(LMConfig.from_preset("minimind2-small"), "float16")
     assert (config["head_dim"], config["intermediate_size"], config["rope_theta"]) == (64, 1408, 1e6)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_ctrl_c_while_an_export_is_replaced_loses_none(call, here, capsys, monkeypatch):
+    """It arrives with the `call`-th renaming: the old folder aside, or the new one in its place."""
+    export(capsys, "--out", "e")
+    old, calls, rename = content("e"), [], os.rename
+
+    def interrupted(source, target):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_model.main(["--out", "e", "--dtype", "bfloat16", "--overwrite"])
+    assert content("e") == old and not [path for path in here.iterdir() if path.name.startswith(".")]

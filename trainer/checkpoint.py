@@ -12,12 +12,10 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from model.files import named
 from model.lora import save_lora
 from model.tokenizer import tokenizer_to_dict
-from model.weights import STATE_SUFFIX, read_header, save_atomically, save_weights
+from model.weights import STATE_SUFFIX, read_file, read_header, save_atomically, save_weights
 from trainer.cli import RunFailed, UserError
 from trainer.lock import lock
 
@@ -42,7 +40,8 @@ class Files:
         """Raises UserError where nothing can be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".{self.name}.{os.getpid()}.probe"  # other processes of the run do the same
+            # other processes of the run do the same; no file of the run has a longer name
+            probe = self.folder / f".{self.state.name}.{os.getpid()}.probe"
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
@@ -158,11 +157,9 @@ def check_finite(model, step: int) -> None:
 def read_state(path, mmap=False) -> dict:
     """The content of a state file; UserError where it cannot be read. mmap: its tensors stay in the file."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
-    except Exception as error:  # torch reports damaged files by a dozen types
-        raise UserError(
-            f"{path} cannot be read: {str(error).partition(chr(10))[0]}; --overwrite starts afresh"
-        ) from None
+        state = read_file(path, mmap)
+    except ValueError as error:
+        raise UserError(f"{error}; --overwrite starts afresh") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is no state of a run; --overwrite starts afresh")
     return state

@@ -15,6 +15,7 @@ from model.LMConfig import DEFAULT_PRESET, PRESETS
 DISK_FAULTS = (  # full, over a limit, broken, gone
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE,
 )  # fmt: skip
+WRONG_PATHS = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 BATCH = ("batch_size", "accumulation_steps")
@@ -97,8 +98,7 @@ def run_main(main, argv=None) -> None:
         if (words := disk_fault(error)) is not None:
             print(f"failed: {words}; see to it and give the same command again", file=sys.stderr)
             sys.exit(1)
-        refused = isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError)
-        if (refused or error.errno == errno.ENAMETOOLONG) and error.filename is not None:
+        if error.errno in WRONG_PATHS and error.filename is not None:
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             sys.exit(2)
         raise

@@ -52,8 +52,9 @@ class Watch:
             self.done.set()
 
     def _listen(self) -> None:
-        now = time.monotonic()
-        heard = dict.fromkeys(self.others, (0, now))  # its last count, and when it changed
+        # Its last count, and for how long that has not changed: in our own counts, for by the clock a process that was
+        # itself stopped (Ctrl-Z, a machine put to sleep) would hold all others for dead.
+        heard = dict.fromkeys(self.others, (0, 0.0))
         while not self.done.wait(BEAT):
             if self.launcher and os.getppid() != self.launcher:  # the same command may be at work again beside us
                 return self._end("this machine's launcher is lost")
@@ -63,9 +64,8 @@ class Watch:
                 failed = [rank for rank in self.others if self.store.add(f"failed/{rank}", 0)]
             except RuntimeError:  # the store lived in a process that is gone
                 return self._end("rank 0, or the launcher, is lost")
-            now = time.monotonic()
-            heard = {r: (counts[r], now) if counts[r] != heard[r][0] else heard[r] for r in self.others}
-            silent = [rank for rank, (_, when) in heard.items() if now - when > self.silence]
+            heard = {r: (counts[r], heard[r][1] + BEAT if counts[r] == heard[r][0] else 0.0) for r in self.others}
+            silent = [rank for rank, (_, seconds) in heard.items() if seconds > self.silence]
             if failed or silent:
                 names = ", ".join(f"rank {rank}" for rank in failed or silent)
                 return self._end(f"{names} {'failed, its message stands apart' if failed else 'is lost (killed?)'}")
