@@ -1,10 +1,10 @@
-"""Put a multiple-choice exam to a model and count the right answers.
+"""Give a model a multiple-choice exam and count the right answers.
 
     python eval_ceval.py                                           C-Eval if it is there, else the sample exam
     python eval_ceval.py --format completion --shots 5             as lm-evaluation-harness asks base models
-    python eval_ceval.py --format text                             what a small model knows, letters left aside
+    python eval_ceval.py --format text                             for small models: no letters, the options' own words
     python eval_ceval.py --benchmark aclue --data_dir dataset/aclue
-    python eval_ceval.py --lm_eval --shots 5                       the same prompts, put by lm-evaluation-harness
+    python eval_ceval.py --lm_eval --shots 5                       the same prompts, asked by lm-evaluation-harness
     python eval_ceval.py --contamination dataset/*.jsonl           which training rows hold questions of the exam
 
 Every answer goes to <out_dir>/<subject>_<split>_result.csv, the summary to test.log and summary.json beside them, a

@@ -1,8 +1,8 @@
-"""Which rows are worth learning from: every test is a pure function, and a row it drops has its reason in words.
+"""Which rows are worth learning from. Every test is a pure function and gives the reason for which it drops a row.
 
 The thresholds of the default profile were set by reading what they drop from 108,000 rows of public Chinese and English
-text and chat (docs/data.md tells the counts). They are loose on purpose: a filter that a small model profits from
-takes out what is not language, not what is plain.
+text and chat (docs/data.md has the counts). They are loose on purpose: they should drop what is not language, and keep
+language that is merely plain.
 """
 
 import re
@@ -28,7 +28,7 @@ ENGLISH_WORDS = frozenset(re.findall(r"\w+", """
 SYMBOL = re.compile(r"""[^\w\s，。、；：？！“”‘’（）《》〈〉【】「」『』—…·～,.;:?!'"()\[\]/%+=<>*^$\\{}|×÷±≤≥≠-]""")
 LOST = re.compile(r"\ufffd|<unk>|锟斤拷|烫烫烫|Ã[\x80-\xbf©¨¤¶¼]|â€")  # what wrong decoding leaves behind
 PLACEHOLDER = re.compile(r"\{\{(name|author)\}\}")
-JUDGED_CHARS = 20_000  # of a longer text only this much is looked at
+JUDGED_CHARS = 20_000  # longer texts are judged by their beginning
 GRAM = 8
 PADDING = re.compile(r"([\W_])\1+")
 CODE_SIGN = re.compile(r"[{}()\[\]<>=;_\\|$]")

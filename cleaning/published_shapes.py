@@ -153,9 +153,9 @@ def _type(value) -> str:
 
 
 def _checked(messages: list[dict]) -> list[dict]:
-    while messages[-1]["role"] != "assistant":  # a question that nobody answered teaches nothing
+    while messages[-1]["role"] != "assistant":  # nothing is learned from a question without its answer
         messages = messages[:-1]
-    # The stages would render other orders too; but where two questions follow each other, an answer is missing.
+    # The stages could render other orders too. But two questions in a row mean that an answer is missing.
     turns = [message["role"] for message in messages if message["role"] != "system"]
     if turns[0] != "user":
         raise BadRow(f"the first turn is {turns[0]}'s, not the user's")

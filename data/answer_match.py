@@ -21,8 +21,9 @@ ANSWER_BLOCK = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 def final_answer(text):
     """The part of a generated text that counts as its answer.
 
-    A reasoning model thinks aloud first: only what stands in <answer>...</answer> counts then (the last block of
-    several), or else what follows </think>. A thought that never ends has no answer. Other texts are returned whole.
+    A reasoning model writes its thinking first. Then only the text in <answer>...</answer> counts (the last such
+    block), or, without one, the text after </think>. If the thinking never ends there is no answer: "". Other texts are
+    returned whole.
     """
     blocks = ANSWER_BLOCK.findall(text)
     if blocks:

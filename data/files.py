@@ -1,4 +1,4 @@
-"""Data files: found in a folder, opened where they are packed, the rows of Parquet files. Damage is always an error."""
+"""Finds data files in folders, opens compressed ones, reads the rows of Parquet files. Damage raises an error."""
 
 import gzip
 import io
@@ -12,27 +12,28 @@ from common.errors import UserError
 KINDS = (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet")
 ARCHIVES = (".gz", ".zst")
 ENDINGS = f"{', '.join(KINDS)} (.gz, .zst)"
-DAMAGED = (OSError, EOFError, ValueError, zlib.error)  # what reading a damaged or cut-off file raises
+DAMAGED = (OSError, EOFError, ValueError, zlib.error)  # raised by reading a damaged or cut-off file
 
 
 def find_files(path) -> tuple[list[Path], list[Path]]:
-    """(data files, what else there is: files of other kinds, links to folders and to nothing): the file itself, or a
-    folder walked in the order of its names."""
+    """(data files, everything else: files of other kinds, links to folders, broken links). path: a file, or a folder,
+    which is searched in the order of its names."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"no such file or folder: {path}")
     if path.is_file() and kind_of(path) is None:
         raise UserError(f"{path}: unknown kind of file; data files end in {ENDINGS}")
     inside = [path] if path.is_file() else sorted(_files_in(path))
-    files = {file: None for file in inside if kind_of(file) and file.is_file()}  # in their order
+    files = {file: None for file in inside if kind_of(file) and file.is_file()}  # a dict: ordered, and fast to search
     if not files:
         raise UserError(f"no data files in {path}; they end in {ENDINGS}")
     return list(files), [file for file in inside if file not in files]
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """All files in a folder and those in it (pathlib passes over one that cannot be read without a word), and links to
-    folders, which may lead in a circle and are not followed."""
+    """All files below a folder, and links to folders, which are not followed: they may lead in a circle.
+
+    UserError for a folder that cannot be read (pathlib would skip it silently)."""
 
     def refuse(error: OSError):
         raise UserError(f"{error.filename} cannot be read: {error.strerror}")
@@ -43,7 +44,7 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
 
 def kind_of(path: Path) -> str | None:
-    """The ending that counts, ".jsonl" of "a.jsonl.gz"; None if the file is of no kind we read."""
+    """The ending without that of the compression (".jsonl" for "a.jsonl.gz"); None if we do not read such files."""
     name = Path(path.name.lower())
     suffix = Path(name.stem).suffix if name.suffix in ARCHIVES else name.suffix
     return suffix if suffix in KINDS else None
@@ -64,7 +65,7 @@ def open_bytes(path):
 
 
 def parquet_rows(path) -> Iterator[tuple[int, dict]]:
-    """(number, row) of each row; one of DAMAGED where the file is no Parquet file, or no whole one."""
+    """(number from 1, row) of each row. Raises one of DAMAGED where the file is not a whole Parquet file."""
     import pyarrow
     from pyarrow import parquet
 
@@ -75,8 +76,8 @@ def parquet_rows(path) -> Iterator[tuple[int, dict]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-            wanted = file.metadata.num_rows  # pyarrow reads a file with damaged counts without an error
-    except (pyarrow.ArrowException, OSError) as error:  # errors of pyarrow's own, some of several lines
+            wanted = file.metadata.num_rows  # checked below: pyarrow reads files with damaged counts without an error
+    except (pyarrow.ArrowException, OSError) as error:  # some of pyarrow's messages have several lines
         raise OSError(str(error).partition("\n")[0]) from None
     if number != wanted:
         raise EOFError(f"it should have {wanted} rows")

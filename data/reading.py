@@ -1,11 +1,11 @@
-"""Reads data files of every kind, row by row. One walk, and two ways to take what is wrong with a file:
+"""Reads data files of every kind, row by row. One walk over the rows, with two policies for faults:
 
-  raw_rows    strict, for training: a file that cannot be read ends the run, a bad row is raised when it is parsed
+  raw_rows    strict, for training: a file that cannot be read ends the run; a bad row is raised when it is parsed
   dirty_rows  lenient, for cleaning: a bad row, or the rest of a bad file, becomes a Dropped, and reading goes on
 
-Reading is split in two so that the slow half can run in other processes: the walk only finds where a row begins and
-ends, in one process; data/row_shapes.py makes a text, a conversation or a pair of it. Memory is bounded by the longest
-row, and rows have a limit (MAX_ROW_BYTES). Nothing is left out in silence.
+The walk only finds where a row begins and ends. data/row_shapes.py then makes a text, a conversation or a pair of it.
+The second half is the slow one, and this split lets it run in other processes. Memory is bounded by the longest row,
+and rows have a limit (MAX_ROW_BYTES). Nothing is left out without a word.
 """
 
 import codecs
@@ -26,13 +26,13 @@ MAX_CSV_RECORD = 4 * 2**20  # characters; a longer record is a quote that does n
 TXT_DOCUMENT_CHARS = 100_000  # a longer .txt is cut at the next blank line
 SNIFFED_BYTES = 65_536
 ENCODINGS = ("utf-8", "gb18030")
-UNREADABLE = "unreadable file"  # the reason under which a damaged or cut-off file is dropped, or its rest
-FAULTS = (Dropped, *DAMAGED, RecursionError)  # of a file, not of a row
+UNREADABLE = "unreadable file"  # the reason of the Dropped that stands for the rest of a damaged file
+FAULTS = (Dropped, *DAMAGED, RecursionError)  # raised for a whole file; a bad row is yielded as a Dropped instead
 BETWEEN = " \t\r\n,\ufeff"  # what may stand between the elements of an array
 
 
 class RawRow(NamedTuple):
-    """`raw` is a line of JSON, a record, or why there is none; `converted` tells that it was GB18030."""
+    """`raw` is a line of JSON, a dict, or a Dropped that says why there is neither. converted: it was GB18030."""
 
     line: int
     raw: str | dict | Dropped
@@ -41,10 +41,10 @@ class RawRow(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------ two policies
 def raw_rows(path, txt_rows: str = "document") -> Iterator[tuple[int, str | dict | Dropped]]:
-    """(line, raw row) of each row, strictly: UserError where the file cannot be read (further).
+    """(line, raw row) of each row. UserError where the file cannot be read, or not to its end.
 
-    A Dropped among the rows is a row that cannot be read; parse and parse_record raise it, so that a caller meets it
-    with the bad rows that only parsing finds.
+    A row that cannot be read is yielded as a Dropped. parse and parse_record raise it, so a caller handles it together
+    with the bad rows that parsing finds. txt_rows: as for dirty_rows.
     """
     line = 0
     try:
@@ -56,10 +56,10 @@ def raw_rows(path, txt_rows: str = "document") -> Iterator[tuple[int, str | dict
 
 
 def dirty_rows(path: Path, encoding: str = "utf-8", txt_rows: str = "document") -> Iterator[RawRow]:
-    """Every row of a file, leniently: where it cannot be read (further), the last row is a Dropped that says so.
+    """Every row of a file. Where the file cannot be read to its end, the last row is a Dropped that says so.
 
-    encoding: "gb18030" reads what is not valid UTF-8 as GB18030, row by row, so that mixed collections work.
-    txt_rows: a .txt or .md file is one "document", or each "line" is one.
+    encoding: "gb18030" reads lines that are not valid UTF-8 as GB18030, so that mixed collections work.
+    txt_rows: a .txt or .md file is one "document", or each "line" of it is a row.
     """
     line = 0
     try:
@@ -93,7 +93,7 @@ def iter_rows(paths, kind: str) -> Iterator:
 
 
 def in_batches(rows, characters: int) -> Iterator[list]:
-    """Lists of neighbouring rows, about so many characters a list; each row is a tuple that ends with the raw row."""
+    """Lists of neighbouring rows with about `characters` characters; each row is a tuple that ends with the raw row."""
     batch, size = [], 0
     for row in rows:
         batch.append(row)
@@ -106,8 +106,6 @@ def in_batches(rows, characters: int) -> Iterator[list]:
 
 
 # -------------------------------------------------------------------------------------------------------------- files
-
-
 def check_file(path) -> Path:
     """Returns the path of a readable, non-empty data file with a known ending, or raises UserError."""
     path = Path(path)
@@ -127,8 +125,8 @@ def check_file(path) -> Path:
 
 
 def columns_of(path: Path, encoding: str = "utf-8") -> list[str] | None:
-    """The columns of a CSV or Parquet file; None for the kinds whose rows name their own keys, and for a file that
-    cannot be read: reading says why."""
+    """The columns of a CSV or Parquet file. None for other kinds, whose rows have keys of their own, and for a file
+    that cannot be read: the error comes when it is read."""
     if kind_of(path) in (".csv", ".parquet"):
         first = next(dirty_rows(path, encoding), None)
         return list(first.raw) if first and isinstance(first.raw, dict) else None
@@ -137,8 +135,8 @@ def columns_of(path: Path, encoding: str = "utf-8") -> list[str] | None:
 
 # --------------------------------------------------------------------------------------------------------------- walk
 def _walk(path: Path, encoding: str = "utf-8", txt_rows: str = "document") -> Iterator[RawRow]:
-    """Every row of a file of any kind. A row that cannot be read is a Dropped among them. Where the file cannot
-    be read (further), raises one of FAULTS."""
+    """Every row of a file of any kind. A row that cannot be read is yielded as a Dropped. Raises one of FAULTS where
+    the file itself cannot be read, or not to its end."""
     kind = kind_of(path)
     if path.stat().st_size == 0:
         raise Dropped("empty file")
@@ -147,8 +145,8 @@ def _walk(path: Path, encoding: str = "utf-8", txt_rows: str = "document") -> It
         return
     with open_bytes(path) as file:
         head = file.read(SNIFFED_BYTES)
-    _refuse_binary(head)  # else each "line" of a picture would be a bad row of its own
-    with open_bytes(path) as file:  # anew: a packed file cannot go back to its beginning
+    _refuse_binary(head)  # else each "line" of a picture would be reported as a bad row
+    with open_bytes(path) as file:  # opened again, because a compressed file cannot go back to its beginning
         if kind == ".json" and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             yield from _array_rows(file, _codec_of(head, encoding))
         elif kind in (".json", ".jsonl"):
@@ -173,15 +171,16 @@ def _refuse_binary(head: bytes):
 
 
 def _lines(file, encoding: str) -> Iterator[RawRow]:
-    """Every line, its end included, each decoded alone; Dropped in the place of one that cannot be decoded, or that is
-    longer than MAX_ROW_BYTES, which is passed over without being held."""
+    """Every line with its line end, each decoded by itself. A Dropped stands in place of a line that cannot be decoded,
+    or that is longer than MAX_ROW_BYTES; such a line is skipped without being held in memory."""
     number = 0
+    # readline returns at most MAX_ROW_BYTES: a longer line comes without its end.
     while line := file.readline(MAX_ROW_BYTES):
         number += 1
         try:
             if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
                 while (rest := file.readline(2**20)) and not rest.endswith(b"\n"):
-                    pass  # a megabyte at a time, to where the next line begins
+                    pass  # skip to the next line, a megabyte at a time
                 raise Dropped("line too long", f"more than {MAX_ROW_BYTES // 2**20} MB without a line end", line)
             yield RawRow(number, *_decode(line, encoding))
         except Dropped as dropped:
@@ -189,7 +188,7 @@ def _lines(file, encoding: str) -> Iterator[RawRow]:
 
 
 def _decode(data: bytes, encoding: str) -> tuple[str, bool]:
-    """(text, whether it was GB18030). Valid UTF-8 is taken as UTF-8: Chinese GB18030 text is hardly ever valid."""
+    """(text, whether it was GB18030). What is valid UTF-8 is read as UTF-8: GB18030 text in Chinese hardly ever is."""
     try:
         return data.decode("utf-8-sig"), False
     except UnicodeDecodeError as error:
@@ -205,9 +204,9 @@ def _decode(data: bytes, encoding: str) -> tuple[str, bool]:
 
 
 def _documents(lines) -> Iterator[RawRow]:
-    """A text file is one document; a long one is cut at a blank line, which belongs to neither part.
+    """The lines of a text file -> its one document, or several where it is long: it is cut at blank lines.
 
-    A line that cannot be read costs itself, not its document.
+    A line that cannot be read is left out of its document, and yielded by itself.
     """
     piece, size, first, converted = [], 0, 1, False
     for row in lines:
@@ -215,7 +214,7 @@ def _documents(lines) -> Iterator[RawRow]:
             yield row
             continue
         blank = not row.raw.strip()
-        # Without any blank line it is cut all the same, at twice the length: memory must not grow with the file.
+        # A text without blank lines is cut too, at twice the length: memory must not grow with the file.
         if size > 2 * TXT_DOCUMENT_CHARS or (size > TXT_DOCUMENT_CHARS and blank):
             yield RawRow(first, {"text": "".join(piece)}, converted)
             piece, size, first, converted = [], 0, row.line + blank, False
@@ -229,10 +228,10 @@ def _documents(lines) -> Iterator[RawRow]:
 
 
 def _array_rows(file, codec: str) -> Iterator[RawRow]:
-    """Elements of a JSON array one after another, without holding the array; `line` is the element's number."""
+    """The elements of a JSON array, read one after another; `line` is an element's number."""
     decoder, number, position = json.JSONDecoder(), 0, 0
     text = io.TextIOWrapper(file, encoding=codec)
-    buffer = text.read(2**20).lstrip(BETWEEN)[1:]  # behind the opening bracket
+    buffer = text.read(2**20).lstrip(BETWEEN)[1:]  # what follows the opening bracket
     while True:
         while position < len(buffer) and buffer[position] in BETWEEN:
             position += 1
@@ -241,20 +240,21 @@ def _array_rows(file, codec: str) -> Iterator[RawRow]:
         try:
             record, end = decoder.raw_decode(buffer, position)
         except json.JSONDecodeError as error:
-            # Most often the element is only not whole yet. What is read doubles, so a long one is parsed a few times.
+            # Most often the buffer ends inside the element. Read as much again as is there: the buffer doubles, so even
+            # a long element is parsed only a few times.
             buffer, position = buffer[position:], 0
             more = text.read(max(2**20, len(buffer)))
             if not more or len(buffer) > MAX_ROW_BYTES:
                 raise Dropped("not JSON", f"element {number + 1} of the array: {error.msg}") from None
             buffer += more
             continue
-        row = record if isinstance(record, dict) else buffer[position:end]  # JSON that is no row: parsing says why
+        row = record if isinstance(record, dict) else buffer[position:end]  # not an object: parse_record refuses it
         number, position = number + 1, end
         yield RawRow(number, row, codec != "utf-8-sig")
 
 
 def _codec_of(head: bytes, encoding: str) -> str:
-    """One encoding for a whole array: it has no lines to decide by."""
+    """The encoding of a whole JSON array: it has no lines that could be decoded one by one."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
         return "utf-8-sig"
@@ -265,16 +265,17 @@ def _codec_of(head: bytes, encoding: str) -> str:
 
 
 def _csv_rows(lines) -> Iterator[RawRow]:
-    """Records of a CSV file; `line` is a record's first. Behind a broken one reading goes on at the next line, so one
-    quote that does not close costs one row, and not all that follow.
+    """The records of a CSV file; `line` is the first line of a record.
 
-    A header that cannot be read costs the file: a row in its place would name the columns.
+    After a broken record, reading goes on at the line after its first one. So a quote that does not close costs one
+    row, not the rest of the file. A header that cannot be read costs the whole file: otherwise the first row would name
+    the columns.
     """
     csv.field_size_limit(MAX_CSV_RECORD)
-    header, waiting = None, deque()  # waiting: lines that are to be read again
+    header, waiting = None, deque()  # waiting: lines of a broken record, to be read again
     while True:
-        taken = []
-        # A new reader for each record: one that met a broken record knows no way back to the lines it took.
+        taken = []  # the lines of this record
+        # A new reader for each record, because csv.reader cannot give back the lines of a record that proves broken.
         try:
             values = next(csv.reader(_record(waiting, lines, taken), strict=True), None)
         except (csv.Error, Dropped) as error:
@@ -298,7 +299,7 @@ def _csv_rows(lines) -> Iterator[RawRow]:
 
 
 def _record(waiting: deque, lines, taken: list[RawRow]) -> Iterator[str]:
-    """Lines for csv.reader, which takes as many as a record has; they are noted in `taken`."""
+    """Yields lines to csv.reader, which takes as many as a record needs, and notes them in `taken`."""
     size = 0
     while row := waiting.popleft() if waiting else next(lines, None):
         taken.append(row)

@@ -1,10 +1,10 @@
-"""The three shapes ("kinds") of a row, and what is wrong with a row that has none.
+"""The three shapes ("kinds") of a row, and the errors for rows that have none of them.
 
   text  a string                                       pretraining, tokenizer
   chat  [{"role", "content", ...}, ...]                SFT, LoRA, distillation, reasoning
   pair  {"chosen": messages, "rejected": messages}     preferences
 
-Training reads these only; cleaning/published_shapes.py brings further published forms into them.
+Training reads only these. cleaning/published_shapes.py turns other published forms into them.
 """
 
 import ast
@@ -15,17 +15,17 @@ SHOWN_BYTES = 2_000  # of a row that cannot be read: enough to recognise it
 
 ROLES = ("system", "user", "assistant", "tool")
 
-TOLD = ("role", "content", "reasoning_content", "tools", "tool_calls")
+TOLD = ("role", "content", "reasoning_content", "tools", "tool_calls")  # the keys that the chat template reads
 
-
-UNUSABLE = (ValueError, TypeError, RecursionError)  # of a row that cannot be written: surrogates, dates, too deep
+# What a bad row raises: BadRow (a ValueError), or json's errors for surrogates, dates, or too many nested levels.
+UNUSABLE = (ValueError, TypeError, RecursionError)
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message says why. The caller knows file and line.
+    """A row that cannot be used; the message says why. The caller adds file and line.
 
-    Cleaning counts bad rows: `reason` is one of a few fixed phrases, `detail` says more to a reader, `row` is the
-    beginning of bytes that could not be read as a row at all.
+    Cleaning counts bad rows by `reason`, one of a few fixed phrases; `detail` says more. `row` is set where the bytes
+    could not be read as a row at all: it holds the first of them.
     """
 
     reason, row = "wrong shape", None
@@ -36,7 +36,7 @@ class BadRow(ValueError):
 
 
 class Dropped(BadRow):
-    """A row that is left out for a reason of its own. data: the bytes that could not be read as a row, if it was so."""
+    """A bad row with a reason other than "wrong shape". data: the bytes, where they could not be read as a row."""
 
     def __init__(self, reason: str, detail: str = "", data: bytes = b""):
         super().__init__(reason, detail)
@@ -58,15 +58,15 @@ def parse(raw, kind: str):
 
 
 def parse_record(raw: str | dict | BadRow) -> dict:
-    """A raw row as a dict: a line of JSON, or a record that is one already. Raises BadRow, the raw row itself where
-    reading found that it is one."""
+    """A raw row (a line of JSON, or a dict already) as a dict. Raises BadRow; reading may have put one in place of the
+    row, which is raised here, so that callers meet all bad rows in one place."""
     if isinstance(raw, BadRow):
         raise raw
     if isinstance(raw, dict):
         return raw
     try:
         record = json.loads(raw)
-    except (ValueError, RecursionError) as error:  # ValueError: a number of more digits than Python reads, too
+    except (ValueError, RecursionError) as error:  # ValueError covers JSON errors, and numbers with too many digits
         raise Dropped("not JSON", str(error)) from None
     if not isinstance(record, dict):
         raise BadRow(f"a row must be a JSON object, not {type(record).__name__}")
@@ -84,7 +84,7 @@ def as_text(record: dict) -> str:
         raise BadRow('"text" is empty')
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # half of a surrogate pair, as broken JSON writers leave it behind
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which broken JSON writers produce
         raise BadRow(f'"text": character {error.start} is no valid Unicode') from None
     return text
 
@@ -117,7 +117,8 @@ def as_pair(record: dict) -> dict:
         raise BadRow("chosen and rejected must be whole conversations: the answers stand without their prompt "
                      "(`data_process.py clean --to dpo` joins a prompt that stands beside them)")  # fmt: skip
     chosen, rejected = with_beside(chosen, record), with_beside(rejected, record)
-    # Preference losses compare two answers to the same prompt; scores and names beside a message make no other prompt.
+    # Preference losses compare two answers to the same prompt. Compare only what the template reads: a score or a name
+    # in a message does not make it another prompt.
     ours, theirs = ([_told(message) for message in messages] for messages in (chosen, rejected))
     if ours[:-1] != theirs[:-1]:
         raise BadRow("the prompts of chosen and rejected differ; they may differ in the last message only")
@@ -127,15 +128,15 @@ def as_pair(record: dict) -> dict:
 
 
 def _told(message: dict) -> dict:
-    """What the chat template makes text of: not the scores and names that a message may carry beside it."""
+    """The part of a message that the chat template turns into text: without scores, names and other keys."""
     return {key: message[key] for key in TOLD if message.get(key) is not None}
 
 
 def with_beside(messages: list[dict], record: dict) -> list[dict]:
-    """The messages with what their row holds beside them: "tools" (OpenAI's fine-tuning rows, as the argument of its
-    API) and "system" (ShareGPT's) become part of the system message that comes first.
+    """The messages, with "tools" and "system" of their row moved into the system message, which comes first.
 
-    Raises BadRow where that message says otherwise, and for OpenAI's older "functions".
+    OpenAI's fine-tuning rows have "tools" beside the messages, ShareGPT's rows "system". Raises BadRow where the system
+    message already has another value, and for OpenAI's older "functions".
     """
     if not _nothing(record.get("functions")):
         raise BadRow('"functions" is OpenAI\'s older form of "tools", and is not read; write them as "tools"')
@@ -144,7 +145,7 @@ def with_beside(messages: list[dict], record: dict) -> list[dict]:
         return messages
     if "system" in beside and not isinstance(beside["system"], str):
         raise BadRow('"system" must be a string')
-    # They go where the chat template looks for them: into the first message, the system's, made where there is none.
+    # The chat template looks for them in the system message, so one is made where there is none.
     has_one = messages[0]["role"] == "system"
     first = dict(messages[0]) if has_one else {"role": "system", "content": ""}
     for name, value in beside.items():
@@ -156,12 +157,12 @@ def with_beside(messages: list[dict], record: dict) -> list[dict]:
 
 
 def _nothing(value) -> bool:
-    """Whether a key is as good as absent: what writers of tables put into cells without a value."""
+    """Whether a value means "absent": tables have a cell for every key, and fill it with one of these."""
     return value is None or isinstance(value, str | list) and value in ("", "[]", [])
 
 
 def check_messages(messages) -> list[dict]:
-    """Returns the messages if they can be rendered and hold at least one assistant turn, or raises BadRow."""
+    """The messages, each with a string as content; BadRow if they cannot be rendered or hold no assistant turn."""
     if not isinstance(messages, list) or not messages:
         raise BadRow("a conversation must be a list with at least one message")
     for i, message in enumerate(messages):
@@ -170,7 +171,7 @@ def check_messages(messages) -> list[dict]:
         if message.get("role") not in ROLES:
             raise BadRow(f"message {i} has role {message.get('role')!r}; roles are {', '.join(ROLES)}")
         check_keys(i, message)
-        calls_only = message.get("content") is None and message.get("tool_calls")  # as OpenAI writes them
+        calls_only = message.get("content") is None and message.get("tool_calls")  # OpenAI writes null beside calls
         if not isinstance(message.get("content"), str) and not calls_only:
             raise BadRow(f'message {i} needs a string under "content"')
         if not isinstance(message.get("reasoning_content"), str | None):
@@ -181,7 +182,7 @@ def check_messages(messages) -> list[dict]:
 
 
 def check_keys(i: int, message: dict) -> None:
-    """Raises BadRow for keys of a message that would change what is learned, and that are not read."""
+    """Raises BadRow for keys that this project does not read but that would change what is learned."""
     if message.get("function_call"):
         raise BadRow(f'message {i} has a "function_call", OpenAI\'s older form; write it as "tool_calls"')
     if message.get("role") == "assistant" and message.get("weight") not in (None, 1):
@@ -189,12 +190,12 @@ def check_keys(i: int, message: dict) -> None:
 
 
 def record_text(record: dict) -> str:
-    """All human text of a record of any schema, messages joined by newlines; tools and calls as JSON."""
+    """All text of a record of any of the three shapes, joined by newlines; tools and calls as JSON."""
     if "text" in record:
         return as_text(record)
     if "chosen" in record:
         pair = as_pair(record)
-        messages = [*pair["chosen"], pair["rejected"][-1]]
+        messages = [*pair["chosen"], pair["rejected"][-1]]  # the common prompt once
     else:
         messages = as_chat(record)
     keys = ("reasoning_content", "content", "tools", "tool_calls")
@@ -203,7 +204,7 @@ def record_text(record: dict) -> str:
 
 
 def as_json(value) -> str:
-    """JSON text of tools or calls; raises BadRow for what has none, bytes or a date of a Parquet file."""
+    """JSON text of tools or calls; BadRow for values that JSON has no form for (bytes, dates of a Parquet file)."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -211,7 +212,7 @@ def as_json(value) -> str:
 
 
 def turns_of(history, question, answer) -> list[dict]:
-    """The messages of the earlier turns, see parse_history, and of the last one."""
+    """The messages of the earlier turns (see parse_history), then of the last one."""
     messages = []
     for asked, answered in [*parse_history(history), (question, answer)]:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -219,7 +220,10 @@ def turns_of(history, question, answer) -> list[dict]:
 
 
 def parse_history(cell) -> list:
-    """MiniMind v1 keeps earlier turns as a Python literal, [[question, answer], ...]; parsed as a literal only."""
+    """The earlier turns, [[question, answer], ...]. MiniMind v1 writes them as a Python literal in one cell.
+
+    literal_eval reads data and runs no code. It needs much memory for a long or deeply nested cell, hence the limit.
+    """
     if cell is None or cell == "":
         return []
     if isinstance(cell, str):

@@ -110,8 +110,8 @@ class PackedRows:
         """The rows at these global indices (epoch * len + place in the epoch) as tensors.
 
         input_ids, labels, segment_ids: (B, seq_len) int64. count: the number of targets, by which the sum of the losses
-        is divided. real_tokens: slots that are not padding. An index below 0 gives an empty row: the last step of an
-        epoch may have fewer rows than a batch needs.
+        is divided. real_tokens: slots that are not padding. An index below 0 gives an empty row: the last step of a
+        run may have fewer rows than a batch needs.
         """
         return self._tensors([self._items_of_row(*divmod(index, len(self))) if index >= 0 else () for index in indices])
 

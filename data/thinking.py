@@ -10,9 +10,9 @@ REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def keep_thinking(messages: list[dict], share: float) -> list[dict]:
-    """The conversation as it is, or, for 1 - share of all conversations, with empty think blocks in place of full ones.
+    """The messages; a share of 1 - `share` of all conversations gets empty think blocks in place of full ones.
 
-    Its hash decides, so a conversation is treated alike in every epoch and every run.
+    The conversation's hash decides, so it is the same in every epoch and every run.
     """
     text = json.dumps(messages, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
     place = int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"think").digest(), "little") / 2**64

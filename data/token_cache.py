@@ -62,9 +62,8 @@ class Document(NamedTuple):
 
 
 class Cache:
-    """One tokenised file. `tokens`, `learn`, `turns` and `roles` are memory-mapped; the arrays with a value
-    for each document are in memory. Document i has tokens[offsets[i]:offsets[i + 1]] and messages
-    turn_offsets[i]:turn_offsets[i + 1]."""
+    """One tokenised file. `tokens`, `learn`, `turns` and `roles` are memory-mapped; the arrays with one entry per
+    document are in memory. Document i has tokens[offsets[i]:offsets[i + 1]] and turns[turn_offsets[i]:...]."""
 
     def __init__(self, folder: Path):
         self.folder = folder

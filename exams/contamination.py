@@ -1,13 +1,13 @@
-"""Which questions of an exam stand in a training text? The rule, on texts reduced to their letters and digits:
+"""Which questions of an exam are in a training text? Two rules, for texts reduced to their letters and digits:
 
-  question  the whole question stands in the text. One of fewer than 10 characters, or one that another question of
-            the exam words the same ("which statement is right?"), is looked for with its options after it
-  run       50 characters in a row of the question and its options stand in the text
+  question  the text has the whole question. A question of fewer than 10 characters, or one that the exam asks more
+            than once in the same words ("which statement is right?"), is searched for together with its options
+  run       the text has 50 characters in a row of the question and its options
 
-Reduced means: NFKC (full width to plain), lower case, and everything but letters and digits of all scripts dropped, so
-that blanks, punctuation and line ends hide nothing. A paraphrase or a translation is not found. Runs of 50 characters
-without blanks and signs are the measure of GPT-4's report (arXiv 2303.08774, appendix C), which samples three a
-question; here all are looked for.
+Reduced means: NFKC (full width to plain), lower case, and only letters and digits of all scripts kept, so that other
+blanks, punctuation or line ends do not hide a match. Paraphrases and translations are not found. Runs of 50 characters
+without blanks and signs are the measure of GPT-4's report (arXiv 2303.08774, appendix C). The report samples three runs
+per question; here all are searched for.
 """
 
 import csv
@@ -23,7 +23,7 @@ from data.reading import raw_rows
 from data.row_shapes import BadRow, parse_record
 from exams.exam import Subject
 
-SHORTEST = 10  # characters; anything shorter is said by accident
+SHORTEST = 10  # characters; anything shorter is found by accident
 RUN = 50
 NO_WORD = re.compile(r"[\W_]+")
 
@@ -43,9 +43,9 @@ class Needle:
 
 
 def search(files, subjects, target: Path) -> dict:
-    """Looks for the exam in training files, a row at a time; what is found goes to the CSV file `target` at once.
+    """Searches training files for the exam's questions, row by row, and writes each match into the CSV file `target`.
 
-    -> how many rows there were, and how many of them, and of the questions, overlap.
+    -> the numbers of rows, of rows with a match, and of questions found.
     """
     exam_in = Contamination(subjects)
     rows, bad, overlapping, questions = 0, 0, 0, set()
@@ -76,7 +76,8 @@ class Contamination:
     """
 
     def __init__(self, subjects: list[Subject]):
-        self.needles: dict[str, list[Needle]] = defaultdict(list)  # by their first characters
+        # Needles by their first SHORTEST characters: find() then looks up each place of a text once.
+        self.needles: dict[str, list[Needle]] = defaultdict(list)
         self.hidden = 0
         asked = [(s.name, i, reduced(q.text), q) for s in subjects for i, q in enumerate(s.questions)]
         wordings = Counter(text for _, _, text, _ in asked)
@@ -95,7 +96,7 @@ class Contamination:
         self.needles[needle.text[:SHORTEST]].append(needle)
 
     def find(self, text: str) -> Iterator[Needle]:
-        """For each question that the text holds one needle, the whole question before a run of it."""
+        """One needle for each question that is in the text: the whole question if it is there, else a run of it."""
         text, found = reduced(text), {}
         for begin in range(len(text) - SHORTEST + 1):
             for needle in self.needles.get(text[begin : begin + SHORTEST], ()):

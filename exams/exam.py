@@ -5,9 +5,9 @@ the most probable one is its choice. Three ways to ask:
 
   chat        as MiniMind v1 did: a user turn with question and options, the letter as first token of the answer
   completion  as lm-evaluation-harness 0.4.13 asks a base model: instruction, worked examples ("shots"), question, cue
-  text        a user turn with the question alone, each option's own words as the answer (the cloze form of an exam:
-              Gu et al. 2024, OLMES, arXiv 2406.08446). It asks what a model knows; the others also ask it to find an
-              option's letter, which models this small learn late or never, and then stay at chance whatever they know
+  text        a user turn with the question alone; each option's own words are a possible answer (the cloze form:
+              Gu et al. 2024, OLMES, arXiv 2406.08446). The other two forms also ask for an option's letter. Models
+              this small learn that late or never, and then stay at chance whatever they know
 
 C-Eval: Huang et al. 2023 (arXiv 2305.08322). ACLUE: Zhang & Li 2023 (arXiv 2310.09550). CMMLU: Li et al. 2023
 (arXiv 2306.09212). TMMLU+: Tam et al. 2024 (arXiv 2403.01858). OpenBookQA: Mihaylov et al. 2018 (arXiv 1809.02789).
@@ -30,7 +30,7 @@ V1_SYSTEM = "开始回答问题"  # MiniMind v1's system message
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is laid out and asked. `instruction` holds {} for the subject's name."""
+    """Where the files of a benchmark are, and how it is asked. `instruction` has {} in place of the subject's name."""
 
     split: str  # where the questions are, by default
     shots_from: str  # where the worked examples are
@@ -56,7 +56,7 @@ class Question:
 
 @dataclass
 class Subject:
-    """One file of an exam. `title` is its name in the exam's own language, `group` what the exam files it under."""
+    """One subject of an exam. `title` is its name in the exam's language, `group` the authors' group of subjects."""
 
     name: str
     title: str
@@ -67,7 +67,7 @@ class Subject:
 
 @dataclass
 class Answer:
-    """What the model made of one question."""
+    """The model's answer to one question."""
 
     question: Question
     chosen: str
@@ -107,7 +107,7 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 
 def _name(file: Path, split: str) -> str:
-    """Of the subject; a benchmark that is one file a split has one subject, named after its folder."""
+    """The subject's name. A benchmark with one file per split has one subject, named after its folder."""
     return file.parent.name if file.stem == split else file.stem.removesuffix(f"_{split}")
 
 
@@ -159,7 +159,7 @@ def _question(text, options, answer) -> Question:
 # ----------------------------------------------------------------------------------------------------------- asking
 @dataclass
 class Graded:
-    """Answers by subject, and what had to be left out of prompts to fit the context."""
+    """Answers by subject, and how much had to be left out of prompts so that they fit into the context."""
 
     answers: dict[str, list[Answer]]
     shots_dropped: int = 0
@@ -167,7 +167,10 @@ class Graded:
 
 
 def take_exam(engine, subjects: list[Subject], ask) -> Graded:
-    """Puts all questions at once; ask(subject, question) -> (prompt ids, token ids of each answer, shots dropped)."""
+    """Asks all questions in one call, so that they are computed in full batches.
+
+    ask(subject, question) -> (prompt ids, token ids of each of the four answers, worked examples dropped).
+    """
     asked = [(subject, question, *ask(subject, question)) for subject in subjects for question in subject.questions]
     result = Graded({subject.name: [] for subject in subjects})
     prompts, continuations = [], []
@@ -175,9 +178,10 @@ def take_exam(engine, subjects: list[Subject], ask) -> Graded:
         room = engine.context - max(map(len, letters))
         result.shots_dropped += dropped
         result.prompts_cut += len(prompt) > room
-        prompts += [prompt[-room:]] * len(LETTERS)  # the end of a prompt says what is asked for
+        # A prompt that is too long loses its beginning: its end says what is asked for.
+        prompts += [prompt[-room:]] * len(LETTERS)
         continuations += letters
-    scores = engine.score(prompts, continuations)
+    scores = engine.score(prompts, continuations)  # four for each question, in the order of `asked`
     for i, (subject, question, *_) in enumerate(asked):
         four = [score.total for score in scores[4 * i : 4 * i + 4]]
         result.answers[subject.name].append(answer_of(question, four))
@@ -186,7 +190,7 @@ def take_exam(engine, subjects: list[Subject], ask) -> Graded:
 
 def answer_of(question: Question, log_p: list[float]) -> Answer:
     """The most probable of the four answers, and their probabilities among themselves."""
-    weights = [math.exp(x - max(log_p)) for x in log_p]
+    weights = [math.exp(x - max(log_p)) for x in log_p]  # minus the largest, so that not all are rounded to 0
     chosen = LETTERS[log_p.index(max(log_p))]
     return Answer(question, chosen, [w / sum(weights) for w in weights])
 
@@ -207,7 +211,7 @@ class AskByChat:
 
 
 class AskByText:
-    """The cloze form. A gap at the end of the question is left out: the answer fills it."""
+    """The cloze form. Underscores at the end of a question are removed: the answer stands in their place."""
 
     def __init__(self, engine, system: str = ""):
         self.engine, self.system = engine, system
@@ -220,7 +224,7 @@ class AskByText:
 
 
 class AskByCompletion:
-    """lm-evaluation-harness's way. Worked examples are dropped from the end until prompt and answer fit."""
+    """lm-evaluation-harness's way. Worked examples are left out, the last first, until prompt and answer fit."""
 
     def __init__(self, engine, benchmark: str, shots: int):
         self.engine, self.benchmark, self.shots = engine, benchmark, shots
@@ -254,8 +258,9 @@ def completion_prompt(benchmark: str, title: str, shots: list[Question], questio
 
 
 def split_pair(tokenizer, context: str, choices: list[str]) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the context and of each choice after it, encoded together and cut where the context ends.
+    """Token ids of the context, and of each choice after it.
 
+    Context and choice are encoded together and cut where the context ends, since tokens depend on what is next to them.
     Blanks at the end of the context go to the choices: a word and the blank before it are one token.
     """
     stripped = context.rstrip()

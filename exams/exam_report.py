@@ -13,7 +13,7 @@ Z = 1.959964  # 97.5th percentile of the normal distribution: intervals of 95%
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """95% interval of a share, Wilson 1927: honest for few questions and for shares near 0 and 1."""
+    """95% interval of a share (Wilson 1927). It also holds for few questions and for shares near 0 and 1."""
     p, z2 = right / n, Z * Z
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -23,8 +23,8 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 def macro_interval(counts: list[tuple[int, int]]) -> tuple[float, float]:
     """95% interval of the mean of subjects' accuracies, from (right, n) of each.
 
-    The variances of the subjects add up; each share has two right and two wrong answers added first (Agresti & Coull
-    1998), or a subject answered all right would count as certain.
+    The variances of the subjects add up. Two right and two wrong answers are added to each subject first (Agresti &
+    Coull 1998): otherwise a subject with all answers right would have no variance at all.
     """
     shares = [((right + 2) / (n + 4), n + 4) for right, n in counts]
     half = Z * math.sqrt(sum(p * (1 - p) / n for p, n in shares)) / len(counts)
@@ -84,7 +84,7 @@ def write_answers(folder: Path, split: str, answers: dict[str, list[Answer]]) ->
     """<subject>_<split>_result.csv for each subject, in MiniMind v1's columns, with the letters' probabilities."""
     for name, these in answers.items():
         with replaced(folder / f"{name}_{split}_result.csv", text=True) as file:
-            file.write("\ufeff")  # by which Excel knows UTF-8
+            file.write("\ufeff")  # without this mark Excel does not read the file as UTF-8
             writer = csv.writer(file)
             writer.writerow(["question", *LETTERS, "answer", "llm_answer", "is_right", *(f"p_{x}" for x in LETTERS)])
             for a in these:

@@ -1,8 +1,8 @@
 """Answers of two models compared by a third one behind an OpenAI-compatible API, each pair in both orders.
 
-A judge prefers what it reads first, or last, whatever it says (Zheng et al. 2023, arXiv 2306.05685). So every pair is
-judged twice with the order swapped; a model wins a prompt only if both verdicts say so, anything else is a tie, and how
-often the two agree is reported beside the result: it says how far the judge is to be trusted.
+Judges tend to prefer the answer they read first, or the one they read last (Zheng et al. 2023, arXiv 2306.05685). So
+every pair is judged twice, with the order swapped. A model wins a prompt only if both verdicts say so; anything else is
+a tie. How often the two verdicts agree is reported too: it says how far the judge can be trusted.
 """
 
 import json
@@ -54,7 +54,7 @@ class Verdict:
 
 
 def connect(address: str, model: str | None, key: str) -> ChatApi:
-    """The judge, once its server has answered; `model` None: the first one that the server names."""
+    """The judge, checked by asking its server for the list of models; `model` None: the first of that list."""
     import openai
 
     api = ChatApi(address, model or "", key, temperature=0.0)
@@ -81,9 +81,9 @@ def transcript(prompt: str | list[dict]) -> str:
 
 
 def judge(api: ChatApi, questions: list[str], columns: list[list[str]], tell: Callable) -> list[Verdict]:
-    """All pairs of columns on all questions. columns: the answers of each model, in the order of the questions.
+    """Judges all pairs of columns on all questions. columns: each model's answers, in the order of the questions.
 
-    tell(done, of) after each pair. RunFailed where there is not one verdict.
+    tell(done, of) is called after each pair. RunFailed if no reply holds a verdict.
     """
     tasks = [(i, a, b) for i in range(len(questions)) for a, b in combinations(range(len(columns)), 2)]
 

@@ -29,7 +29,7 @@ def arrange(folder) -> int:
 
 
 def _unzip(archive: Path, folder: Path):
-    """CSV files only, by the last two parts of their names: no member can leave the folder."""
+    """Unpacks CSV files only, under the last two parts of their names, so that none is written outside the folder."""
     with _told_of(archive):
         file = zipfile.ZipFile(archive)
     with file:
@@ -61,7 +61,7 @@ def _write_rows(table: Path, folder: Path, split: str):
 
 @contextmanager
 def _told_of(path: Path):
-    """Around what reads a file that was fetched."""
+    """A context around reading a downloaded file: damage becomes one line that says what to do."""
     try:
         yield
     except (zipfile.BadZipFile, RuntimeError, *DAMAGED) as error:  # RuntimeError: of a kind that is not read, encrypted

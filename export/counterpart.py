@@ -5,8 +5,8 @@
     experts with shared ones                 GraniteMoeSharedForCausalLM
     experts without shared ones, qk_norm     Qwen3MoeForCausalLM
 
-Llama's and Qwen3's parameters have our names. The experts' are renamed and cut: nothing is computed, so every number
-of the model stays what it was. Legend: E experts, I width of one, D width of the model.
+Llama's and Qwen3's parameters have our names. Those of the experts are renamed and split. No number is changed.
+Legend: E experts, I width of one, D width of the model.
 """
 
 from torch import Tensor, cat

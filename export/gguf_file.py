@@ -1,6 +1,6 @@
 """A model as one GGUF file, the format of llama.cpp and of all that is built on it (Ollama, LM Studio, ...).
 
-The file names an architecture that llama.cpp computes by itself, so it holds numbers and no code:
+The file names an architecture that llama.cpp already has, so it needs no code of ours:
 
     ours                                     llama.cpp
     dense                                    llama
@@ -173,7 +173,8 @@ def write_vocabulary(writer, config: LMConfig, tokenizer, splitter: str) -> None
     for text, i in content["model"]["vocab"].items():
         tokens[i], types[i] = text, gguf.TokenType.NORMAL
     for token in content["added_tokens"]:
-        # Control tokens are not shown; the tags of thinking and tools are, and are tokens wherever they stand.
+        # llama.cpp does not print control tokens. It prints user-defined ones (the tags of thinking and tools), and
+        # reads them as tokens wherever they stand in a text.
         special = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
         tokens[token["id"]], types[token["id"]] = token["content"], special
     writer.add_tokenizer_model("gpt2")
@@ -190,6 +191,7 @@ def write_vocabulary(writer, config: LMConfig, tokenizer, splitter: str) -> None
     writer.add_add_bos_token(False)  # the template writes the markers
     writer.add_add_eos_token(False)
     if tokenizer.chat_template:
-        # llama.cpp sets enable_thinking for every template that reads it, so each answer would begin inside a think
-        # block, of models that never saw one too. Under MiniMind's name the switch stays off until a request asks.
+        # llama.cpp sets enable_thinking for every template that uses it. Each answer would then begin inside a think
+        # block, even of a model that never saw one. It does not know MiniMind's name for the switch, open_thinking, so
+        # under that name thinking stays off until a request asks for it.
         writer.add_chat_template(tokenizer.chat_template.replace("enable_thinking", "open_thinking"))

@@ -35,7 +35,7 @@ def model_card(name: str, config: LMConfig, exported: dict, record: dict, chat: 
 
 
 def public_record(record: dict) -> dict:
-    """The record with files by name: where they lay on the machine that trained is nobody's business."""
+    """The record with file names in place of paths, which would tell about the machine that trained the model."""
     out = dict(record)
     if isinstance(out.get("came_from"), str):
         out["came_from"] = _file_name(out["came_from"])

@@ -1,4 +1,4 @@
-"""Puts finished files where the user wants them: whole or not at all, and never over something else unasked."""
+"""Moves finished files to where the user wants them: whole or not at all; over other files only with --overwrite."""
 
 import filecmp
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 
 @contextmanager
 def stage_beside(out: Path):
-    """A fresh folder on the file system of `out`, gone afterwards unless it was renamed to `out`."""
+    """A new folder beside `out`, on the same file system. It is deleted at the end unless it was renamed to `out`."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise ValueError(f"cannot write to {out.parent}: {error.strerror}") from None
     try:
-        stage.chmod(0o755)
+        stage.chmod(0o755)  # mkdtemp makes a folder that other users cannot read
         yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -44,12 +44,12 @@ def publish_folder(stage: Path, out: Path, overwrite: bool) -> None:
         return
     if there and not overwrite:
         raise ValueError(f"--out {out} holds another export, which was kept; --overwrite replaces it")
-    # A folder cannot take the place of one that holds files, so the old one is moved away first, and then deleted.
+    # rename cannot replace a folder that holds files. So the old one is moved away first; leaving the block deletes it.
     with stage_beside(out) as aside:
         try:
             os.rename(out, aside / "old")
             os.rename(stage, out)
-        except BaseException:  # Ctrl-C too
+        except BaseException:  # Ctrl-C too: put the old folder back
             if not out.exists():
                 os.rename(aside / "old", out)
             raise

@@ -1,8 +1,8 @@
 """What is held out of the embedded sample: pairs of fact and phrasing that no training file may contain.
 
 A fact is asked in some eighteen wordings. Two of them are held out for this fact and trained on for its neighbours,
-so a model that answers them knows the fact and not the string. A wording can be held out only if it would really be
-new: it must not stand inside another question, and must not be a near copy of one (character 3-grams, Jaccard 0.8).
+so a model that answers them has learned the fact, not the words. A wording can be held out only if it is new to the
+model: it must not be a part of another question, nor a near copy of one (character 3-grams, Jaccard 0.8).
 """
 
 from collections import Counter

@@ -118,7 +118,7 @@ class SampleWorld:
 def with_chatter(frames, question, rng):
     """The question with a sentence before or after it that has nothing to do with it, as people talk.
 
-    It teaches to find the question in what is said, which wordings that were never seen ask for.
+    So the model learns to find the question in what is said, which helps with wordings it has never seen.
     """
     place = rng.choice(["before", "after", "both"])
     if place != "after":

@@ -59,7 +59,7 @@ def commands(out: str, again: str) -> dict[str, str]:
 
 
 def write_dialogues(path: Path) -> None:
-    """A handful of questions from all over the held-out file: nobody was trained on them."""
+    """Writes a few held-out questions, spread over the file. The model is not trained on them."""
     rows = (ROOT / SAMPLE / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     chosen = rows[:: len(rows) // DIALOGUES][:DIALOGUES]
     path.write_text("".join(json.loads(row)["question"] + "\n" for row in chosen), encoding="utf-8")
@@ -75,7 +75,7 @@ def run(command: str) -> dict:
         for line in process.stdout:
             print(line, end="", flush=True)
             last = line
-    except KeyboardInterrupt:  # the stage has got it too: let it save
+    except KeyboardInterrupt:  # the stage has received the signal too: wait until it has saved
         process.wait()
         raise UserError("stopped; the same command goes on from here") from None
     if process.wait():

@@ -7,9 +7,9 @@
     HF_ENDPOINT=https://MIRROR python scripts/download_data.py ...     a mirror of Hugging Face
     MODELSCOPE_ENDPOINT=https://HOST python scripts/download_data.py --source modelscope ...
 
-The sources' own client libraries do the transfer: a connection that drops is taken up again where it broke, also by a
-second start. Before anything is fetched sizes and licences are shown and the free disk is checked; afterwards a file
-whose SHA-256 the source publishes is compared with it.
+The sources' own client libraries do the transfer. A broken transfer goes on where it stopped, also when the command is
+given again. Sizes and licences are shown, and the free disk is checked, before anything is fetched. If the source
+publishes a file's SHA-256, the file is compared with it.
 """
 
 import fnmatch
@@ -123,7 +123,7 @@ class HuggingFace:
         return str(licence), [Remote(f.rfilename, f.size or 0, f.lfs.sha256 if f.lfs else None) for f in info.siblings]
 
     def fetch(self, item: Item, file: Remote, folder: Path) -> None:
-        """By the client's transfer of one address: `hf_hub_download` begins every start from nothing (2.4.0)."""
+        """Uses the client's http_get: `hf_hub_download` (2.4.0) would begin anew each time the command is given."""
         from huggingface_hub.file_download import hf_hub_url, http_get
         from huggingface_hub.utils import build_hf_headers
 
@@ -131,7 +131,7 @@ class HuggingFace:
         part = folder / f"{file.path}.part"
         part.parent.mkdir(parents=True, exist_ok=True)
         with lock(part, f"another download of {folder / file.path} is under way; wait for it") as there:
-            # Where no checksum would tell, the beginning may be of a file that the source has replaced since.
+            # Without a checksum nobody would notice that the part is of a file that the source has replaced since.
             if file.sha256 is None or (file.size and there.seek(0, os.SEEK_END) > file.size):
                 there.truncate(0)
             done = there.seek(0, os.SEEK_END)
@@ -221,8 +221,8 @@ def _listing(source, item: Item, folder: Path) -> tuple[str, list[Remote]]:
 
 
 def _inside(folder: Path, path: str) -> bool:
-    """Whether a file that a source lists stays in its folder: its path leads neither up, nor from the root or a drive,
-    on any system, nor through a link."""
+    """Whether a path that a source lists lies inside the folder, on every system: not above it, not from the root or a
+    drive, and not through a link."""
     if set(path) & set("\\:\0") or path.startswith("/") or ".." in path.split("/"):
         return False
     return (folder / path).parent.resolve().is_relative_to(folder.resolve())
@@ -234,7 +234,7 @@ def _attempt(source, item: Item, folder: Path, path: str, action):
         return action()
     except (UserError, RunFailed, KeyboardInterrupt):
         raise
-    except Exception as error:  # each client has errors of its own; but for a full disk they mean that nothing came
+    except Exception as error:  # each client has its own errors; all but a full disk mean that nothing was received
         if disk_fault(error):
             raise OSError(error.errno, error.strerror, str(folder / path)) from None
         said = str(error).strip().splitlines() or [""]

@@ -3,8 +3,8 @@
     python scripts/train_tokenizer.py --data_path a.jsonl.gz:2 b.csv --vocab_size 6400 --out_dir out/tokenizer
 
 A number after the file's name is its weight: 2 counts every document twice, 0.5 counts every second one (chosen by
-the hash of its text), 0 holds the whole file out. What a byte-pair vocabulary knows is decided by nothing but these
-counts. `model/minimind_tokenizer` was made by this script; docs/tokenizer.md has the command.
+the hash of its text), 0 holds the whole file out. A byte-pair vocabulary is made from counts of pairs alone, so the
+weights decide what it fits. `model/minimind_tokenizer` was made by this script; docs/tokenizer.md has the command.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from model.vocabulary import DEFAULT_VOCAB_SIZE, MIN_VOCAB_SIZE, train_tokenizer
 DEFAULT_FILES = ("dataset/tokenizer_train.jsonl", "dataset/pretrain_hq.jsonl")  # MiniMind's names
 SAMPLE_FILES = ("dataset/sample/pretrain.jsonl", "dataset/sample/sft.jsonl")
 HELD_OUT_CHARS = 1_000_000  # of one file that are kept to measure on
-# Every turn of a conversation begins with a role's name; counted once a document, so that each is one token.
+# Every turn of a conversation begins with a role's name. Each document adds the three once, so that each is one token.
 HEADERS = "system\nuser\nassistant\n"
 
 
@@ -117,7 +117,7 @@ def open_tokenizer(folder: str):
 
 
 def check_out_dir(args) -> None:
-    """Refuses before the work what is sure to be refused after it."""
+    """UserError, before the work, where the result could not be saved."""
     folder = Path(args.out_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out_dir {folder} is a file")
@@ -159,13 +159,14 @@ class Corpus:
             if self.limit_bytes and size > self.limit_bytes:
                 print(f"{path}: read the first {self.limit_bytes / 1e6:g} MB of text (--limit_mb)", file=sys.stderr)
                 break
-            # Not by chance: a document falls on the same side in every run, and so do its copies in other files.
+            # The hash of the text decides, so a document is on the same side in every run, and so are its copies.
             chance, other_chance = hash_numbers(text)
             if weight == 0 or chance < self.val_split:
                 if kept < HELD_OUT_CHARS:
                     kept += len(text)
                     self.held_out[path].append(text)
                 continue
+            # Weight 2.3: twice, and a third time for 30% of the documents.
             times = int(weight) + (other_chance < weight % 1)
             if times:
                 self.documents += 1
@@ -175,7 +176,7 @@ class Corpus:
 
 
 def hash_numbers(text: str) -> tuple[float, float]:
-    """Two numbers in [0, 1) that depend on the text alone: the same document falls on the same side everywhere."""
+    """Two independent numbers in [0, 1) that depend on the text alone."""
     digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:4], "big") / 2**32, int.from_bytes(digest[4:8], "big") / 2**32
 
