@@ -295,10 +295,10 @@ def test_a_stopped_run_keeps_the_adapter_its_optimizer_and_no_more(tmp_path):
     kept = {}
     original = stage.train
 
-    def spy(run, *rest):
+    def spy(run, *rest, **named):
         finish = run.files.finish
         run.files.finish = lambda *a: (kept.update(torch.load(state, weights_only=True)), finish(*a))
-        return original(run, *rest)
+        return original(run, *rest, **named)
 
     stage.train = spy
     stage.main([*run_flags("lora", tmp_path, steps=4), "--out_dir", str(tmp_path / "o")])

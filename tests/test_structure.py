@@ -34,7 +34,6 @@ LAZY = (
     "trl",
     "lm_eval",
     "matplotlib",
-    "zstandard",
     "tensorboard",
     "gguf",
     "huggingface_hub",

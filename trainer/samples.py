@@ -72,7 +72,7 @@ class Samples:
         # Nothing is drawn for greedy texts. Should that change, the run's own random numbers still stay what they were.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             model.eval()
-            with engine.autocast():
+            with self.world.autocast():
                 texts = self.write(model, self.run.tokenizer, list(self.run.prompts))
             model.train(training)
         rows = [{"step": step, "prompt": p, "text": t} for p, t in zip(self.run.prompts, texts, strict=True)]
