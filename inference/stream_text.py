@@ -92,7 +92,8 @@ class Completion:
 
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop": end token or stop string; "length": max_tokens or context reached; "cancelled"
+    finish_reason: str  # "stop": end token or stop string; "length": max_tokens, the context or a limit
+    # of the grammar's parser reached; "cancelled"
     prompt_tokens: int
     completion_tokens: int
     logprobs: list[TokenLogprob] | None = None
@@ -125,10 +126,11 @@ class Sequence:
         """Takes the next token; returns what it says."""
         self.token_ids.append(token)
         self.sampler.accept(token)
-        ended = token in self.end_tokens
+        matcher = self.sampler.matcher
+        ended = token in self.end_tokens or (matcher is not None and matcher.ended)
         text = "" if ended else self.stream.feed(token)
         if ended or self.stream.stopped:
-            self.finish_reason = "stop"
+            self.finish_reason = "length" if matcher is not None and matcher.failed else "stop"
         elif len(self.token_ids) >= self.limit:
             self.finish_reason = "length"
         if self.finish_reason:
@@ -148,7 +150,8 @@ class Sequence:
 def sequences(engine, prompt: list[int], params: SamplingParams, request: object = None) -> list[Sequence]:
     """The params.n samples of a prompt, ready to join a batch. engine: whose tokenizer, context and end tokens hold.
 
-    Raises ValueError for a prompt that is empty or fills the context, and for a parameter that names no token.
+    Raises ValueError for a prompt that is empty or fills the context, for a parameter that names no token,
+    and for a grammar that cannot be held.
     """
     params.check_tokens(engine.vocab_size)
     if not prompt:
@@ -159,11 +162,13 @@ def sequences(engine, prompt: list[int], params: SamplingParams, request: object
             f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {engine.context}"
         )
     limit = min(params.max_tokens or room, room)
+    # Each sample has its own place in the grammar, which is compiled once.
+    matchers = [engine.grammars.matcher(params.grammar, prompt) if params.grammar else None for _ in range(params.n)]
     ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else engine.end_tokens)
     return [
-        Sequence(request, i, params, prompt, limit, ends, Sampler(params, prompt, i, engine.vocab_size),
+        Sequence(request, i, params, prompt, limit, ends, Sampler(params, prompt, i, engine.vocab_size, matcher),
                  TextStream(engine.tokenizer, params.stop))
-        for i in range(params.n)
+        for i, matcher in enumerate(matchers)
     ]  # fmt: skip
 
 
