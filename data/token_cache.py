@@ -202,12 +202,13 @@ def _encoded_batches(path, kind, tokenizer, workers, think_share):
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(files: str):
+def worker_tokenizer(files: str):
+    """The tokenizer of these files, built once in each worker process: it takes longer than a batch."""
     return tokenizer_from_dict(json.loads(files))
 
 
 def _encode_in_worker(batch, kind: str, think_share: float | None, tokenizer_files: str):
-    return encode_batch(batch, kind, _tokenizer(tokenizer_files), think_share)
+    return encode_batch(batch, kind, worker_tokenizer(tokenizer_files), think_share)
 
 
 def encode_batch(batch, kind: str, tokenizer, think_share=None) -> tuple[dict, list]:

@@ -1,7 +1,7 @@
 """Measurements that are no tests. Each prints its figures and, last, one JSON object.
 
-  python scripts/benchmark.py              names them
-  python scripts/benchmark.py train --help  says what one measures, and its flags
+  python scripts/benchmark.py               names them
+  python scripts/benchmark.py gpu --help    says what one measures, and its flags
 
 Each is a module of benchmarks/ with add_flags(parser) and run(args) -> dict. What was measured once and is no gate
 stands in docs/ with the commit whose command it was. Speeds are ratios of things measured in
@@ -22,9 +22,7 @@ from common.errors import UserError, run_main
 from common.flags import Parser
 
 MEASUREMENTS = {
-    "train": "each stage against transformers, trl and peft",
-    "memory": "the memory estimate against the measured peak",
-    "engine": "generating, beside transformers and llama.cpp",
+    "engine": "generating, beside transformers",
     "lora": "a new identity by an adapter",
     "dpo": "preferences on held-out pairs",
     "reason": "well-formed thinking and right answers",

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import streamlit as st
 
-from chat import demo_tools, page
+from chat import demo_tools, sources
 from common.flags import Parser
 from inference import open_model
 from model.weights_file import all_weights
@@ -76,7 +76,7 @@ def main():
 
 # ----------------------------------------------------------------------------------------------------------- sidebar
 def sidebar():
-    """-> the words of the chosen language, a source or None, page.Settings."""
+    """-> the words of the chosen language, a source or None, sources.Settings."""
     chinese = (st.context.locale or "zh").startswith("zh")
     words = WORDS[st.radio("语言 / Language", list(WORDS), 0 if chinese else 1, horizontal=True, key="language")]
     place = st.radio(words["source"], ("here", "api"), format_func=words.get, horizontal=True, key="source")
@@ -98,7 +98,7 @@ def sidebar():
         seed = st.number_input(words["seed"], -1, 2**31 - 1, -1, key="seed")
     tools = tuple(tool for tool in demo_tools.SIGNATURES if tool["function"]["name"] in names)
     think = {"free": None, "on": True, "off": False}[thinking]
-    return words, source, page.Settings(system, history, think, tools, seed=None if seed < 0 else seed, **sampling)
+    return words, source, sources.Settings(system, history, think, tools, seed=None if seed < 0 else seed, **sampling)
 
 
 def local_source(words):
@@ -109,7 +109,7 @@ def local_source(words):
     path = st.selectbox(words["model"], found, format_func=str, key="weight")
     try:
         with st.spinner(words["loading"]):
-            return page.Local(engine_of(path, path.stat().st_mtime_ns))
+            return sources.Local(engine_of(path, path.stat().st_mtime_ns))
     except (ValueError, OSError) as error:
         st.error(str(error))
         return None
@@ -128,7 +128,7 @@ def remote_source(words):
     key = st.text_input(words["key"], type="password", key="api_key")
     try:
         names = model_names(address, key)
-        return page.Remote(address, key, st.selectbox(words["model"], names, key="remote_model")) if names else None
+        return sources.Remote(address, key, st.selectbox(words["model"], names, key="remote_model")) if names else None
     except ValueError as error:
         st.error(str(error))
         st.info(words["unserved"])
@@ -137,7 +137,7 @@ def remote_source(words):
 
 @st.cache_data(ttl=60, show_spinner=False)
 def model_names(address: str, key: str) -> list[str]:
-    return page.Remote(address, key).models()
+    return sources.Remote(address, key).models()
 
 
 # -------------------------------------------------------------------------------------------------------------- chat
@@ -199,7 +199,7 @@ def grow(messages: list[dict], pairs, fold, text, words) -> list[dict]:
     message, thought, calls, drawn = messages[-1], None, [], 0.0
     for kind, part in pairs:
         if kind == "call":
-            calls.append(page.as_message(part))
+            calls.append(sources.as_message(part))
             continue
         key = "reasoning_content" if kind == "reasoning" else "content"
         message[key] = message.get(key, "") + part
@@ -226,7 +226,7 @@ def buttons(messages: list[dict], settings, words) -> None:
     again, clear, export = st.columns(3)
     again.button(words["again"], key="regenerate", icon=":material/refresh:", on_click=ask_again, args=(messages,))
     clear.button(words["clear"], key="clear", icon=":material/delete:", on_click=messages.clear)
-    export.download_button(words["export"], page.exported(messages, settings.system), "chat.json",
+    export.download_button(words["export"], sources.exported(messages, settings.system), "chat.json",
                            "application/json", key="export", on_click="ignore", icon=":material/download:")  # fmt: skip
 
 

@@ -38,6 +38,10 @@ def timed_out(seconds: float) -> ApiError:
     return ApiError(504, text, "timeout", headers={"x-should-retry": "false"})
 
 
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", "shutting_down")
+
+
 def failed() -> ApiError:
     """A fault of ours: the log has the traceback, the client this."""
     return ApiError(500, "the server failed; its log says why", "internal_error")

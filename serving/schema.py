@@ -7,12 +7,20 @@ reasoning_content.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from inference.sampling import SamplingParams
 
+
+def not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("must be at least 1, or -1 for what fits into the context")
+    return value
+
+
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=1000)]
+MaxTokens = Annotated[int, Field(ge=-1), AfterValidator(not_zero)]  # -1 or absent: what fits into the context
 WITHOUT_GRAMMAR = "this server does not constrain what the model writes"
 
 
@@ -123,18 +131,11 @@ class Sampling(Loose):
     stop: Text | list[Text] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=100)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    max_tokens: Annotated[int, Field(ge=-1, description="-1 or absent: what fits into the context")] | None = None
+    max_tokens: MaxTokens | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
-
-    @field_validator("max_tokens")
-    @classmethod
-    def not_zero(cls, value):
-        if value == 0:
-            raise ValueError("must be at least 1, or -1 for what fits into the context")
-        return value
 
     @property
     def include_usage(self) -> bool:
@@ -179,7 +180,7 @@ def refuse(request: Loose, refused: dict[str, str]) -> None:
 
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(fail_fast=True), Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=-1)] | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True), Field(max_length=128)] | None = None
@@ -188,11 +189,6 @@ class ChatRequest(Sampling):
     modalities: list[str] | None = None
     chat_template_kwargs: TemplateArguments | None = None
     open_thinking: bool | None = None
-
-    @field_validator("max_completion_tokens")
-    @classmethod
-    def also_not_zero(cls, value):
-        return cls.not_zero(value)
 
     @model_validator(mode="after")
     def consistent(self):
@@ -252,17 +248,3 @@ class CompletionRequest(Sampling):
 
     def sampling_params(self, most_tokens: int | None, defaults: dict) -> SamplingParams:
         return self.params(self.logprobs, self.max_tokens, most_tokens, defaults)
-
-
-# ------------------------------------------------------------------------------------------------------------- errors
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """Every refusal, whatever its status."""
-
-    error: ErrorDetail
