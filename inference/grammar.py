@@ -17,8 +17,8 @@ from pathlib import Path
 
 NAMES = {"json": "JSON schema", "regex": "regex", "choice": "choice", "grammar": "grammar", "calls": "set of tools"}
 LONGEST = {"json": 65536, "regex": 8192, "choice": 65536, "grammar": 16384, "calls": 131072}  # characters
-# JSON as the model has learned it: ", " and ": " between, no other white space. Where white space is free, a small model
-# fills its answer with it.
+# JSON as the model has learned it: ", " and ": " between, no other white space. Where white space is free, a small
+# model fills its answer with it.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # llguidance's counters; its own are five times as large. A step of the batch waits for the slowest of its masks.
 LIMITS = {
@@ -173,7 +173,9 @@ def compiled(grammar: Grammar, tokenizer=None):
         matcher.compute_bitmask()
         fault = matcher.get_error() or ("nothing matches it" if matcher.is_stopped() else "")
     if fault:
-        fault = "nothing matches it" if fault.startswith("NoExtension") else fault.strip().splitlines()[0]
+        # A fault of a regex is several lines, of which the last says what is wrong.
+        lines = [line for line in fault.splitlines() if line.startswith("error: ")] or fault.strip().splitlines()
+        fault = "nothing matches it" if fault.startswith("NoExtension") else lines[0].removeprefix("error: ")
         raise ValueError(f"{grammar.name} cannot be held: {fault[:200]}")
     matcher.reset()
     return matcher

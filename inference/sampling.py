@@ -211,7 +211,7 @@ def choose(logits: Tensor, samplers: list[Sampler]) -> list[int]:
 
 
 def _adjust(logits: Tensor, samplers: list[Sampler]) -> Tensor:
-    """Penalties, biases and grammars, for the rows that have any: most requests have none, and (B, V) tensors are large."""
+    """Penalties, biases and grammars, for the rows that have any: most have none, and (B, V) tensors are large."""
     params = [sampler.params for sampler in samplers]
 
     def there(x, dtype=None) -> Tensor:

@@ -231,15 +231,6 @@ class ToolCall:
     arguments: str  # JSON text
 
 
-def begun_call(name: str | None) -> str:
-    """The beginning of a call of this tool, or of any. Put after the prompt it forces the model to go on with a call.
-
-    It must end where a token ends in the texts that the model has learned from. A blank or a quotation mark is often
-    part of the token of the next word, so neither may come last.
-    """
-    return f'{CALL}\n{{"name": {to_json(name)}, "arguments":' if name else f'{CALL}\n{{"name":'
-
-
 def parse_call(text: str, names: set[str]) -> ToolCall | None:
     """The call inside a tool_call block; None where it is no valid call, or one of a tool that was not offered."""
     try:
@@ -260,15 +251,19 @@ class AnswerReader:
     """Turns the pieces of an answer into parts: ("reasoning", text), ("content", text), ("call", ToolCall).
 
     thinking: the prompt has opened a think block. names: the tools offered; with none no block is a call.
-    one_call: what follows the first call is dropped.
+    one_call: what follows the first call is dropped. one_line: a grammar keeps each call on a line of its own.
 
     An answer without tags comes out letter for letter. White space around blocks is dropped. A block that is no valid
     call, or that never ends, stays text.
     """
 
-    def __init__(self, thinking: bool = False, names: set[str] = frozenset(), one_call: bool = False):
+    def __init__(
+        self, thinking: bool = False, names: set[str] = frozenset(), one_call: bool = False, one_line: bool = False
+    ):
         self.think = ThinkingStream(thinking)
         self.names, self.one_call = names, one_call
+        # In a call of one line a "</tool_call>" may stand inside a string, but none after a line end.
+        self.call_end = "\n" + CALL_END if one_line else CALL_END
         self.called = False
         self.held = ""  # text that may turn out to be a block, or white space before one
         self.trim = False  # a block has just ended: white space at the beginning of what follows is dropped
@@ -297,17 +292,17 @@ class AnswerReader:
         # First the blocks that are complete,
         while CALL in self.held:
             begin = self.held.index(CALL)
-            end = self.held.find(CALL_END, begin)
+            end = self.held.find(self.call_end, begin)
             if end < 0:
                 break
             call = parse_call(self.held[begin + len(CALL) : end], self.names)
             if call is None:  # it stays text, tags and all
-                parts += self._content(end + len(CALL_END))
+                parts += self._content(end + len(self.call_end))
                 continue
             parts += self._content(len(self.held[:begin].rstrip()))
             if not (self.called and self.one_call):
                 parts.append(("call", call))
-            self.held = self.held[self.held.index(CALL_END) + len(CALL_END) :]
+            self.held = self.held[self.held.index(self.call_end) + len(self.call_end) :]
             self.called = self.trim = True
         # then the rest: at the end all of it, before the end what cannot belong to a block. White space waits, because
         # it is dropped if a block follows.

@@ -3,6 +3,8 @@
   OpenAI      response_format, tool_choice, strict tools
   vLLM        structured_outputs, and the older guided_json, guided_regex, guided_choice, guided_grammar
   llama.cpp   json_schema, grammar
+
+What llguidance cannot hold is refused with 400, in words.
 """
 
 import asyncio
@@ -98,7 +100,7 @@ class Formed(Loose):
         found += self.structured_outputs.grammars() if self.structured_outputs else []
         found += [form] if self.response_format and (form := self.response_format.grammar()) else []
         if len(found) > 1:
-            raise ValueError("an answer has one form; this request asks for several (response_format, guided_json, ...)")
+            raise ValueError("an answer has one form; this request asks for several (response_format, guided_...)")
         return found[0] if found else None
 
 

@@ -63,10 +63,9 @@ class Choice:
 class ChatChoice(Choice):
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, index: int, tokens: Tokens, end_tokens: frozenset[int], reader: AnswerReader, begun: str = ""):
-        """begun: text of the answer that stands in the prompt."""
+    def __init__(self, index: int, tokens: Tokens, end_tokens: frozenset[int], reader: AnswerReader):
         super().__init__(index, tokens, end_tokens)
-        self.reader, self.begun = reader, begun
+        self.reader = reader
         self.content = self.reasoning = ""
         self.calls: list[dict] = []
         self.logprobs: list[dict] | None = None
@@ -77,8 +76,7 @@ class ChatChoice(Choice):
     def feed(self, piece: Piece) -> list[dict]:
         """The stream's choices that a piece means."""
         shown = self._count(piece)
-        text, self.begun = self.begun + piece.text, ""
-        deltas = [self._add(kind, part) for kind, part in self.reader.feed(text, final=piece.finish_reason is not None)]
+        deltas = [self._add(kind, part) for kind, part in self.reader.feed(piece.text, piece.finish_reason is not None)]
         logprobs = None
         if shown is not None:
             # A piece may mean several deltas, or none while text is held back; its log-probabilities go out once.
