@@ -4,10 +4,11 @@ Legend: B rows, V vocabulary. A grammar speaks of bytes, a model of tokens: llgu
 the vocabulary and keeps those along which the grammar can go on (about 20 us for 6,400). Nothing is ever taken back.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -59,13 +60,19 @@ class Grammars:
         self.start, self.header = entries.get("<|im_start|>"), encode_text(tokenizer, "assistant\n")
         blank = encode_text(tokenizer, "\n\n")
         self.blank = blank[0] if len(blank) == 1 else None
-        self.not_the_end = np.ones(vocab_size, dtype=bool)
-        self.not_the_end[list(end_tokens)] = False
         self.vocab_size = vocab_size
+        self.the_end = self.bits(sorted(end_tokens))
+        self.not_the_end = ~self.the_end
 
     def matcher(self, grammar: Grammar, prompt: list[int]) -> "Matcher":
         """For one answer to the prompt. Raises ValueError for a grammar that cannot be held."""
         return Matcher(self, grammar, self.compiled(grammar), *self._thought(prompt))
+
+    def bits(self, tokens: list[int]) -> np.ndarray:
+        """A set of tokens as llguidance writes it: a bit each, the first in a byte's lowest place."""
+        mask = np.zeros(self.vocab_size, dtype=bool)
+        mask[tokens] = True
+        return np.packbits(mask, bitorder="little")
 
     def _thought(self, prompt: list[int]) -> tuple[bool, bool]:
         """-> whether the prompt has opened a think block, and whether the answer may open one: only a chat's may."""
@@ -91,24 +98,23 @@ class Matcher:
         self.parser = prototype.deep_copy() if self.begins is None else None  # None: nothing holds now
         self.ended = self.failed = False
 
-    def allowed(self, logits: Tensor) -> np.ndarray | None:
-        """(V,) bool: what may come next; None: anything. logits (V,): the model's own wish whether to think."""
+    def allowed(self, logits: Tensor, row: int) -> np.ndarray | None:
+        """A bit a token: what may come next; None: anything. logits (B, V) say whether the model would think."""
         grammars = self.grammars
         if self.thinking:  # an answer that ends in its thoughts has no form
             return grammars.not_the_end if self.begins is None else None
         # Whether it thinks is the model's choice: yes where that is its best token, before the grammar is asked.
-        if self.may_think and int(logits.argmax()) == grammars.tag["<think>"]:
-            return self._only([grammars.tag["<think>"]])
+        if self.may_think and int(logits[row].argmax()) == grammars.tag["<think>"]:
+            return grammars.bits([grammars.tag["<think>"]])
         if self.parser is None:
             return None
-        bits = np.frombuffer(self.parser.compute_bitmask(), dtype=np.uint8)
-        mask = np.unpackbits(bits, count=grammars.vocab_size, bitorder="little").view(bool)
-        if self.parser.is_error() or not mask.any():  # llguidance's limits are reached: the answer cannot go on
+        bits = np.frombuffer(self.parser.compute_bitmask(), dtype=np.uint8, count=len(grammars.the_end))
+        if self.parser.is_error():  # llguidance's limits are reached: the answer cannot go on
             self.failed = True
-            return self._only(sorted(grammars.end_tokens))
+            return grammars.the_end
         if self.blank_may_come and grammars.blank is not None:
-            mask[grammars.blank] = True
-        return mask
+            bits = bits | grammars.bits([grammars.blank])
+        return bits
 
     def accept(self, token: int) -> None:
         tag = self.grammars.tag
@@ -129,18 +135,22 @@ class Matcher:
         elif self.parser.is_stopped():
             self.parser = None
 
-    def _only(self, tokens: list[int]) -> np.ndarray:
-        mask = np.zeros(self.grammars.vocab_size, dtype=bool)
-        mask[tokens] = True
-        return mask
-
 
 def keep_allowed(logits: Tensor, matchers: list[Matcher | None]) -> Tensor:
     """logits (B, V): -inf where a row's grammar does not allow the token. Rows without a grammar stay as they are."""
-    held = [(i, matcher.allowed(logits[i])) for i, matcher in enumerate(matchers) if matcher is not None]
-    held = [(i, mask) for i, mask in held if mask is not None]
+    held = [(i, matcher.allowed(logits, i)) for i, matcher in enumerate(matchers) if matcher is not None]
+    held = [(i, bits) for i, bits in held if bits is not None]
     if not held:
         return logits
-    rows, masks = zip(*held, strict=True)
-    index, forbidden = upload(list(rows), logits.device), upload(torch.from_numpy(~np.stack(masks)), logits.device)
-    return logits.index_copy(0, index, logits.index_select(0, index).masked_fill(forbidden, float("-inf")))
+    rows, bits = zip(*held, strict=True)
+    masks = upload(torch.from_numpy(np.stack(bits)).int(), logits.device)  # (rows, V / 8)
+    # A look-up of eight entries at a time and a sum: on a CPU several times faster than masked_fill.
+    added = F.embedding(masks, _of_a_byte(logits.device)).flatten(1)[:, : logits.shape[1]]
+    return logits.index_add(0, upload(list(rows), logits.device), added)
+
+
+@cache
+def _of_a_byte(device: torch.device) -> Tensor:
+    """(256, 8): what each of a byte's eight bits adds to a logit, 0 where it is set and -inf where not."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.where(torch.from_numpy(bits) > 0, 0.0, float("-inf")).to(device)
