@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import jsonschema
@@ -294,6 +295,26 @@ def test_tools_and_a_form_in_one_request(client):
 def test_refused_in_words_with_400(client, fields, words):
     with pytest.raises(openai.BadRequestError, match=re.escape(words)):
         ask(client, extra_body=fields)
+
+
+def test_a_slow_schema_holds_up_nobody_and_is_tried_once(client, monkeypatch):
+    monkeypatch.setattr(grammars, "CHECK_SECONDS", 1.5)
+    slow, known, refused = {"type": "integer", "multipleOf": 1000003}, {"guided_choice": ["tea", "coffee"]}, []
+
+    def hostile():
+        with pytest.raises(openai.BadRequestError, match="more than 1.5 seconds") as caught:
+            ask(client, extra_body={"guided_json": slow})
+        refused.append(caught.value.code)
+
+    ask(client, extra_body=known)
+    thread = threading.Thread(target=hostile)
+    thread.start()
+    assert ask(client, extra_body=known).choices and not refused  # answered while the slow one is tried
+    thread.join()
+    assert refused == ["unsupported_form"]
+    begin = time.monotonic()
+    hostile()
+    assert time.monotonic() - begin < 1
 
 
 # -------------------------------------------------------------------------------------------- random bounded schemas
