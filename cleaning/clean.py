@@ -7,8 +7,8 @@ The rows of a folder go through three steps:
   find    the copies among them (cleaning/dedup.py)
   write   the files of the stage
 
-All of it happens in the folder OUT.building, which is renamed to OUT when it is whole; a killed run begins again. The
-output depends only on the input, the settings and the seed, not on the number of workers.
+All of it happens in the folder OUT.building, which is renamed to OUT when it is whole; a killed run begins again. What
+is written depends on the input, the settings and the seed only, not on the number of workers.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ WRITTEN = {"summary.json", "dropped.jsonl", *(f"{to}{end}.jsonl" for to in SHAPE
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything but the input that decides the output."""
+    """What decides the output, beside the input."""
 
     to: str = "pretrain"
     profile: Profile = PROFILES["default"]
@@ -58,10 +58,7 @@ class Settings:
 
 # ----------------------------------------------------------------------------------------------- functions over rows
 def clean_row(raw: str | dict, settings: Settings) -> dict:
-    """A raw row -> the row in its stage's shape, normalised and checked; BadRow if it is to be dropped.
-
-    This is all that cleaning does to a single row. Copies are found later, among all rows.
-    """
+    """One raw row in its stage's shape, normalised and found good; raises BadRow. The whole of cleaning for a row."""
     row = normalise_row(to_row(parse_record(raw), SHAPE[settings.to], settings.text_key))
     check_rendering(row)
     check_row(row, settings.profile)
@@ -69,7 +66,7 @@ def clean_row(raw: str | dict, settings: Settings) -> dict:
 
 
 def row_text(row: dict) -> str:
-    """The text of a row, by which copies are found and characters counted."""
+    """All text by which rows are compared and counted."""
     if "text" in row:
         return row["text"]
     messages = row["conversations"] if "conversations" in row else [*row["chosen"], row["rejected"][-1]]
@@ -80,7 +77,7 @@ def row_text(row: dict) -> str:
 def clean_batch(batch, files: list[str], settings: Settings) -> Cleaned:
     """[(file, line, whether it was GB18030, raw row), ...] -> Cleaned. Runs in a worker.
 
-    The worker also makes the lines of JSON and the fingerprints. Only one process writes, so it must have little to do.
+    The worker also turns rows into lines and fingerprints, so that the one process that writes has little to do.
     """
     kept, dropped, origins, keys, signatures, counts, converted = [], [], [], [], [], Counter(), 0
     for source, line, was_gb18030, raw in batch:
@@ -99,13 +96,12 @@ def clean_batch(batch, files: list[str], settings: Settings) -> Cleaned:
         keys.append(exact_key(text))
         if settings.dedup == "near":
             signatures.append(signature(text))
-    # None, not an empty array: all rows of a batch may be dropped, and np.stack needs at least one.
     stacked = np.stack(signatures) if signatures else None
     return Cleaned(b"".join(kept), b"".join(dropped), origins, keys, stacked, counts, converted)
 
 
 def json_line(row: dict) -> bytes:
-    """A line of JSON. A dropped row of a Parquet file may hold dates and bytes: they are written as Python's str()."""
+    """A line of JSON; dates and bytes, which only a dropped row of a Parquet file can hold, as Python writes them."""
     return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
 
 
@@ -164,11 +160,11 @@ def _inputs(paths, settings: Settings) -> tuple[list[Path], list[Path], list[flo
         found, unknown = find_files(path)
         files, others = files + found, others + unknown
         weights += [settings.weights[i] if settings.weights else 1.0] * len(found)
-    weight_of = {}  # a file can be given twice, by its own name and by its folder
+    weight_of = {}  # a file can be named twice, by itself and by its folder
     for file, weight in zip(files, weights):
         if weight_of.setdefault(file.resolve(), weight) != weight:
             raise UserError(f"{file} is given twice with different --weights; name it once")
-    for file in files:  # a missing column would drop every row, and the user would learn it at the end
+    for file in files:  # an hour's work should not end in "no row is left" for a column's name
         columns = columns_of(file, settings.encoding)
         if columns is not None and not knows(columns, SHAPE[settings.to], settings.text_key):
             raise UserError(
@@ -179,7 +175,7 @@ def _inputs(paths, settings: Settings) -> tuple[list[Path], list[Path], list[flo
 
 
 def _check_places(paths, files, out: Path):
-    """UserError where input and output overlap: the next run would read its own output, or delete its input."""
+    """The output must stand apart from the input, or the next run would read it, or delete what it reads."""
     if out.name in ("", ".."):
         raise UserError(f"--out_dir {out}: give the new folder a name")
     target = out.resolve()
@@ -228,8 +224,7 @@ def _raw_rows(files: list[Path], settings: Settings):
 
 def _damaged(files, counts: Counter) -> dict[str, int]:
     """{name: rows that were read} of the files whose rest could not be."""
-    # The entry UNREADABLE stands for the rest of a file, so it is not counted as a row.
-    found = [source for source, reason in counts if reason == UNREADABLE]
+    found = [source for source, reason in counts if reason == UNREADABLE]  # one such entry, which is no row
     return {str(files[i]): sum(n for (source, _), n in counts.items() if source == i) - 1 for i in found}
 
 
@@ -271,7 +266,7 @@ def _write_rows(work: Work, files, weights, of, similarity, settings: Settings) 
         for i, line in enumerate(rows):
             source, number, length = origins[i].tolist()
             if of[i] >= 0:
-                # A near copy can have an estimated similarity of 1.0 too; it is an exact copy only if the keys are equal.
+                # A near copy can have an estimated similarity of 1.0; only equal keys make an exact one.
                 reason = "exact copy" if similarity[i] == 1.0 and keys[i] == keys[of[i]] else "near copy"
                 counts[source, ""] -= 1
                 counts[source, reason] += 1
@@ -280,8 +275,7 @@ def _write_rows(work: Work, files, weights, of, similarity, settings: Settings) 
                     detail = f"{similarity[i]:.2f} like {files[first]}:{at}"
                     outputs["dropped"].write(dropped_line(reason, detail, str(files[source]), number, json.loads(line)))
                 continue
-            # The hash of the text decides what is held out, not the row's place. So a row stays on its side when files
-            # are added or come in another order.
+            # The hash of the text decides, not the row's place: another order or more files move no row across.
             key = _prompt_key(line) if settings.to == "dpo" else int(keys[i])
             held, copies = _fate(key, weights[source], settings)
             outputs["heldout" if held else ""].write(line * copies)
@@ -294,16 +288,15 @@ def _write_rows(work: Work, files, weights, of, similarity, settings: Settings) 
 
 
 def _prompt_key(line: bytes) -> int:
-    """The key of a pair's prompt: either all pairs of a prompt are held out, or none."""
+    """Of the prompt of a pair: all pairs of a prompt are held out, or none."""
     return exact_key(row_text({"conversations": json.loads(line)["chosen"][:-1]}))
 
 
 def _fate(key: int, weight: float, settings: Settings) -> tuple[bool, int]:
-    """(whether the row is held out, how often it is written). Depends on the key and the seed alone.
+    """(whether the row is held out, how often it is written), by its text (a pair's prompt) and the seed alone.
 
-    Rows of weight 0 are never held out: nothing of their path goes into the output.
+    Rows of weight 0 are never held out: they are of a path that the output should know nothing of.
     """
-    # Two independent numbers in [0, 1): one decides about holding out, one about the fraction of a weight.
     digest = hashlib.blake2b(f"{settings.seed} {key}".encode(), digest_size=16).digest()
     held, share = (int.from_bytes(half, "little") / 2**64 for half in (digest[:8], digest[8:]))
     if weight and held < settings.heldout:

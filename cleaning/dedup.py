@@ -7,9 +7,9 @@ shingles: similarity 0.73 / (2 - 0.73) = 0.57. Candidates share one of 40 bands 
 does with probability 1 - (1 - s^4)^40, which is 0.99 at 0.57, 0.27 at 0.3 and 4e-7 at 0.01, where unrelated texts lie.
 A candidate counts if its estimate reaches THRESHOLD, three standard errors below 0.57.
 
-Each band has a file of its own, 16 bytes a text. The files are read one at a time, so two million texts need 1.3 GB of
-disk and a few hundred MB of memory. For texts shorter than NEAR_UNITS only exact copies are found: short answers in the
-same words (小满是夏季的节气, 秋分是秋季的节气) are similar, but teach different facts.
+One file a band, 16 bytes a text: each is read alone, sorted and let go, so two million texts need 1.3 GB of
+disk and a few hundred MB of memory. Texts shorter than NEAR_UNITS are compared exactly only: among short answers a
+sentence that fits two facts (小满是夏季的节气, 秋分是秋季的节气) makes texts alike that teach different things.
 """
 
 import functools
@@ -88,10 +88,10 @@ class Fingerprints:
 
 
 def find_copies(prints: Fingerprints, threshold: float = THRESHOLD) -> tuple[np.ndarray, np.ndarray]:
-    """(of, similarity), one entry per text: the earlier text that it is a copy of, or -1; and how similar they are.
+    """(of, similarity), one entry a text: the earlier text it is a copy of, or -1, and how near it is.
 
-    The first of several copies stays, and `of` always names a text that stays. If B is near A and C is near B, C is
-    dropped only if it is near A itself. Similarity is 1 for exact copies.
+    The first of several copies stays. `of` always names a text that stays: a chain of small changes is not followed,
+    so that nothing is dropped for a text that it is not itself near to. Similarity is 1 for exact copies.
     """
     keys = prints.keys()
     of, similarity = np.full(len(keys), -1, np.int64), np.zeros(len(keys), np.float32)
@@ -100,8 +100,8 @@ def find_copies(prints: Fingerprints, threshold: float = THRESHOLD) -> tuple[np.
     pairs = _candidates(prints, of)  # of the texts that are left
     near = _estimate(prints, pairs)
     chosen = near >= threshold
-    # The pairs ascend by the later text. So when a pair comes up, it is already known whether its earlier text stays. If
-    # it does not, the pair is passed over: the later text may not be near to the text that stays.
+    # Ascending by the later text: when a pair comes up, it is settled whether its earlier text stays. If that is a copy
+    # itself, the later one may be near to it and yet not near to the text that stays.
     for (earlier, later), value in zip(pairs[chosen].tolist(), near[chosen].tolist()):
         if of[earlier] < 0 and value > similarity[later]:
             of[later], similarity[later] = earlier, value
@@ -109,7 +109,7 @@ def find_copies(prints: Fingerprints, threshold: float = THRESHOLD) -> tuple[np.
 
 
 def _same_key(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(first, later): each text that is not the first with its key, and that first text."""
+    """(first, later): for each text that is not the first of its key, the first."""
     # A stable sort brings equal keys together and keeps the texts of one key in their order, so each run of equal keys
     # begins with the first text. `maximum.accumulate` carries the place of the run's beginning along the run.
     order = np.argsort(keys, kind="stable")
@@ -122,16 +122,15 @@ def _same_key(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _candidates(prints: Fingerprints, of: np.ndarray) -> np.ndarray:
     """(m, 2) pairs (earlier, later) that share a band, ascending by the later text.
 
-    In a group of texts that share a band, each text is paired with the group's first text and with the one before it.
-    That is two pairs per text however large the group is; the other bands make up for pairs that one leaves out.
+    Of a group that shares a band each text is paired with the group's first and with its own predecessor: two pairs a
+    text however large the group is, and forty bands make up for what one leaves out.
     """
     pairs = np.zeros(0, np.uint64)
     for band in prints.bands():
         used = np.flatnonzero(band.any(axis=1) & (of < 0))  # neither too short nor an exact copy
         # The band's four numbers as one of 64 bits, so that texts can be sorted by it.
         words = np.ascontiguousarray(band[used]).view(np.uint64)
-        # A chance match of two texts does no harm: _estimate compares their whole signatures.
-        keys = words[:, 0] * np.uint64(0x9E3779B97F4A7C15) ^ words[:, 1]
+        keys = words[:, 0] * np.uint64(0x9E3779B97F4A7C15) ^ words[:, 1]  # a chance match is no harm: it is verified
         for earlier, later in (_same_key(keys), _predecessors(keys)):
             # A pair as one number, the later text in the upper half: sorting sorts by the later text.
             found = used[earlier].astype(np.uint64) | used[later].astype(np.uint64) << np.uint64(32)

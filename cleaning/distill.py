@@ -1,8 +1,8 @@
 """Black-box distillation: a teacher behind an OpenAI-compatible API answers prompts, the answers become rows for SFT.
 
-Every answer is appended to a journal (OUT.answers) as soon as it comes, so no answer is paid for twice: after a kill or
-a limit the same command goes on with the prompts that have no answer yet. The rows are written from the journal in the
-order of the prompts, so the output does not depend on the order of the answers.
+Every answer is appended to a journal (OUT.answers) the moment it comes, so that a run that is killed, or stopped by a
+limit, is paid for once: the same command goes on with the prompts that have no answer yet. The rows are written from
+the journal in the order of the prompts, so the output does not depend on the order in which answers came.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from common.errors import RunFailed, UserError
 from common.files import lock, named, replaced
 from data.prompts import as_messages, read_prompts
 
-REFUSED_IN_A_ROW = 20  # failed prompts one after another that end the run: the server is probably gone
+REFUSED_IN_A_ROW = 20  # so many failed prompts one after another end the run: the server is gone
 
 
 def distill(path, out, teacher: ChatApi, system=None, in_flight=4, max_requests=None, token_budget=None) -> dict:
@@ -65,7 +65,7 @@ def _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests
     with ThreadPoolExecutor(in_flight) as pool, bar:
         try:
             while True:
-                # Requests under way count against the budget as if each answer took max_tokens (prompts not counted).
+                # An answer costs at most max_tokens beside its prompt: what is under way counts against the budget.
                 spent = journal.tokens + len(under_way) * teacher.max_tokens
                 while len(under_way) < in_flight and (token_budget is None or spent < token_budget):
                     if (i := next(todo, None)) is None:
@@ -87,8 +87,7 @@ def _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests
                         raise RunFailed(f"{failures} prompts failed one after another ({said}); "
                                         "the same command goes on")  # fmt: skip
         except BaseException:
-            # Wait for the requests under way and keep their answers, because they are paid for.
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # waits for the requests under way: their answers are paid for
             for done, i in under_way.items():
                 if not done.cancelled() and not done.exception():
                     journal.append(i, done.result())
@@ -109,7 +108,7 @@ def _questions(path) -> list[list[dict]]:
 
 
 class Journal:
-    """The answers so far, a line of JSON each. The first line names prompts and settings, which must not change."""
+    """Answers so far, a line of JSON each, behind a first line that names prompts and settings."""
 
     def __init__(self, out: Path, prompts, settings: dict):
         self.path = out.with_name(f"{out.name}.answers")
@@ -119,7 +118,7 @@ class Journal:
         out.parent.mkdir(parents=True, exist_ok=True)
         self.file = lock(self.path, f"another run is asking for {out}; wait for it, or name another --out")
         data = self.file.read()
-        whole = data[: data.rfind(b"\n") + 1]  # a kill may have left a part of a line at the end
+        whole = data[: data.rfind(b"\n") + 1]  # a kill may have cut the last line
         self.file.truncate(len(whole))
         if whole:
             self._read(head, *whole.splitlines())

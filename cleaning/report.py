@@ -1,7 +1,7 @@
 """What is in a stage file: rows, characters, tokens, lengths, languages, copies, turns, samples.
 
-One pass in batches on all cores. Fingerprints go to a temporary folder (648 bytes a row). In memory there are the
-lengths, 12 bytes a row, and at the end the search for copies, some 200 bytes a row (docs/data.md, section 3).
+One pass in batches on all cores; fingerprints go to a temporary folder (648 bytes a row), so what grows in memory is
+the lengths, 12 bytes a row, and at the end the search for copies, some 200 bytes a row (docs/data.md, section 3).
 """
 
 import heapq
@@ -36,7 +36,7 @@ BATCH_CHARS = 2**17  # handed to a worker at a time
 
 
 class Measured(NamedTuple):
-    """The figures of one batch: a list has an entry for each usable row, a number is the sum over them."""
+    """Of the rows of one batch."""
 
     characters: list[int]
     utf8_bytes: int
@@ -95,8 +95,7 @@ def describe(path, tokenizer_path=None, samples=3, seed=42, plot=None, workers=1
     if not len(of):
         raise UserError(f"{path} holds no usable rows")
     characters, tokens, turns = map(np.concatenate, (characters, tokens, turns))
-    # Signatures of near copies can be equal, so exact copies are told by their keys.
-    exact = int(((of >= 0) & (keys == keys[of])).sum())
+    exact = int(((of >= 0) & (keys == keys[of])).sum())  # a near copy can have an equal signature, not an equal key
     result = {
         "stage": "report", "file": str(path), "kind": kind, "rows": len(of), "bad_rows": totals["bad"],
         "characters": int(characters.sum()), "utf8_bytes": totals["bytes"], "tokens": int(tokens.sum()),
@@ -159,7 +158,7 @@ def histogram_of(values: np.ndarray) -> dict[str, int]:
 
 
 def print_report(result: dict) -> None:
-    """Prints the figures."""
+    """The figures for a reader."""
     rows = result["rows"]
     print(f"{result['file']}: {rows:,} rows of {KINDS[result['kind']]}"
           + (f", {result['bad_rows']:,} bad rows left out" if result["bad_rows"] else ""))  # fmt: skip
@@ -180,7 +179,7 @@ def print_report(result: dict) -> None:
 
 
 def check_plot(path) -> None:
-    """UserError, before any work is done, where no plot can be drawn or written."""
+    """UserError where no plot can be drawn there: said before the work."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs the package matplotlib: pip install matplotlib")
     if Path(path).suffix not in PLOTS:

@@ -1,4 +1,4 @@
-"""The folder in which cleaning works, beside its output; and what reading leaves there for the later steps."""
+"""The folder in which a long job works beside its output, and what reading leaves there for the steps after it."""
 
 import os
 import shutil
@@ -13,14 +13,14 @@ from cleaning.dedup import Fingerprints
 from common.errors import UserError
 from common.files import lock, named
 
-UNFINISHED = "work"  # a folder inside the new one, deleted before the new one gets its name
+UNFINISHED = "work"  # the folder, in the new one, of what is deleted before the new one gets its name
 
 
 class Cleaned(NamedTuple):
-    """The result of a worker for one batch."""
+    """What a worker makes of a batch. Lines of JSON, ready to be written, in the order of the rows."""
 
-    kept: bytes  # lines of JSON, in the order of the rows
-    dropped: bytes  # the same for the dropped rows, if they are kept
+    kept: bytes
+    dropped: bytes
     origins: list[tuple[int, int, int]]  # of each kept row: file, line, characters
     keys: list[int]
     signatures: np.ndarray | None
@@ -32,8 +32,8 @@ class Cleaned(NamedTuple):
 def new_folder(folder: Path, written: set[str]):
     """A new folder for this process alone. When the block ends it is deleted, unless `publish` has renamed it.
 
-    written: the names that a run writes. A folder that a killed run left under this name is deleted first. UserError
-    where it holds other names, because it may then be the user's.
+    What a killed run left under this name is deleted first; UserError where it holds more than that: written, the names
+    that a run writes.
     """
     try:
         # The lock lies beside the folder, so that it is neither deleted nor published with it.
@@ -57,24 +57,24 @@ def new_folder(folder: Path, written: set[str]):
 
 
 def foreign(folder: Path, ours: set[str]) -> str | None:
-    """The first name in a folder that is not one of ours, or None. A folder with such a name is never deleted."""
+    """The first name in a folder that is none of ours: such a folder is never deleted."""
     return min({path.name for path in folder.iterdir()} - ours, default=None)
 
 
 def publish(building: Path, out: Path, overwrite: bool):
-    """Renames the finished folder to `out`. An earlier output stays until here and is deleted now."""
+    """Renames the new folder, which is whole, to `out`. An earlier output is deleted only now."""
     shutil.rmtree(building / UNFINISHED)  # rows and fingerprints, which only this run needed
     if out.exists():
         if not overwrite and any(out.iterdir()):
             raise UserError(f"{out} appeared during this run; move it elsewhere and give the same command again")
-        # The summary goes first: if a kill leaves a part of the folder, it is not taken for a finished output.
+        # Without its summary a folder does not pass for finished, should a kill leave a part of it.
         (out / "summary.json").unlink(missing_ok=True)
         shutil.rmtree(out)
     os.rename(building, out)
 
 
 class Work:
-    """What reading has found so far: rows, their origins and fingerprints in files, counts in memory."""
+    """What reading has found so far. Rows and fingerprints in files of a folder, appended to; counts in memory."""
 
     def __init__(self, folder: Path, near: bool, keep_dropped: bool):
         self.folder, unfinished = folder, folder / UNFINISHED

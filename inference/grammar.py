@@ -11,7 +11,7 @@ its work, but not all of it, and a thread cannot be stopped. A process can.
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -65,12 +65,15 @@ class Grammar:
         try:
             schema = json.loads(schema) if isinstance(schema, str) else schema
             schema = {} if schema is True else schema
-            text = json.dumps(schema, ensure_ascii=False)  # before any walk over it: json counts the levels
-        except (ValueError, TypeError, RecursionError):
-            raise ValueError("the schema is not JSON, or nested too deeply") from None
-        if not isinstance(schema, dict):
-            raise ValueError(f"a JSON schema is an object, not {text[:40]}")
-        return cls("json", json.dumps(closed(schema), ensure_ascii=False))
+            text = json.dumps(schema, ensure_ascii=False)
+            if not isinstance(schema, dict):
+                raise ValueError(f"a JSON schema is an object, not {text[:40]}")
+            grammar = cls("json", text)  # before the schema is gone through: a long one is refused at once
+            return replace(grammar, text=json.dumps(closed(schema), ensure_ascii=False))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"the schema is not JSON: {error}") from None
+        except RecursionError:
+            raise ValueError("the schema is nested too deeply") from None
 
     @classmethod
     def choice(cls, texts: list[str]) -> "Grammar":
@@ -213,11 +216,11 @@ def refusal(grammar: Grammar) -> str:
 def main() -> None:
     try:
         import resource
-    except ImportError:  # Windows has no such limits
-        pass
-    else:
-        resource.setrlimit(resource.RLIMIT_AS, (CHECK_BYTES, CHECK_BYTES))
+
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (CHECK_BYTES, CHECK_BYTES))
+    except (ImportError, ValueError, OSError):  # Windows has no such limits, macOS not this one: the time is bounded
+        pass
     try:
         compiled(Grammar(**json.load(sys.stdin)))
     except ValueError as error:

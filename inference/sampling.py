@@ -88,6 +88,8 @@ class SamplingParams:
             faults.append(f"stop must be strings of at least one character, not {self.stop!r}")
         if not all(isinstance(b, int | float) and math.isfinite(b) for b in self.logit_bias.values()):
             faults.append("logit_bias must map token ids to numbers")
+        if not isinstance(self.grammar, Grammar | None):
+            faults.append(f"grammar must be a Grammar, as Grammar.json(schema) makes it, not {self.grammar!r:.60}")
         if faults:
             raise ValueError("; ".join(faults))
 
