@@ -11,7 +11,7 @@ DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 def typed(forget) -> Iterator[str]:
-    """The questions of a chat, until an empty line, Ctrl-D or Ctrl-C; at /clear forget() is called."""
+    """The questions of a chat, until an empty line, Ctrl-D or Ctrl-C. At /clear it calls forget()."""
     while True:
         try:
             question = input("> ").strip()
@@ -49,7 +49,7 @@ def print_answer(parts) -> str:
 
 
 def converse(source, settings: Settings, answered: Callable[[], None] = lambda: None) -> None:
-    """Question and answer by turns, to the end of typed(). answered: is called after each answer."""
+    """Asks the source (chat/sources.py) each question of typed(). answered: is called after each answer."""
     messages: list[dict] = []
     for question in typed(forget=messages.clear):
         messages.append({"role": "user", "content": question})
@@ -64,5 +64,5 @@ def converse(source, settings: Settings, answered: Callable[[], None] = lambda: 
 
 
 def note(text: str) -> None:
-    """A remark that is no part of the answer: standard error."""
+    """Prints a remark that is not part of the answer, to standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ MOST_CALLS = 8  # in one answer that must call
 
 
 class Loose(BaseModel):
-    """Unknown fields pass: clients send many that matter to other servers only (user, metadata, store, ...)."""
+    """Unknown fields are accepted: clients send many that concern other servers (user, metadata, store, ...)."""
 
     model_config = ConfigDict(extra="allow")
 

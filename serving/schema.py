@@ -1,8 +1,8 @@
-"""What a request may hold: honoured, refused in words, or passed over because it changes nothing of the answer.
+"""The fields of a request. A field is followed, or refused in words, or ignored because it does not change the answer.
 
-Names and bounds are those of OpenAI's API (platform.openai.com/docs/api-reference), with the additions that vLLM and
-MiniMind have: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, chat_template_kwargs, open_thinking,
-reasoning_content.
+Names and bounds are those of OpenAI's API (platform.openai.com/docs/api-reference), with the additions of vLLM and
+MiniMind: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, chat_template_kwargs, open_thinking,
+reasoning_content. fail_fast: of a million wrong items in a list only the first one is reported.
 """
 
 from typing import Annotated, Any, Literal
@@ -100,7 +100,7 @@ class StreamOptions(Loose):
 
 
 class TemplateArguments(BaseModel):
-    """enable_thinking is Qwen3's name for it, open_thinking MiniMind's."""
+    """Two names of one switch: enable_thinking is Qwen3's, open_thinking MiniMind's."""
 
     model_config = ConfigDict(extra="forbid")
     enable_thinking: bool | None = None
@@ -109,7 +109,7 @@ class TemplateArguments(BaseModel):
 
 # ----------------------------------------------------------------------------------------------------------- requests
 class Sampling(Formed):
-    """What chats and completions have in common. A field that is null is absent."""
+    """What chats and completions have in common. null means that the field is absent."""
 
     model: str
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
@@ -137,7 +137,11 @@ class Sampling(Formed):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def params(self, logprobs: int | None, wanted_tokens: int | None, most_tokens: int | None, defaults: dict):
-        """-> SamplingParams. wanted_tokens: of the request; most_tokens: the server's limit; None: what fits."""
+        """-> SamplingParams.
+
+        wanted_tokens: the request's max_tokens; most_tokens: the server's limit; None: what fits into the context.
+        defaults: the server's, for fields that the request leaves out.
+        """
         limits = [n for n in (wanted_tokens if wanted_tokens != -1 else None, most_tokens) if n is not None]
         names = (
             "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -146,7 +150,7 @@ class Sampling(Formed):
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         chosen = defaults | given
         if chosen.get("temperature", 1) < 1e-4:
-            chosen["temperature"] = 0  # logits divided by less overflow, and the best token is as good as certain
+            chosen["temperature"] = 0  # dividing logits by so little overflows, and the best token is certain anyway
         chosen["top_k"] = max(chosen.get("top_k", 0), 0)  # -1 means all in some clients
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         stop = [text for text in stop if text]  # clients send [""] for an empty input field
@@ -168,6 +172,7 @@ REFUSED_IN_COMPLETIONS = REFUSED | {
 
 
 def refuse(request: Loose, refused: dict[str, str]) -> None:
+    """Raises ValueError where a field is set that would change the answer and cannot be followed."""
     for name, reason in refused.items():
         if (request.model_extra or {}).get(name) not in (None, False, [], {}, ""):
             raise ValueError(f"{name} is not supported: {reason}")
