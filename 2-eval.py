@@ -5,6 +5,7 @@
     python 2-eval.py --questions FILE.jsonl            score {"question", "answer", "rivals"?, "kind"?} rows
     python 2-eval.py --prompts FILE --compare A B      answers of several weights side by side, as Markdown
     ... --compare A B --judge http://HOST:PORT/v1      and have a third model score them (key: OPENAI_API_KEY)
+    ... --schema FILE.json                             every answer is JSON that a JSON schema allows
 
 In a chat: an empty line or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer. The last line of
 --questions, --prompts and --judge on standard output is a JSON object; every text is kept in its "answers_file".
@@ -13,6 +14,7 @@ In a chat: an empty line or Ctrl-D ends it, /clear forgets what was said, Ctrl-C
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from chat import terminal
@@ -25,6 +27,8 @@ from data.answer_match import is_right
 from data.prompts import as_messages, read_prompts
 from exams import judge
 from inference import open_model
+from inference.grammar import Grammar, compiled
+from inference.sampling import SamplingParams
 
 
 def parse(argv):
@@ -38,6 +42,7 @@ def parse(argv):
     )
     parser.add_argument("--judge_model", metavar="NAME", help="(the first one the server names)")
     parser.add_argument("--answers_file", metavar="FILE", help="(out/answers_<weights>_<file>.jsonl)")
+    parser.add_argument("--schema", metavar="FILE", help="JSON schema that answers must match (none)")
     parser.add_argument("--system", metavar="TEXT", help="system message (none)")
     parser.add_argument("--history", type=int, default=4, metavar="N", help="earlier exchanges the model sees (4)")
     parser.flag(
@@ -52,7 +57,24 @@ def parse(argv):
         raise UserError("--judge compares: give it --compare with two or more weights")
     if args.history < 0:
         raise UserError(f"--history must not be negative, but is {args.history}")
+    args.grammar = args.schema and read_schema(args.schema)
     return args
+
+
+def read_schema(path: str) -> Grammar:
+    """Raises UserError, before a model is opened, for a file that is no schema or one that cannot be held."""
+    try:
+        grammar = Grammar.json(Path(path).read_text(encoding="utf-8"))
+        compiled(grammar)
+        return grammar
+    except OSError as error:
+        raise UserError(f"cannot read the schema {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--schema {path}: {error}") from None
+
+
+def sampling(args, temperature: float) -> SamplingParams:
+    return replace(open_model.sampling(args, temperature), grammar=args.grammar)
 
 
 def open_chat(args, path):
@@ -62,7 +84,7 @@ def open_chat(args, path):
 
 
 def chat(args):
-    params = open_model.sampling(args, temperature=0.85)
+    params = sampling(args, temperature=0.85)
     engine = open_chat(args, open_model.find_weight(args))
     settings = Settings(
         args.system or "", args.history, args.thinking, max_tokens=params.max_tokens, temperature=params.temperature,
@@ -75,7 +97,7 @@ def answer_all(args, engine, rows):
     """Generates an answer to every row, side by side, and prints the speed."""
     prompts = [as_messages(row["prompt"], row.get("system", args.system)) for row in rows]
     begin = time.perf_counter()
-    answers = engine.generate(prompts, open_model.sampling(args, temperature=0))
+    answers = engine.generate(prompts, sampling(args, temperature=0))
     note(f"[{len(rows)} answers in {time.perf_counter() - begin:.1f} s: {engine.speed}]")
     return answers
 

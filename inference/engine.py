@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -22,6 +23,7 @@ from inference.cpu_kernels import prepacked
 from inference.log_probs import Score, score_sequences
 from inference.sampling import SamplingParams
 from inference.stream_text import Completion, Piece, Sequence, sequences
+from inference.token_mask import Grammars
 from model.tokenizer import encode_document, encode_text, render
 
 COMPILED = {"capacity": 1024, "compiled": {"mode": "reduce-overhead"}}  # few sizes of the cache: few graphs
@@ -68,6 +70,11 @@ class Engine:
         # transformers' configs have one end token or a list; the tokenizer may name another.
         ends = config.eos_token_id if isinstance(config.eos_token_id, list | tuple) else [config.eos_token_id]
         self.end_tokens = frozenset([*ends, getattr(self.tokenizer, "eos_token_id", None)]) - {None}
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What SamplingParams.grammar needs, made at the first one. ValueError without llguidance."""
+        return Grammars(self.tokenizer, self.vocab_size, self.end_tokens)
 
     # ------------------------------------------------------------------------------------------------ generation
     def generate(self, prompts: list, params: SamplingParams | list[SamplingParams] | None = None) -> list[Completion]:

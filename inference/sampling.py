@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from common.device import upload
+from inference.grammar import Grammar
+from inference.token_mask import Matcher, keep_allowed
 
 
 @dataclass
@@ -35,6 +37,8 @@ class SamplingParams:
                         model's own, before temperature, penalties and filters
     n                   answers to the one prompt
     ignore_eos          the model's own end token does not end the answer
+    grammar             what the answer must match, a think block before it apart; an answer that has come to its
+                        grammar's end ends
     """
 
     max_tokens: int | None = None
@@ -52,6 +56,7 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     ignore_eos: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -83,6 +88,8 @@ class SamplingParams:
             faults.append(f"stop must be strings of at least one character, not {self.stop!r}")
         if not all(isinstance(b, int | float) and math.isfinite(b) for b in self.logit_bias.values()):
             faults.append("logit_bias must map token ids to numbers")
+        if not isinstance(self.grammar, Grammar | None):
+            faults.append(f"grammar must be a Grammar, as Grammar.json(schema) makes it, not {self.grammar!r:.60}")
         if faults:
             raise ValueError("; ".join(faults))
 
@@ -153,10 +160,12 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------- a row's sampler
 class Sampler:
-    """The state of one sequence's sampling: its random numbers, and which tokens it has had."""
+    """The state of one sequence's sampling: its random numbers, which tokens it has had, where in its grammar it is."""
 
-    def __init__(self, params: SamplingParams, prompt: list[int], sample: int, vocab_size: int):
-        self.params, self.vocab_size = params, vocab_size
+    def __init__(
+        self, params: SamplingParams, prompt: list[int], sample: int, vocab_size: int, matcher: Matcher | None = None
+    ):
+        self.params, self.vocab_size, self.matcher = params, vocab_size, matcher
         # The n samples of a prompt share a seed and must differ, so each seeds its generator with its number too.
         seed = None if params.seed is None else f"{params.seed}:{sample}"
         self.random = random.Random(seed)
@@ -173,6 +182,8 @@ class Sampler:
             self.seen[token] = True
         if self.counts is not None:
             self.counts[token] += 1
+        if self.matcher is not None:
+            self.matcher.accept(token)
 
 
 def choose(logits: Tensor, samplers: list[Sampler]) -> list[int]:
@@ -211,7 +222,7 @@ def filtered(logits: Tensor, params: list[SamplingParams]) -> Tensor:
 
 
 def _adjust(logits: Tensor, samplers: list[Sampler]) -> Tensor:
-    """Penalties and biases, for the rows that have any: most requests have none, and (B, V) tensors are large."""
+    """Penalties, biases and grammars, for the rows that have any: most have none, and (B, V) tensors are large."""
     params = [sampler.params for sampler in samplers]
 
     def there(x, dtype=None) -> Tensor:
@@ -235,7 +246,7 @@ def _adjust(logits: Tensor, samplers: list[Sampler]) -> Tensor:
     for i in rows:
         tokens, biases = zip(*params[i].logit_bias.items(), strict=True)
         logits[i].index_add_(0, there(tokens), there(biases, logits.dtype))
-    return logits
+    return keep_allowed(logits, [sampler.matcher for sampler in samplers])
 
 
 # ---------------------------------------------------------------------------------------------- log-probabilities

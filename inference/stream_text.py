@@ -97,7 +97,8 @@ class Completion:
 
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop": end token or stop string; "length": max_tokens or context reached; "cancelled"
+    finish_reason: str  # "stop": end token or stop string; "length": max_tokens, the context or a limit
+    # of the grammar's parser reached; "cancelled"
     prompt_tokens: int
     completion_tokens: int
     logprobs: list[TokenLogprob] | None = None
@@ -130,11 +131,12 @@ class Sequence:
         """Takes the next token -> the piece of text it adds."""
         self.token_ids.append(token)
         self.sampler.accept(token)
-        ended = token in self.end_tokens
+        matcher = self.sampler.matcher
+        ended = token in self.end_tokens or (matcher is not None and matcher.ended)
         # What ends the answer adds no text, even where it is an ordinary word (stop_token_ids).
         text = "" if ended else self.stream.feed(token)
         if ended or self.stream.stopped:
-            self.finish_reason = "stop"
+            self.finish_reason = "length" if matcher is not None and matcher.failed else "stop"
         elif len(self.token_ids) >= self.limit:
             self.finish_reason = "length"
         if self.finish_reason:
@@ -154,7 +156,8 @@ class Sequence:
 def sequences(engine, prompt: list[int], params: SamplingParams, request: object = None) -> list[Sequence]:
     """The params.n samples of a prompt, ready to join a batch. engine: gives tokenizer, context and end tokens.
 
-    Raises ValueError for a prompt that is empty or fills the context, and for a parameter that names no token.
+    Raises ValueError for a prompt that is empty or fills the context, for a parameter that names no token,
+    and for a grammar that cannot be held.
     """
     params.check_tokens(engine.vocab_size)
     if not prompt:
@@ -165,11 +168,13 @@ def sequences(engine, prompt: list[int], params: SamplingParams, request: object
             f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {engine.context}"
         )
     limit = min(params.max_tokens or room, room)
+    # Each sample has its own place in the grammar, which is compiled once.
+    matchers = [engine.grammars.matcher(params.grammar, prompt) if params.grammar else None for _ in range(params.n)]
     ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else engine.end_tokens)
     return [
-        Sequence(request, i, params, prompt, limit, ends, Sampler(params, prompt, i, engine.vocab_size),
+        Sequence(request, i, params, prompt, limit, ends, Sampler(params, prompt, i, engine.vocab_size, matcher),
                  TextStream(engine.tokenizer, params.stop))
-        for i in range(params.n)
+        for i, matcher in enumerate(matchers)
     ]  # fmt: skip
 
 
@@ -226,15 +231,6 @@ class ToolCall:
     arguments: str  # JSON text
 
 
-def begun_call(name: str | None) -> str:
-    """The beginning of a call of this tool, or of any. Put after the prompt it forces the model to go on with a call.
-
-    It must end where a token ends in the texts that the model has learned from. A blank or a quotation mark is often
-    part of the token of the next word, so neither may come last.
-    """
-    return f'{CALL}\n{{"name": {to_json(name)}, "arguments":' if name else f'{CALL}\n{{"name":'
-
-
 def parse_call(text: str, names: set[str]) -> ToolCall | None:
     """The call inside a tool_call block; None where it is no valid call, or one of a tool that was not offered."""
     try:
@@ -255,15 +251,19 @@ class AnswerReader:
     """Turns the pieces of an answer into parts: ("reasoning", text), ("content", text), ("call", ToolCall).
 
     thinking: the prompt has opened a think block. names: the tools offered; with none no block is a call.
-    one_call: what follows the first call is dropped.
+    one_call: what follows the first call is dropped. one_line: a grammar keeps each call on a line of its own.
 
     An answer without tags comes out letter for letter. White space around blocks is dropped. A block that is no valid
     call, or that never ends, stays text.
     """
 
-    def __init__(self, thinking: bool = False, names: set[str] = frozenset(), one_call: bool = False):
+    def __init__(
+        self, thinking: bool = False, names: set[str] = frozenset(), one_call: bool = False, one_line: bool = False
+    ):
         self.think = ThinkingStream(thinking)
         self.names, self.one_call = names, one_call
+        # In a call of one line a "</tool_call>" may stand inside a string, but none after a line end.
+        self.call_end = "\n" + CALL_END if one_line else CALL_END
         self.called = False
         self.held = ""  # text that may turn out to be a block, or white space before one
         self.trim = False  # a block has just ended: white space at the beginning of what follows is dropped
@@ -292,17 +292,17 @@ class AnswerReader:
         # First the blocks that are complete,
         while CALL in self.held:
             begin = self.held.index(CALL)
-            end = self.held.find(CALL_END, begin)
+            end = self.held.find(self.call_end, begin)
             if end < 0:
                 break
             call = parse_call(self.held[begin + len(CALL) : end], self.names)
             if call is None:  # it stays text, tags and all
-                parts += self._content(end + len(CALL_END))
+                parts += self._content(end + len(self.call_end))
                 continue
             parts += self._content(len(self.held[:begin].rstrip()))
             if not (self.called and self.one_call):
                 parts.append(("call", call))
-            self.held = self.held[self.held.index(CALL_END) + len(CALL_END) :]
+            self.held = self.held[self.held.index(self.call_end) + len(self.call_end) :]
             self.called = self.trim = True
         # then the rest: at the end all of it, before the end what cannot belong to a block. White space waits, because
         # it is dropped if a block follows.

@@ -22,12 +22,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 
+from inference.grammar import Grammar
 from inference.sampling import SamplingParams
 from inference.scheduler import Closed, Handle, QueueFull, Scheduler
-from inference.stream_text import CALL, AnswerReader, Piece, begun_call
-from model.tokenizer import encode_text
+from inference.stream_text import CALL, CALL_END, AnswerReader, Piece
 from serving import errors
 from serving.errors import ApiError, failed, shutting_down, timed_out
+from serving.forms import FormCheck, chat_grammar
 from serving.metrics import Metrics
 from serving.middleware import Limits, RequestChecks
 from serving.responses import DONE, ApiResponse, ChatChoice, TextChoice, Tokens, event
@@ -133,6 +134,8 @@ class Service:
         self.engine = scheduler.engine
         self.tokens = Tokens(self.engine.tokenizer)
         self.metrics = Metrics(scheduler)
+        self.tags = {tag: self.engine.tokenizer.get_vocab().get(tag) for tag in (CALL, CALL_END)}
+        self.forms = FormCheck(lambda grammar: self.engine.grammars.compiled(grammar))
         self.started = int(time.time())
 
     # --------------------------------------------------------------------------------------------------- addresses
@@ -157,17 +160,19 @@ class Service:
             raise ApiError(400, f"{len(body.messages)} messages; at most {self.limits.messages}", param="messages")
         params = self._params(body)
         # Rendering takes milliseconds: in a thread, or every stream would stutter meanwhile.
-        ids, begun = await run_in_threadpool(self._encode_chat, body)
-        # A call that was begun in the prompt stands after the think block: the answer starts outside of it.
-        thinking = self._thinking(body) and not begun
-        names = {tool.function.name for tool in self._offered(body)}
+        ids = await run_in_threadpool(self._encode_chat, body)
+        params.grammar = await run_in_threadpool(self._chat_grammar, body)
+        await self.forms.check(params.grammar)
+        thinking = (self.engine.enable_thinking if body.thinking is None else body.thinking) is True
+        reading = {
+            "names": {tool.function.name for tool in self._offered(body)},
+            "one_call": body.parallel_tool_calls is False,
+            "one_line": params.grammar is not None and params.grammar.kind == "calls",
+        }
         choices = [
-            ChatChoice(
-                i, self.tokens, self.engine.end_tokens,
-                AnswerReader(thinking, names, one_call=body.parallel_tool_calls is False), begun,
-            )
+            ChatChoice(i, self.tokens, self.engine.end_tokens, AnswerReader(thinking, **reading))
             for i in range(params.n)
-        ]  # fmt: skip
+        ]
         return await self._respond(body, request, [ids], params, ApiResponse(body.model, choices, len(ids)))
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
@@ -175,6 +180,8 @@ class Service:
         if len(body.prompts) > self.limits.prompts:
             raise ApiError(400, f"{len(body.prompts)} prompts; at most {self.limits.prompts}", param="prompt")
         params = self._params(body)
+        params.grammar = body.asked_form()
+        await self.forms.check(params.grammar)
         prompts = await run_in_threadpool(self._encode_prompts, body.prompts)
         choices = [TextChoice(i, self.tokens, self.engine.end_tokens) for i in range(params.n * len(prompts))]
         answer = ApiResponse(body.model, choices, sum(map(len, prompts)))
@@ -199,36 +206,33 @@ class Service:
             raise ApiError(400, f"{len(params.stop)} stop strings; at most {self.limits.stops}", param="stop")
         return params
 
-    def _thinking(self, body: ChatRequest) -> bool:
-        """Whether the prompt opens a think block."""
-        return (self.engine.enable_thinking if body.thinking is None else body.thinking) is True
-
     def _offered(self, body: ChatRequest) -> list:
         return [] if body.tool_choice == "none" else body.tools or []
 
-    def _encode_chat(self, body: ChatRequest) -> tuple[list[int], str]:
-        """-> (ids of the prompt, the beginning of a forced tool call, which the prompt ends with, or "")."""
-        tools = [tool.model_dump(exclude_unset=True) for tool in self._offered(body)] or None
-        must_call = tools and body.tool_choice not in (None, "auto")
-        # A call that is begun in the prompt leaves no thinking to come: the think block is closed before it.
-        thinking = False if must_call and self._thinking(body) else body.thinking
-        name = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
-        begun = begun_call(name) if must_call else ""
+    def _encode_chat(self, body: ChatRequest) -> list[int]:
+        # `strict` is for the grammar; the model has learned signatures without it.
+        unseen = {"function": {"strict"}}
+        tools = [tool.model_dump(exclude_unset=True, exclude=unseen) for tool in self._offered(body)] or None
         try:
-            ids = self.engine.encode([message.plain() for message in body.messages], tools, thinking)
-            if begun:
-                ids += self._encode_begun(begun)
+            ids = self.engine.encode([message.plain() for message in body.messages], tools, body.thinking)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
         except RecursionError:
             raise ApiError(400, "messages or tools are nested too deeply", param="tools") from None
-        return self._fitting(ids, "messages"), begun
+        return self._fitting(ids, "messages")
 
-    def _encode_begun(self, begun: str) -> list[int]:
-        tag = self.engine.tokenizer.get_vocab().get(CALL)
-        if tag is None:  # a vocabulary in which the tag is no token of its own
-            return encode_text(self.engine.tokenizer, begun)
-        return [tag, *encode_text(self.engine.tokenizer, begun.removeprefix(CALL))]
+    def _chat_grammar(self, body: ChatRequest) -> Grammar | None:
+        """What the answer must match: the form it must have, the calls it must or may make."""
+        tools, named = [tool.function for tool in self._offered(body)], isinstance(body.tool_choice, NamedTool)
+        if named:
+            tools = [tool for tool in tools if tool.name == body.tool_choice.function.name]
+        must_call, one = body.tool_choice not in (None, "none", "auto"), named or body.parallel_tool_calls is False
+        try:
+            return chat_grammar(body.asked_form(), [tool.signature() for tool in tools], must_call, one, self.tags)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        except RecursionError:
+            raise ApiError(400, "tools are nested too deeply", param="tools") from None
 
     def _encode_prompts(self, prompts: list) -> list[list[int]]:
         try:

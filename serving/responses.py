@@ -54,10 +54,9 @@ class Choice:
 class ChatChoice(Choice):
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, index: int, tokens: Tokens, end_tokens: frozenset[int], reader: AnswerReader, begun: str = ""):
-        """begun: the beginning of the answer that is part of the prompt, see begun_call()."""
+    def __init__(self, index: int, tokens: Tokens, end_tokens: frozenset[int], reader: AnswerReader):
         super().__init__(index, tokens, end_tokens)
-        self.reader, self.begun = reader, begun
+        self.reader = reader
         self.content = self.reasoning = ""
         self.calls: list[dict] = []
         self.logprobs: list[dict] | None = None
@@ -68,9 +67,7 @@ class ChatChoice(Choice):
     def feed(self, piece: Piece) -> list[dict]:
         """A piece -> the choices of the chunks to send."""
         shown = self._count(piece)
-        # The reader must see the beginning that stands in the prompt, once, or it would not know the call.
-        text, self.begun = self.begun + piece.text, ""
-        deltas = [self._add(kind, part) for kind, part in self.reader.feed(text, final=piece.finish_reason is not None)]
+        deltas = [self._add(kind, part) for kind, part in self.reader.feed(piece.text, piece.finish_reason is not None)]
         logprobs = None
         if shown is not None:
             # A piece may mean several deltas, or none while text is held back; its log-probabilities go out once.

@@ -7,9 +7,10 @@ reasoning_content. fail_fast: of a million wrong items in a list only the first 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from inference.sampling import SamplingParams
+from serving.forms import Formed, Loose
 
 
 def not_zero(value: int) -> int:
@@ -21,13 +22,6 @@ def not_zero(value: int) -> int:
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=1000)]
 MaxTokens = Annotated[int, Field(ge=-1), AfterValidator(not_zero)]  # -1 or absent: what fits into the context
-WITHOUT_GRAMMAR = "this server does not constrain what the model writes"
-
-
-class Loose(BaseModel):
-    """Unknown fields are accepted: clients send many that concern other servers (user, metadata, store, ...)."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 # ------------------------------------------------------------------------------------------------------ conversations
@@ -71,7 +65,20 @@ class Message(Loose):
 
 
 class Function(Loose):
+    """Its other keys are kept in the order they came in: the model reads them."""
+
     name: str = Field(min_length=1, max_length=128)
+
+    @model_validator(mode="after")
+    def has_a_schema(self):
+        if not isinstance(self.model_extra.get("parameters"), dict | None):
+            raise ValueError("parameters must be a JSON schema, an object")
+        return self
+
+    def signature(self) -> dict:
+        """What its calls must match."""
+        return {"name": self.name, "strict": self.model_extra.get("strict") is True,
+                "parameters": self.model_extra.get("parameters")}  # fmt: skip
 
 
 class Tool(Loose):
@@ -88,17 +95,6 @@ class NamedTool(Loose):
     function: NamedFunction
 
 
-class ResponseFormat(Loose):
-    type: str = "text"
-
-    @field_validator("type")
-    @classmethod
-    def only_text(cls, value):
-        if value != "text":
-            raise ValueError(f"{value!r} is not supported: {WITHOUT_GRAMMAR}; ask for JSON in the prompt")
-        return value
-
-
 class StreamOptions(Loose):
     include_usage: bool | None = None
 
@@ -112,7 +108,7 @@ class TemplateArguments(BaseModel):
 
 
 # ----------------------------------------------------------------------------------------------------------- requests
-class Sampling(Loose):
+class Sampling(Formed):
     """What chats and completions have in common. null means that the field is absent."""
 
     model: str
@@ -135,7 +131,6 @@ class Sampling(Loose):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
-    response_format: ResponseFormat | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -162,8 +157,8 @@ class Sampling(Loose):
         return SamplingParams(max_tokens=min(limits, default=None), stop=stop, logprobs=logprobs, **chosen)
 
 
-GRAMMARS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "structured_outputs")
-REFUSED = dict.fromkeys(GRAMMARS, WITHOUT_GRAMMAR) | {
+REFUSED = {
+    "guided_whitespace_pattern": 'JSON is written with ", " and ": " and no other white space',
     "min_tokens": "an answer may end where it likes; ignore_eos makes it go on to max_tokens",
 }  # fmt: skip
 REFUSED_IN_CHATS = REFUSED | {

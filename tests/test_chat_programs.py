@@ -89,6 +89,19 @@ def test_compare_writes_a_table(capsys):
     assert lines[2].startswith("| a\\|b | ") and lines[3].startswith("| c | ") and len(lines) == 4
 
 
+def test_answers_that_match_a_schema(capsys):
+    schema = write("s.json", json.dumps({"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}))
+    chat.main(["--prompts", write("q.txt", "你好\nHello\n"), "--schema", schema, "--max_new_tokens", "20"])
+    kept = json.loads(capsys.readouterr().out.splitlines()[-1])["answers_file"]
+    with open(kept, encoding="utf-8") as file:
+        assert all(json.loads(json.loads(line)["generated"])["a"] in (1, 2) for line in file)
+    for text, words in (('{"uniqueItems": true}', "uniqueItems"), ("{", "not JSON")):
+        with pytest.raises(UserError, match=f"--schema bad.json: .*{words}"):
+            chat.main(["--schema", write("bad.json", text)])
+    with pytest.raises(UserError, match="cannot read the schema nowhere.json: No such file"):
+        chat.main(["--schema", "nowhere.json"])
+
+
 def test_a_chat_remembers_and_forgets(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("你好\n在吗\n/clear\n你好\n\n"))
     chat.main(["--temperature", "0", "--history", "1", *SHORT])
