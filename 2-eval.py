@@ -80,7 +80,7 @@ def answer_all(args, engine, rows):
 
 
 def keep(args, path, file, lines) -> Path:
-    """Writes the generated texts where they can be read again."""
+    """Writes the generated texts to a file -> its path."""
     target = Path(args.answers_file or f"out/answers_{path.stem}_{Path(file).stem}.jsonl")
     try:
         with replaced(target, text=True) as file:

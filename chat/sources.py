@@ -40,19 +40,19 @@ class Settings:
 
 
 def visible(messages: list[dict], settings: Settings) -> list[dict]:
-    """The messages a model is sent: the system message, the last exchanges, no earlier thoughts, no marks of the page.
+    """The messages that a model is sent: the system message and the last exchanges, without thinking.
 
-    An exchange begins with a user's message and holds all that follows up to the next one.
+    An exchange begins with a user's message and goes on to the next one.
     """
     begins = [i for i, message in enumerate(messages) if message["role"] == "user"]
     first = begins[-settings.history - 1] if len(begins) > settings.history else 0
-    keys = ("role", "content", "tool_calls", "tool_call_id")
+    keys = ("role", "content", "tool_calls", "tool_call_id")  # what else the page keeps in a message is its own
     kept = [{key: message[key] for key in keys if key in message} for message in messages[first:]]
     return [{"role": "system", "content": settings.system}] * bool(settings.system) + kept
 
 
 def exported(messages: list[dict], system: str = "") -> str:
-    """A chat as one row that 3-full_sft.py can learn from, indented for readers."""
+    """A chat as one row that 3-full_sft.py can learn from, indented so that it can be read."""
     keys = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")
     rows = [{key: message[key] for key in keys if key in message} for message in messages]
     head = [{"role": "system", "content": system}] * bool(system)
@@ -83,7 +83,7 @@ class Local:
             yield from reader.feed(piece.text, final=piece.finish_reason is not None)
 
     def prompt(self, messages: list[dict], settings: Settings) -> list[int]:
-        """Token ids; of the earlier exchanges as many as leave room for an answer of max_tokens."""
+        """Token ids, with as many of the earlier exchanges as leave room for an answer of max_tokens."""
         for history in range(settings.history, -1, -1):
             sent = visible(messages, Settings(settings.system, history))
             ids = self.engine.encode(sent, list(settings.tools), settings.thinking)
@@ -122,7 +122,7 @@ class Remote:
             raise ValueError(f"cannot reach {self.address}: {said.splitlines()[0]}") from None
         except self.refusal as error:
             raise Refused(f"{self.address} refuses: {error.message.splitlines()[0]}") from None
-        except (AttributeError, json.JSONDecodeError):  # the client reads whatever comes as if it were the API's
+        except (AttributeError, json.JSONDecodeError):  # OpenAI's client takes any reply for one of the API
             raise ValueError(NOT_THE_API.format(self.address)) from None
 
     def models(self) -> list[str]:
@@ -132,10 +132,10 @@ class Remote:
     def stream(self, messages: list[dict], settings: Settings) -> Iterator[tuple[str, str | ToolCall]]:
         reader = AnswerReader(names=settings.tool_names)  # for servers that leave the tags in the text
         calls: dict[int, list[str]] = {}  # index -> name and arguments, which come in pieces
-        choice = None
+        choice = None  # stays None where no chunk ever comes
         with self.asking(), self.client.chat.completions.create(**self.request(messages, settings)) as chunks:
             for choice in (each for chunk in chunks for each in chunk.choices):
-                thought = getattr(choice.delta, "reasoning_content", None)
+                thought = getattr(choice.delta, "reasoning_content", None)  # not a field of OpenAI's own API
                 if thought:
                     yield "reasoning", thought
                 yield from reader.feed(choice.delta.content or "")

@@ -13,13 +13,14 @@ DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 def read_prompts(path) -> list[dict]:
-    """A file of prompts -> rows with "prompt": a text, or messages (of "conversations", its last answer left out).
+    """A file of prompts -> rows with "prompt": a text, or messages; and "line", its number.
 
-    .jsonl: objects with "prompt", "question" or "conversations", other keys are kept; else one prompt a line.
+    .jsonl: objects with "prompt", "question" or "conversations", whose last answer is left out; other keys are kept.
+    Any other file: one prompt a line. Raises ValueError.
     """
     path, rows = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at U+2028
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -65,7 +66,7 @@ def as_messages(prompt, system: str | None = None) -> list[dict]:
 
 
 def typed(forget) -> Iterator[str]:
-    """The questions of a chat, until an empty line, Ctrl-D or Ctrl-C; at /clear forget() is called."""
+    """The questions of a chat, until an empty line, Ctrl-D or Ctrl-C. At /clear it calls forget()."""
     while True:
         try:
             question = input("> ").strip()
@@ -103,7 +104,7 @@ def print_answer(parts) -> str:
 
 
 def converse(source, settings: Settings, answered: Callable[[], None] = lambda: None) -> None:
-    """Question and answer by turns, to the end of typed(). answered: is called after each answer."""
+    """Asks the source (chat/sources.py) each question of typed(). answered: is called after each answer."""
     messages: list[dict] = []
     for question in typed(forget=messages.clear):
         messages.append({"role": "user", "content": question})
@@ -118,5 +119,5 @@ def converse(source, settings: Settings, answered: Callable[[], None] = lambda: 
 
 
 def note(text: str) -> None:
-    """A remark that is no part of the answer: standard error."""
+    """Prints a remark that is not part of the answer, to standard error."""
     print(text, file=sys.stderr, flush=True)

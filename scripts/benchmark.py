@@ -3,16 +3,16 @@
   python scripts/benchmark.py               names them
   python scripts/benchmark.py gpu --help    says what one measures, and its flags
 
-Each is a module of benchmarks/ with add_flags(parser) and run(args) -> dict. What was measured once and is no gate
-stands in docs/ with the commit whose command it was. Speeds are ratios of things measured in
-turns in one process; those that want real text take it by --data_path, written $DATA in the documents.
+Each is a module of benchmarks/ with add_flags(parser) and run(args) -> dict. What was measured once, and is no gate, is
+in docs/ with the commit that has its command. Speeds are ratios of things that are measured in turns in one process.
+Real text comes by --data_path; the documents call its folder $DATA.
 """
 
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts; `--threads` where a measurement offers it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch starts; --threads of a measurement changes it later
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import importlib

@@ -4,7 +4,7 @@
     OPENAI_API_KEY=... python scripts/chat_openai_api.py --base_url https://HOST/v1 --model NAME
 
 An empty line or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer. The key is read from
-OPENAI_API_KEY, or from MINIMIND_API_KEY as the server reads it.
+OPENAI_API_KEY, or else from MINIMIND_API_KEY, the server's own variable.
 """
 
 import sys

@@ -2,9 +2,9 @@
 
     streamlit run scripts/web_demo.py          then open http://127.0.0.1:8501
 
-Streamlit runs this file from top to bottom whenever something on the page is touched; what must last is in
-st.session_state. So the stop button needs no code of its own: touching it starts the file anew, which ends the run
-that was generating between two of its pieces, and what had come by then is in the chat already.
+Streamlit runs this file from top to bottom whenever somebody uses a control of the page. What must last is kept in
+st.session_state. So the stop button needs no code of its own: pressing it starts the file again, and that ends the run
+that was generating, between two pieces of the answer. What had come by then is in the chat already.
 """
 
 import sys
@@ -117,7 +117,7 @@ def local_source(words):
 
 @st.cache_resource(max_entries=2, show_spinner=False)
 def engine_of(path: Path, changed: int):
-    """All visitors share an engine. `changed`: when the file was written; a newer one is read again."""
+    """All visitors share an engine. changed: when the file was written, so that a newer file is loaded again."""
     parser = Parser()
     open_model.add_model_flags(parser)
     return open_model.open_engine(parser.parse_args([]), path)[0]
@@ -142,7 +142,7 @@ def model_names(address: str, key: str) -> list[str]:
 
 # -------------------------------------------------------------------------------------------------------------- chat
 def drop_empty(messages: list[dict]) -> None:
-    """An answer that was stopped before its first word was none."""
+    """Removes an answer that was stopped before its first word."""
     if messages and messages[-1].get("stopped") and not messages[-1]["content"]:
         messages.pop()
 
@@ -167,8 +167,9 @@ def draw_calls(message: dict, words) -> None:
 
 
 def answer(source, settings, messages: list[dict], words) -> None:
-    """Answers, and answers again after the tools that were called have been run."""
+    """Answers, runs the tools that were called, and answers again, up to ROUNDS times."""
     for _ in range(ROUNDS):
+        # It counts as stopped until it is complete: after a press of the stop button no line of this run is executed.
         message = {"role": "assistant", "content": "", "stopped": True}
         asked = list(messages)
         messages.append(message)
@@ -192,9 +193,9 @@ def answer(source, settings, messages: list[dict], words) -> None:
 
 
 def grow(messages: list[dict], pairs, fold, text, words) -> list[dict]:
-    """Draws the last message as it comes, with the results of the tools it calls, which are appended and returned.
+    """Draws the last message as it comes, runs the tools it calls, appends their results and returns them.
 
-    What is drawn stands in `messages` before: drawing is where a run ends that has been stopped.
+    Text goes into `messages` before it is drawn: Streamlit ends a stopped run in a call that draws.
     """
     message, thought, calls, drawn = messages[-1], None, [], 0.0
     for kind, part in pairs:
@@ -205,7 +206,7 @@ def grow(messages: list[dict], pairs, fold, text, words) -> list[dict]:
         message[key] = message.get(key, "") + part
         if kind == "reasoning" and thought is None:
             thought = fold.expander(words["thought"]).empty()
-        if time.monotonic() - drawn > REDRAW:
+        if time.monotonic() - drawn > REDRAW:  # not at every token: drawing takes time
             drawn = time.monotonic()
             (thought if kind == "reasoning" else text).markdown(message[key] + " ▌")
     del message["stopped"]

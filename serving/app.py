@@ -1,4 +1,4 @@
-"""The server: its routes, and a request's way from the parsed body to the last byte.
+"""The server: its routes, and the way of a request from the parsed body to the last byte of the answer.
 
     app = create_app(scheduler, names=["full_sft_512"])       an ASGI application, for uvicorn
 
@@ -7,7 +7,7 @@ back through a RequestRun and become JSON or server-sent events. Before, serving
 the size, serving/schema.py the body.
 
 POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health, GET /metrics; anything else is a 404.
-The scheduler's owner closes it; requests that run are then ended.
+Whoever made the scheduler closes it, which ends the requests that still run.
 """
 
 import asyncio
@@ -29,12 +29,12 @@ from model.tokenizer import encode_text
 from serving import errors
 from serving.errors import ApiError, failed, shutting_down, timed_out
 from serving.metrics import Metrics
-from serving.middleware import Gate, Limits
+from serving.middleware import Limits, RequestChecks
 from serving.responses import DONE, ApiResponse, ChatChoice, TextChoice, Tokens, event
 from serving.schema import ChatRequest, CompletionRequest, NamedTool, Sampling
 
 log = logging.getLogger(__name__)
-CLIENT_GONE = 499  # nginx' number for it; nobody reads the response
+CLIENT_GONE = 499  # nginx' status for it; nobody reads the response
 
 
 class RequestRun:
@@ -99,6 +99,7 @@ class RequestRun:
             handle.cancel()
 
     def end(self) -> None:
+        """Frees the rows; may be called twice."""
         if self.over:
             return
         self.over = True
@@ -110,13 +111,14 @@ class RequestRun:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of a run, which ends with the response even if the client left before the first byte."""
+    """Server-sent events. The run ends with the response, even where the client left before the first byte."""
 
     def __init__(self, events: AsyncIterator[str], run: RequestRun):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.run = run
 
     async def __call__(self, scope, receive, send) -> None:
+        # Here and not in the generator of the events: one that was never started runs none of its `finally`.
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -205,7 +207,7 @@ class Service:
         return [] if body.tool_choice == "none" else body.tools or []
 
     def _encode_chat(self, body: ChatRequest) -> tuple[list[int], str]:
-        """-> (ids of the prompt, what of the answer stands in it already: the beginning of a forced tool call)."""
+        """-> (ids of the prompt, the beginning of a forced tool call, which the prompt ends with, or "")."""
         tools = [tool.model_dump(exclude_unset=True) for tool in self._offered(body)] or None
         must_call = tools and body.tool_choice not in (None, "auto")
         # A call that is begun in the prompt leaves no thinking to come: the think block is closed before it.
@@ -224,7 +226,7 @@ class Service:
 
     def _encode_begun(self, begun: str) -> list[int]:
         tag = self.engine.tokenizer.get_vocab().get(CALL)
-        if tag is None:  # a vocabulary to which the tags are plain text
+        if tag is None:  # a vocabulary in which the tag is no token of its own
             return encode_text(self.engine.tokenizer, begun)
         return [tag, *encode_text(self.engine.tokenizer, begun.removeprefix(CALL))]
 
@@ -241,7 +243,7 @@ class Service:
         return ids
 
     def _submit(self, run: RequestRun, prompts: list[list[int]], params: SamplingParams) -> None:
-        """All prompts or none."""
+        """Submits all prompts or none."""
         try:
             for i, ids in enumerate(prompts):
                 run.handles.append(self.scheduler.submit(ids, params, partial(run.arrive, i)))
@@ -274,6 +276,7 @@ class Service:
         return JSONResponse(answer.whole())
 
     async def _events(self, run: RequestRun, answer: ApiResponse, include_usage: bool, n: int) -> AsyncIterator[str]:
+        # As in OpenAI's API a chat's choice opens with a chunk that names the role.
         for choice in answer.choices:
             for part in choice.opening():
                 yield answer.chunk([part], include_usage)
@@ -283,7 +286,7 @@ class Service:
                     yield answer.chunk([part], include_usage)
             if include_usage:
                 yield answer.chunk([], include_usage, last=True)
-        except ApiError as refusal:
+        except ApiError as refusal:  # the status 200 has been sent: the error can only be an event
             if refusal.status == CLIENT_GONE:
                 return
             yield event(refusal.body())
@@ -306,5 +309,5 @@ def create_app(
     app.get("/health")(service.health)
     app.get("/metrics")(service.show_metrics)
     errors.add_handlers(app)
-    app.add_middleware(Gate, limits=limits, count=service.metrics.count, api_key=api_key)
+    app.add_middleware(RequestChecks, limits=limits, count=service.metrics.count, api_key=api_key)
     return app

@@ -1,8 +1,8 @@
-"""What a request may hold: honoured, refused in words, or passed over because it changes nothing of the answer.
+"""The fields of a request. A field is followed, or refused in words, or ignored because it does not change the answer.
 
-Names and bounds are those of OpenAI's API (platform.openai.com/docs/api-reference), with the additions that vLLM and
-MiniMind have: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, chat_template_kwargs, open_thinking,
-reasoning_content.
+Names and bounds are those of OpenAI's API (platform.openai.com/docs/api-reference), with the additions of vLLM and
+MiniMind: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, chat_template_kwargs, open_thinking,
+reasoning_content. fail_fast: of a million wrong items in a list only the first one is reported.
 """
 
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ WITHOUT_GRAMMAR = "this server does not constrain what the model writes"
 
 
 class Loose(BaseModel):
-    """Unknown fields pass: clients send many that matter to other servers only (user, metadata, store, ...)."""
+    """Unknown fields are accepted: clients send many that concern other servers (user, metadata, store, ...)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -104,7 +104,7 @@ class StreamOptions(Loose):
 
 
 class TemplateArguments(BaseModel):
-    """enable_thinking is Qwen3's name for it, open_thinking MiniMind's."""
+    """Two names of one switch: enable_thinking is Qwen3's, open_thinking MiniMind's."""
 
     model_config = ConfigDict(extra="forbid")
     enable_thinking: bool | None = None
@@ -113,7 +113,7 @@ class TemplateArguments(BaseModel):
 
 # ----------------------------------------------------------------------------------------------------------- requests
 class Sampling(Loose):
-    """What chats and completions have in common. A field that is null is absent."""
+    """What chats and completions have in common. null means that the field is absent."""
 
     model: str
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
@@ -142,7 +142,11 @@ class Sampling(Loose):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def params(self, logprobs: int | None, wanted_tokens: int | None, most_tokens: int | None, defaults: dict):
-        """-> SamplingParams. wanted_tokens: of the request; most_tokens: the server's limit; None: what fits."""
+        """-> SamplingParams.
+
+        wanted_tokens: the request's max_tokens; most_tokens: the server's limit; None: what fits into the context.
+        defaults: the server's, for fields that the request leaves out.
+        """
         limits = [n for n in (wanted_tokens if wanted_tokens != -1 else None, most_tokens) if n is not None]
         names = (
             "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -151,7 +155,7 @@ class Sampling(Loose):
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         chosen = defaults | given
         if chosen.get("temperature", 1) < 1e-4:
-            chosen["temperature"] = 0  # logits divided by less overflow, and the best token is as good as certain
+            chosen["temperature"] = 0  # dividing logits by so little overflows, and the best token is certain anyway
         chosen["top_k"] = max(chosen.get("top_k", 0), 0)  # -1 means all in some clients
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         stop = [text for text in stop if text]  # clients send [""] for an empty input field
@@ -173,6 +177,7 @@ REFUSED_IN_COMPLETIONS = REFUSED | {
 
 
 def refuse(request: Loose, refused: dict[str, str]) -> None:
+    """Raises ValueError where a field is set that would change the answer and cannot be followed."""
     for name, reason in refused.items():
         if (request.model_extra or {}).get(name) not in (None, False, [], {}, ""):
             raise ValueError(f"{name} is not supported: {reason}")
