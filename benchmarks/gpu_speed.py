@@ -68,6 +68,7 @@ def tried(figures: dict, name: str, measure, refusals=()) -> None:
         if not words:
             traceback.print_exc()
             figures["error"] = f"{name}: {str(error).strip().partition(chr(10))[0]}"
+    # The next side of the comparison must find the memory empty and no graphs of this one.
     gc.collect()
     torch.compiler.reset()
     if torch.cuda.is_available():
@@ -133,6 +134,7 @@ def step_figures(args, config: LMConfig, rows: int, side: str, compiled: bool) -
         step, world, *formula = their_step(args, config, rows, side == IN_TURN, compiled)
     for _ in range(WARM_UP):
         step()
+    # CUDA runs behind Python: without waiting, the clock would measure how fast kernels are queued.
     speeds, n = [], math.ceil(args.steps / STRETCHES)
     for _ in range(STRETCHES):
         wait_for(device)

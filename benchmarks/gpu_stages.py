@@ -74,11 +74,13 @@ class StageProcess:
     def __init__(self, args, name: str, where: str, *more: str):
         run, self.folder = RUNS[name], folder_of(args, name, where)
         self.folder.mkdir(parents=True, exist_ok=True)
+        # About six saves a run, so that a kill falls between two of them.
         flags = {
             "--data_path": sample_rows(args, run.data), "--device": REFERENCE if where == REFERENCE else args.device,
             "--max_steps": run.longer * args.steps, "--save_interval": max(1, args.steps // 6),
             "--out_dir": self.folder,
         }  # fmt: skip
+        # The base is run first where it has not been: on the CPU, so that both sides start from the same weights.
         if run.base:
             flags[run.role] = once(args, run.base, "device" if run.base == "reasoner" else REFERENCE)["weights"]
         words = [*run.command.split(), *run.flags.split(), *(str(w) for flag in flags.items() for w in flag), *more]

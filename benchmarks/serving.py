@@ -182,6 +182,7 @@ def run(args) -> dict:
         for body in bodies:
             params = SamplingParams(temperature=0, max_tokens=body["max_tokens"], logprobs=2)
             alone += engine.generate([body["messages"]], params)
+        # --queue: every client may wait, so that none is refused. --port 0: any free one, printed when it listens.
         command = [sys.executable, "scripts/serve_openai_api.py", "--weight", str(path), "--device", "cpu",
                    "--port", "0", "--slots", str(args.slots), "--queue", str(args.clients)]  # fmt: skip
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -206,6 +207,7 @@ def run(args) -> dict:
 
 
 def report(args, single: Measured, many: Measured, single_seconds: float, seconds: float) -> dict:
+    # A leak shows as growth between the second quarter, when everything is warm, and the last.
     halfway = [size for when, size in many.memory if args.seconds / 4 <= when <= args.seconds / 2]
     last = [size for when, size in many.memory if when >= args.seconds * 3 / 4]
     rates = (single.tokens / single_seconds, many.tokens / seconds)

@@ -87,7 +87,7 @@ def open_engine(args, path: Path, foreign: bool = False, **options) -> tuple[Eng
     try:
         model, tokenizer, record = load_model(path, args.preset)
     except NoCounterpart as error:
-        if not foreign or args.rope_scaling:  # other classes keep their rotary settings in other places
+        if not foreign or args.rope_scaling:  # stretch() knows our own configs only
             raise
         model, tokenizer, record = *load_foreign(path, error), {}
         options["own_template"] = True
