@@ -2,7 +2,7 @@
 
   Grammar    what a request asks for
   compiled   a Grammar -> the parser that says, byte for byte, what may come next (llguidance, arXiv 2403.06988)
-  refusal    the same in a process of its own, for grammars of strangers: why it cannot be done, in words
+  refusal    tries an untrusted grammar in a process of its own -> why it cannot be used, or ""
 
 A schema of a hundred bytes can ask for hours of work (an integer that is a multiple of 1,000,003). llguidance counts
 its work, but not all of it, and a thread cannot be stopped. A process can.
@@ -36,7 +36,7 @@ class Grammar:
 
     kind, text   "json": a JSON schema; "regex": a pattern of Rust's regex crate, for the whole answer; "choice": a JSON
                  list of texts; "grammar": Lark's notation or llama.cpp's GBNF; "calls": Lark's, see calls()
-    lenient      keywords of a schema that llguidance has not are passed over instead of refused
+    lenient      keywords of a schema that llguidance does not know are passed over instead of refused
     begins       the token after which the grammar holds, each time it comes; None: it holds for the whole answer
     """
 
@@ -118,7 +118,7 @@ def calls(tools: list[dict], tags: tuple[int, int], most: int, answer: Grammar |
     """One to `most` calls of tools ({"name", "parameters"?, "strict"?}), written as the model has learned to.
 
     tags: the tokens <tool_call> and </tool_call>. answer: a "json" grammar; the model may answer it instead of calling.
-    A tool that is not strict may have keywords that llguidance has not: they are passed over.
+    A tool that is not strict may have keywords that llguidance does not know: they are passed over.
     """
     more = f' ("\\n" call){{0,{most - 1}}}' if most > 1 else ""
     rules = ["start: calls" + (" | answer" if answer else ""), f"calls: call{more}"]
@@ -195,7 +195,7 @@ def _source(lib, grammar: Grammar) -> str:
         raise ValueError(f"{grammar.name} cannot be read: {str(error)[:200]}") from None
 
 
-# ------------------------------------------------------------------------------------------- grammars of strangers
+# ------------------------------------------------------------------------------------------- untrusted grammars
 def refusal(grammar: Grammar) -> str:
     """Why the grammar cannot be held, "" where it can. Compiles it in a process that may take so long and so much."""
     library()
