@@ -49,13 +49,18 @@ def held_out(weights, file, folder, kind="chat", share=0.01, seq_len=256) -> dic
     """{"loss", "bits_per_byte"} of a model on the documents of a file that --val_split `share` holds out."""
     model, tokenizer, _ = load_model(weights)
     rows = packed_splits([tokenised(file, kind, tokenizer, Path(folder) / "cache")], kind, seq_len, 0, share)[1]
-    table, nats, targets, n_bytes = token_bytes(tokenizer), 0.0, 0, 0
+    return loss_on(model, rows, token_bytes(tokenizer))
+
+
+def loss_on(model, rows, bytes_of_token: torch.Tensor) -> dict[str, float]:
+    """{"loss", "bits_per_byte"} of a model on rows."""
+    nats, targets, n_bytes = 0.0, 0, 0
     with torch.inference_mode():
         for i in range(len(rows)):
             batch = rows.batch([i])
             loss, count = lm_loss(model(batch["input_ids"], segment_ids=batch["segment_ids"]).logits, batch["labels"])
             nats, targets = nats + loss.item(), targets + int(count)
-            n_bytes += int(learned_bytes(batch["labels"], table))
+            n_bytes += int(learned_bytes(batch["labels"], bytes_of_token))
     return {"loss": nats / targets, "bits_per_byte": nats / math.log(2) / n_bytes}
 
 

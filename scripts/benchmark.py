@@ -28,6 +28,7 @@ MEASUREMENTS = {
     "reason": "well-formed thinking and right answers",
     "grpo": "right answers before and after reinforcement",
     "serving": "many clients at the API server for minutes",
+    "recipe": "our pretraining beside MiniMind's recipe, bits per byte over time",
     "gpu": "all of it on a GPU: stages, speed, decoding, kills, exams",
 }
 
