@@ -26,10 +26,10 @@ SHAPE = {"dim": 192, "n_layers": 6, "n_heads": 6, "n_kv_heads": 2}  # 3.6 millio
 def add_flags(parser) -> None:
     parser.add_argument("--data_path", nargs="+", required=True, help="text files, as for 1-pretrain.py")
     parser.add_argument("--out_dir", default="out/benchmark_recipe", help="(%(default)s)")
-    parser.add_argument("--slots", type=float, default=6e6, help="tokens and padding of a run (%(default)g)")
+    parser.add_argument("--slots", type=float, default=6e6, help="tokens and padding of a run (6e6)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(%(default)s)")
     parser.add_argument("--rates", type=float, nargs="*", default=[1e-3, 2e-3, 4e-3],
-                        help="further rates for MiniMind's recipe, tried with the first seed (%(default)s)")  # fmt: skip
+                        help="further rates for MiniMind's recipe, for the first seed (%(default)s)")  # fmt: skip
     parser.add_argument("--points", type=int, default=8, help="validations of a run (%(default)s)")
     parser.add_argument("--val_split", type=float, default=0.01, help="(%(default)s)")
     parser.add_argument("--shape", type=json.loads, default=SHAPE, help="JSON (%(default)s)")
@@ -39,9 +39,8 @@ def add_flags(parser) -> None:
 def run(args) -> dict:
     out = Path(args.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    stage(
-        "1-pretrain.py", *our_flags(args, 1), "--out_dir", out, "--dry_run"
-    )  # builds the token cache, which is no part of either time
+    # Builds the token cache that all runs share.
+    stage("1-pretrain.py", *our_flags(args, 1), "--out_dir", out, "--dry_run")
     first, *others = args.seeds
     theirs = {(rate, first): padded(args, out, rate, first) for rate in (THEIR_RATE, *args.rates)}
     best = min({rate for rate, _ in theirs}, key=lambda rate: theirs[rate, first]["curve"][-1][1])
@@ -73,8 +72,8 @@ def our_flags(args, seed: int) -> list:
 
 def packed(args, out: Path, seed: int) -> dict:
     """A run of ours -> {"cpu_seconds", "curve": [step, bits per byte], "steps", "tokens", "real_token_share"}."""
-    folder = out / f"ours_{seed}"
-    result, seconds = timed(lambda: stage("1-pretrain.py", *our_flags(args, seed), "--out_dir", folder, "--overwrite"))
+    flags = [*our_flags(args, seed), "--out_dir", out, "--save_weight", f"ours_{seed}", "--overwrite"]
+    result, seconds = timed(lambda: stage("1-pretrain.py", *flags))
     lines = map(json.loads, Path(result["weights"]).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines())
     curve = [[line["step"], line["val_bits_per_byte"]] for line in lines if line.get("val_bits_per_byte")]
     kept = {key: result[key] for key in ("steps", "tokens", "real_token_share")}
