@@ -505,7 +505,7 @@ def test_two_processes_are_one_with_the_same_answers(folder, tmp_path):
     two = subprocess.run([*torchrun, *command(STAGES["grpo"], *flags, *more)[1:]], capture_output=True, text=True,
                          env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)  # fmt: skip
     assert two.returncode == 0, two.stderr
-    logs = [numbers_of(tmp_path / d / "grpo_32.jsonl") for d in ("one", "two")]
+    logs = [history(tmp_path / d / "grpo_32.pth") for d in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 6
     for mine, others in zip(*logs):
         assert mine.keys() == others.keys()
