@@ -115,7 +115,7 @@ def of_command(line: str) -> str | None:
     """What is wrong with a command of this project: no such script, flags its own parser refuses, data not named."""
     words = shlex.split(line)
     scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
-    if words[:2] == ["python", "-m"] and words[2].split(".")[0] != "pip":
+    if words[:2] == ["python", "-m"] and (ROOT / words[2].split(".")[0]).is_dir():  # not pip, venv
         return None if (ROOT / f"{words[2].replace('.', '/')}.py").is_file() else f"no module {words[2]}"
     if not scripts:
         return None

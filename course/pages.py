@@ -90,7 +90,7 @@ def output_block(name: str, first: int, last: int) -> str:
     if len(lines) > first + last + 1:
         lines[first : len(lines) - last] = [f"... ({len(lines) - first - last} lines)"]
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
-    source = f"{record['date']} · {record['machine']} · {versions} · {record['seconds']} s"
+    source = f"{record['date']} · {record['machine']} · {versions} · {record['cpu_seconds']} s CPU"
     return "```text\n" + "\n".join(lines) + f"\n```\n<sub>{source}</sub>\n"
 
 

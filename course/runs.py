@@ -7,7 +7,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 
 from common.errors import RunFailed, UserError
@@ -29,7 +28,7 @@ def commands() -> dict[str, str]:
 def run(name: str, command: str) -> None:
     """Runs a command's lines one after the other and records what they print, as a terminal shows it at the end."""
     print(f"running {name}: {command}", flush=True)
-    output, began = "", time.monotonic()
+    output, before = "", os.times()
     for line in command.splitlines():
         words = shlex.split(line)
         program = [sys.executable, *words[1:]] if words[0] == "python" else words
@@ -38,6 +37,7 @@ def run(name: str, command: str) -> None:
         if done.returncode:
             raise RunFailed(f"`{line}` ended with exit code {done.returncode}: {done.stdout[-500:]}")
         output += done.stdout
+    after = os.times()
     shown = [line.rpartition("\r")[2].rstrip() for line in output.replace(f"{ROOT}{os.sep}", "").splitlines()]
     record = {
         "command": command,
@@ -45,7 +45,10 @@ def run(name: str, command: str) -> None:
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "tokenizers")}},
-        "seconds": round(time.monotonic() - began),
+        # Of the processor, not of the clock: other work on the same machine does not make it longer.
+        "cpu_seconds": round(
+            after.children_user + after.children_system - before.children_user - before.children_system
+        ),
     }
     RECORDS.mkdir(exist_ok=True)
     with replaced(RECORDS / f"{name}.json", text=True) as file:

@@ -1,4 +1,4 @@
-"""Follows one text through a model: the embedding, what each layer adds to the residual stream, and what it would guess.
+"""Follows one text through a model: the embedding, what each layer adds to the residual stream, what it would guess.
 
     python docs/course/code/stream.py --weight out/course/pretrain_160.pth --text 中国的首都是 --near 三 北京
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import torch
 import torch.nn.functional as F
 
-from model.tokenizer import encode_text
+from model.tokenizer import encode_document, encode_text
 from model.weights import load_model
 
 
@@ -72,7 +72,9 @@ def main(argv=None) -> dict:
 
     model, tokenizer, _ = load_model(args.weight)
     model.eval()
-    ids = encode_text(tokenizer, args.text)
+    ids = encode_document(tokenizer, args.text)[
+        :-1
+    ]  # with the token that opens a document, without the one that ends it
     config = model.config
     print(f"text: {args.text}   tokens: {' | '.join(tokenizer.decode([i]) for i in ids)}")
     print(f"ids ({len(ids)},) -> embedding ({len(ids)}, {config.dim}) -> {config.n_layers} layers, each "
