@@ -78,7 +78,10 @@ def test_attention_layers_and_logits_are_those_of_transformers(kind, tmp_path):
     close(ours.model.norm(traced.residuals[-1]).detach(), out.hidden_states[-1][0])  # they give it after the norm
     if traced.router is not None:
         their_router = theirs(torch.tensor([ids]), output_router_logits=True).router_logits
-        close(traced.router, torch.stack([layer.detach().softmax(-1) for layer in their_router]), rtol=1e-4)
+        if their_router is None:  # transformers 5.17 gives none for this architecture
+            assert kind == "granite"
+        else:
+            close(traced.router, torch.stack([layer.detach().softmax(-1) for layer in their_router]), rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------- the trace
