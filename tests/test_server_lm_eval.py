@@ -39,7 +39,7 @@ def put(model, args: str, **options):
         task_manager=TaskManager(include_defaults=False), **options,
     )  # fmt: skip
     return given["results"], [
-        [answer for answer in sample["filtered_resps"]]
+        list(sample["filtered_resps"])
         for name in ("choices", "texts") for sample in sorted(given["samples"][name], key=lambda s: s["doc_id"])
     ]  # fmt: skip
 
