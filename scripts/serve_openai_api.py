@@ -25,7 +25,7 @@ from inference import open_model
 from inference.scheduler import Scheduler
 from serving.app import create_app
 from serving.middleware import MEGABYTE, Limits
-from serving.process import Server, listen
+from serving.process import Server, listen, raise_descriptor_limit
 
 KEY = "MINIMIND_API_KEY"
 
@@ -79,6 +79,7 @@ def leave(number, frame) -> None:
 
 def main(argv=None):
     args = parse(argv)
+    raise_descriptor_limit()
     with user_errors():
         listener = listen(args.host, args.port)  # before the model is loaded: a port in use shows at once
     for number in (signal.SIGINT, signal.SIGTERM):
