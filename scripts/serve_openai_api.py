@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import os
+import re
 import signal
 from math import inf
 
@@ -39,6 +40,10 @@ def parse(argv):
                    help=f"clients must send it; safer in the variable ${KEY} (none)")  # fmt: skip
     g.add_argument("--model_name", nargs="+", metavar="NAME",
                    help="what requests may call the model (name of the weights, minimind)")  # fmt: skip
+    g.add_argument("--cors_origins", nargs="+", metavar="ORIGIN",
+                   help="pages that may ask from a browser, as https://my.page; '*': any (none)")  # fmt: skip
+    parser.flag(g, "docs", False, "serve /docs and /openapi.json, to everybody, and without the key")
+    parser.flag(g, "ignore_tools", False, "never show the model the tools that a client offers")
     g = parser.add_argument_group("limits")
     g.add_argument("--slots", type=int, default=8, metavar="N", help="answers generated side by side (8)")
     g.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait; more are refused (64)")
@@ -67,6 +72,11 @@ def parse(argv):
     faults += [f"--port must be at most 65535, not {args.port}"] * (args.port > 65535)
     faults += [f"--temperature must lie between 0 and 2, not {args.temperature}"] * (not 0 <= args.temperature <= 2)
     faults += [f"--top_p must be above 0 and at most 1, not {args.top_p}"] * (not 0 < args.top_p <= 1)
+    faults += [
+        f"--cors_origins: {origin!r} is no origin; write it as https://my.page, without a path"
+        for origin in args.cors_origins or []
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin)
+    ]
     if faults:
         raise UserError("\n       ".join(faults))
     return args
@@ -93,7 +103,10 @@ def main(argv=None):
     )
     with user_errors():
         scheduler = Scheduler(engine, args.slots, args.queue, args.compile)
-    app = create_app(scheduler, names, args.api_key, limits, {"temperature": args.temperature, "top_p": args.top_p})
+    app = create_app(
+        scheduler, names, args.api_key, limits, {"temperature": args.temperature, "top_p": args.top_p},
+        docs=args.docs, ignore_tools=args.ignore_tools, cors_origins=args.cors_origins,
+    )  # fmt: skip
     host, port = listener.getsockname()[:2]
     note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")
     note(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 serves {', '.join(names)}; Ctrl-C ends it")

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
@@ -193,11 +194,12 @@ class Service:
 
 def create_app(
     scheduler: Scheduler, names: list[str], api_key: str | None = None, limits: Limits | None = None,
-    defaults: dict | None = None, docs: bool = False, ignore_tools: bool = False,
+    defaults: dict | None = None, docs: bool = False, ignore_tools: bool = False, cors_origins: list[str] | None = None,
 ) -> FastAPI:  # fmt: skip
     """names: what requests may call the model; defaults: SamplingParams' fields for what a request leaves open.
 
-    docs: /openapi.json and /docs are served, to everybody. ignore_tools: see Prompts.
+    docs: /openapi.json and /docs are served, to everybody. ignore_tools: see Prompts. cors_origins: pages of these
+    addresses may ask from a browser; "*": of any.
     """
     limits = limits or Limits()
     service = Service(scheduler, names, limits, defaults or {}, ignore_tools)
@@ -219,4 +221,10 @@ def create_app(
     app.get("/metrics")(service.show_metrics)
     errors.add_handlers(app)
     app.add_middleware(RequestChecks, limits=limits, count=service.metrics.count, api_key=api_key, docs=docs)
+    if cors_origins:
+        # Added last, so it comes first: a browser asks whether it may send the key before it sends it.
+        app.add_middleware(
+            CORSMiddleware, allow_origins=cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=["X-Tools-Left-Out", "Retry-After"],
+        )  # fmt: skip
     return app

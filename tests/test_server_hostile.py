@@ -219,6 +219,8 @@ def test_mistakes_in_the_flags_are_one_line():
         server.main(["--host", "no.such.host.invalid", "--port", "0"])
     with pytest.raises(UserError, match="--slots must be at least 1, not 0\n *--timeout must be above 0"):
         server.main(["--slots", "0", "--timeout", "0"])
+    with pytest.raises(UserError, match="--cors_origins: 'my.page/' is no origin; write it as https://my.page"):
+        server.main(["--cors_origins", "my.page/"])
     client = load("scripts/chat_openai_api.py")
     with pytest.raises(UserError, match="cannot reach http://127.0.0.1:9/v1"):
         client.main(["--base_url", "http://127.0.0.1:9/v1"])
