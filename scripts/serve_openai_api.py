@@ -45,7 +45,7 @@ def parse(argv):
     parser.flag(g, "docs", False, "serve /docs and /openapi.json, to everybody, and without the key")
     parser.flag(g, "ignore_tools", False, "never show the model the tools that a client offers")
     g = parser.add_argument_group("limits")
-    g.add_argument("--slots", type=int, default=8, metavar="N", help="answers generated side by side (8)")
+    g.add_argument("--slots", type=int, metavar="N", help="answers generated side by side (32, or as many as fit)")
     g.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait; more are refused (64)")
     g.add_argument("--max_tokens", type=int, metavar="N", help="of an answer (what fits into the context)")
     g.add_argument("--max_messages", type=int, default=1000, metavar="N", help="of a request (1000)")
@@ -102,13 +102,14 @@ def main(argv=None):
         int(args.max_body * MEGABYTE), messages=args.max_messages, max_tokens=args.max_tokens, timeout=args.timeout
     )
     with user_errors():
-        scheduler = Scheduler(engine, args.slots, args.queue, args.compile)
+        rows = args.slots or open_model.rows_that_fit(engine)
+        scheduler = Scheduler(engine, rows, args.queue, args.compile)
     app = create_app(
         scheduler, names, args.api_key, limits, {"temperature": args.temperature, "top_p": args.top_p},
         docs=args.docs, ignore_tools=args.ignore_tools, cors_origins=args.cors_origins,
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
-    note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")
+    note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters, {rows} rows")
     note(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 serves {', '.join(names)}; Ctrl-C ends it")
     if not args.api_key and not host.startswith("127.") and host != "::1":
         note("anyone who reaches this machine can use it: --api_key asks for a key")
