@@ -6,9 +6,9 @@ A chat: chat() -> Prompts.chat() (messages -> token ids) -> _respond() -> _submi
 back through a RequestRun and become JSON or server-sent events. Before, serving/middleware.py has checked the key and
 the size, serving/schema.py the body.
 
-POST /v1/chat/completions, POST /v1/completions, GET /v1/models, POST /tokenize and /detokenize, GET /tokenizer_info,
-GET /health, GET /metrics; anything else is a 404. Whoever made the scheduler closes it, which ends the requests that
-still run.
+POST /v1/chat/completions, /v1/completions and /v1/responses, GET /v1/models; POST /tokenize and /detokenize, GET
+/tokenizer_info, /health and /metrics; anything else is a 404. Whoever made the scheduler closes it, which ends the
+requests that still run.
 """
 
 import time
@@ -33,7 +33,9 @@ from serving.metrics import Metrics
 from serving.middleware import Limits, RequestChecks
 from serving.prompts import Prompts
 from serving.request_run import CLIENT_GONE, EventStream, RequestRun
-from serving.responses import DONE, ApiResponse, ChatChoice, Shown, TextChoice, Tokens, event
+from serving.responses import ApiResponse, ChatChoice, Shown, TextChoice, Tokens
+from serving.responses_api import ResponsesAnswer
+from serving.responses_schema import ResponsesRequest
 from serving.schema import ChatRequest, CompletionRequest, Sampling
 from serving.token_routes import TokenRoutes
 
@@ -70,6 +72,23 @@ class Service:
         return JSONResponse(self._card(name))
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
+        ids, params, reading, headers = await self._read(body)
+        shown = Shown(bool(body.return_token_ids), body.prompt_logprobs)
+        choices = [
+            ChatChoice(i, self.tokens, self.engine.end_tokens, AnswerReader(**reading), ids, shown)
+            for i in range(params.n)
+        ]
+        answer = ApiResponse(body.model, choices, len(ids), body.include_usage)
+        return await self._respond(body, request, [ids], params, answer, headers)
+
+    async def responses(self, body: ResponsesRequest, request: Request) -> Response:
+        chat = body.chat()
+        ids, params, reading, headers = await self._read(chat)
+        answer = ResponsesAnswer(body, AnswerReader(**reading), len(ids))
+        return await self._respond(chat, request, [ids], params, answer, headers)
+
+    async def _read(self, body: ChatRequest) -> tuple[list[int], SamplingParams, dict, dict]:
+        """A chat -> token ids, what is asked for, how its answer is read (AnswerReader), headers."""
         self._check_model(body.model)
         if len(body.messages) > self.limits.messages:
             raise ApiError(400, f"{len(body.messages)} messages; at most {self.limits.messages}", param="messages")
@@ -85,14 +104,7 @@ class Service:
             "one_call": body.parallel_tool_calls is False,
             "one_line": params.grammar is not None and params.grammar.kind == "calls",
         }
-        shown = Shown(bool(body.return_token_ids), body.prompt_logprobs)
-        choices = [
-            ChatChoice(i, self.tokens, self.engine.end_tokens, AnswerReader(**reading), ids, shown)
-            for i in range(params.n)
-        ]
-        answer = ApiResponse(body.model, choices, len(ids))
-        headers = {"X-Tools-Left-Out": why} if why else {}
-        return await self._respond(body, request, [ids], params, answer, headers)
+        return ids, params, reading, {"X-Tools-Left-Out": why} if why else {}
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         self._check_model(body.model)
@@ -107,7 +119,7 @@ class Service:
             TextChoice(i, self.tokens, self.engine.end_tokens, prompts[i // params.n], shown)
             for i in range(params.n * len(prompts))
         ]
-        answer = ApiResponse(body.model, choices, sum(map(len, prompts)))
+        answer = ApiResponse(body.model, choices, sum(map(len, prompts)), body.include_usage)
         return await self._respond(body, request, prompts, params, answer)
 
     # ------------------------------------------------------------------------------------------ from request to ids
@@ -160,7 +172,8 @@ class Service:
 
     # ------------------------------------------------------------------------------------------- from ids to answer
     async def _respond(
-        self, body: Sampling, request: Request, prompts: list[list[int]], params: SamplingParams, answer: ApiResponse,
+        self, body: Sampling, request: Request, prompts: list[list[int]], params: SamplingParams,
+        answer: ApiResponse | ResponsesAnswer,
         headers: dict | None = None,
     ) -> Response:  # fmt: skip
         run = RequestRun(self.metrics.observe)
@@ -168,28 +181,29 @@ class Service:
         # From here on rows are taken: run.end() must be reached on every way out.
         run.begin(request, self.limits.timeout)
         if body.stream:
-            return EventStream(self._events(run, answer, body.include_usage, params.n), run, headers)
+            return EventStream(self._events(run, answer, params.n), run, headers)
         try:
             async for i, piece in run.pieces():
-                answer.choices[i * params.n + piece.index].feed(piece)
+                answer.feed(i * params.n + piece.index, piece)
         finally:
             run.end()
         return JSONResponse(answer.whole(), headers=headers)
 
-    async def _events(self, run: RequestRun, answer: ApiResponse, include_usage: bool, n: int) -> AsyncIterator[str]:
-        for chunk in answer.opening(include_usage):
-            yield chunk
+    async def _events(self, run: RequestRun, answer: ApiResponse | ResponsesAnswer, n: int) -> AsyncIterator[str]:
         try:
+            for body in answer.opening():
+                yield answer.line(body)
             async for i, piece in run.pieces():
-                for part in answer.choices[i * n + piece.index].feed(piece):
-                    yield answer.chunk([part], include_usage)
-            if include_usage:
-                yield answer.chunk([], include_usage, last=True)
+                for body in answer.feed(i * n + piece.index, piece):
+                    yield answer.line(body)
+            last = answer.closing()
         except ApiError as refusal:  # the status 200 has been sent: the error can only be an event
             if refusal.status == CLIENT_GONE:
                 return
-            yield event(refusal.body())
-        yield DONE
+            last = answer.failed(refusal)
+        for body in last:
+            yield answer.line(body)
+        yield answer.last_line
 
 
 def create_app(
@@ -212,6 +226,7 @@ def create_app(
         shown = {"include_in_schema": prefix == "/v1"}
         app.post(f"{prefix}/chat/completions", **shown)(service.chat)
         app.post(f"{prefix}/completions", **shown)(service.completions)
+        app.post(f"{prefix}/responses", **shown)(service.responses)
         app.get(f"{prefix}/models", **shown)(service.models)
         app.get(f"{prefix}/models/{{name:path}}", **shown)(service.model)
     app.post("/tokenize")(tokens.tokenize)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from inference.sampling import TokenLogprob
 from inference.stream_text import AnswerReader, Piece, ToolCall
 from model.vocabulary import spelled_bytes
+from serving.errors import ApiError
 
 DONE = "data: [DONE]\n\n"
 
@@ -230,8 +231,8 @@ class TextChoice(Choice):
 class ApiResponse:
     """One response under one id. choices: the samples of the first prompt, then those of the second, and so on."""
 
-    def __init__(self, model: str, choices: list[Choice], prompt_tokens: int):
-        self.choices, self.prompt_tokens = choices, prompt_tokens
+    def __init__(self, model: str, choices: list[Choice], prompt_tokens: int, include_usage: bool = False):
+        self.choices, self.prompt_tokens, self.include_usage = choices, prompt_tokens, include_usage
         self.kind = type(choices[0])
         self.head = {"id": f"{self.kind.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
@@ -245,14 +246,26 @@ class ApiResponse:
         body = self.head | {"object": self.kind.object, "choices": choices, "usage": self.usage()}
         return body | (self.choices[0].about_prompt() if self.kind is ChatChoice else {})
 
-    def opening(self, include_usage: bool) -> list[str]:
-        """The events before the first piece: a choice of a chat names its role, and clients wait for that."""
-        return [
-            self.chunk([part], include_usage, about=choice.about_prompt())
-            for choice in self.choices for part in choice.opening()
-        ]  # fmt: skip
+    # What a stream consists of. Each body is sent as a line of its own, and after the last one comes last_line.
+    line, last_line = staticmethod(event), DONE
 
-    def chunk(self, choices: list[dict], include_usage: bool, last: bool = False, about: dict | None = None) -> str:
-        """One event. last: the one after all choices, which holds nothing but the usage. about: of the prompt."""
+    def opening(self) -> list[dict]:
+        """Before the first piece: a choice of a chat names its role, and clients wait for that."""
+        return [
+            self._chunk([part], about=choice.about_prompt()) for choice in self.choices for part in choice.opening()
+        ]
+
+    def feed(self, i: int, piece: Piece) -> list[dict]:
+        """A piece of choice i -> the bodies that it makes."""
+        return [self._chunk([part]) for part in self.choices[i].feed(piece)]
+
+    def closing(self) -> list[dict]:
+        return [self._chunk([], last=True)] if self.include_usage else []
+
+    def failed(self, refusal: ApiError) -> list[dict]:
+        return [refusal.body()]
+
+    def _chunk(self, choices: list[dict], last: bool = False, about: dict | None = None) -> dict:
+        """last: the one after all choices, which holds nothing but the usage. about: of the prompt."""
         body = self.head | {"object": self.kind.chunk_object, "choices": choices} | (about or {})
-        return event(body | ({"usage": self.usage() if last else None} if include_usage else {}))
+        return body | ({"usage": self.usage() if last else None} if self.include_usage else {})

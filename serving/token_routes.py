@@ -2,13 +2,12 @@
 
 import asyncio
 
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import Field, ValidationError
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
 from inference.engine import Engine
-from serving.errors import ApiError
+from serving.errors import ApiError, validated
 from serving.forms import Loose
 from serving.prompts import Prompts
 from serving.schema import ChatRequest, Token
@@ -23,11 +22,7 @@ class TokenizeRequest(Loose):
     return_token_strs: bool | None = None
 
     def chat(self) -> ChatRequest:
-        try:
-            return ChatRequest.model_validate({"model": ""} | self.model_dump(exclude_unset=True))
-        except ValidationError as error:
-            faults = [fault | {"loc": ("body", *fault["loc"])} for fault in error.errors()]
-            raise RequestValidationError(faults) from None
+        return validated(ChatRequest, {"model": ""} | self.model_dump(exclude_unset=True))
 
 
 class DetokenizeRequest(Loose):
