@@ -7,6 +7,7 @@
 
 Requests share one batch, which they join and leave between two tokens. Ctrl-C or SIGTERM ends the requests that run
 and then the server; a second Ctrl-C leaves at once. serving/schema.py says which fields are followed, which refused.
+Addresses: /v1/chat/completions, completions, responses and models; /tokenize, /detokenize, /tokenizer_info, /metrics.
 """
 
 import sys

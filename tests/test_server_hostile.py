@@ -59,7 +59,11 @@ FIELDS = {
         "include_stop_str_in_output", "allowed_token_ids", "bad_words", "truncate_prompt_tokens", "return_token_ids",
         "prompt_logprobs", "n_predict", "continue_final_message", "add_generation_prompt",
     ),
-    "/completions": ("model", "prompt", "logprobs", "best_of", "suffix", "echo"),
+    "/completions": ("model", "prompt", "logprobs", "best_of", "suffix", "echo", "max_tokens"),
+    "/responses": (
+        "model", "input", "instructions", "max_output_tokens", "text", "tools", "tool_choice", "stream", "truncation",
+        "include", "temperature", "stop", "seed", "previous_response_id", "chat_template_kwargs",
+    ),
 }  # fmt: skip
 
 
@@ -75,13 +79,15 @@ def check(response):
         error = response.json()["error"]
         assert set(error) == {"message", "type", "param", "code"} and error["message"], error
     elif "event-stream" in response.headers["content-type"]:
-        assert response.text.endswith("data: [DONE]\n\n") and '"error"' not in response.text
+        last = ("data: [DONE]", "event: response.completed", "event: response.incomplete")
+        assert response.text.endswith("\n\n") and response.text.split("\n\n")[-2].startswith(last)
+        assert '"error":{' not in response.text
     return response.status_code
 
 
 @pytest.mark.parametrize("path", FIELDS)
 def test_any_value_in_any_field(live, path):
-    base = BODY | {"prompt": "hi"}
+    base = BODY | {"prompt": "hi", "input": "hi", "max_output_tokens": 1}
     statuses = {}
     with httpx.Client(base_url=live.url, timeout=60) as client:
         for field in FIELDS[path]:
