@@ -206,7 +206,7 @@ class Batch:
             return self._continue(self.decoding, logits[: len(lengths)])
         tokens, positions = self._tensor(newest), self._tensor([[length] for length in lengths])
         logits = self._forward(slice(0, len(lengths)), tokens, positions, max(lengths) + 1)
-        return self._continue(self.decoding, logits)
+        return self._continue(self.decoding, logits[:, -1])
 
     def _first_long(self) -> list[Sequence] | None:
         return next((samples for samples in self.joining if is_long(samples)), None)
@@ -233,7 +233,7 @@ class Batch:
         positions = [[-1] * (T - len(prompt)) + list(range(len(prompt))) for prompt in prompts]
         rows = slice(first, first + len(group))
         logits = self._forward(rows, self._tensor(tokens), self._tensor(positions), T)
-        return self._start(group, list(range(first, first + len(group))), logits)
+        return self._start(group, list(range(first, first + len(group))), logits[:, -1])
 
     def _read_long(self, samples: list[Sequence]) -> list[tuple[Sequence, Piece]]:
         """The next chunk of a long prompt, into the last row.
@@ -245,12 +245,17 @@ class Batch:
         end = min(begin + CHUNK, len(prompt))
         row = self.slots - 1
         tokens, positions = self._tensor([prompt[begin:end]]), self._tensor([list(range(begin, end))])
-        logits = self._forward(slice(row, row + 1), tokens, positions, end)
+        wanted = samples[0].params.prompt_logprobs
+        keep = 1 if wanted is None else end - begin
+        logits = self._forward(slice(row, row + 1), tokens, positions, end, keep)
         self.read = end
+        if wanted is not None:  # each column predicts the next token; what the prompt's last one predicts is the answer
+            target = prompt[begin + 1 : end + 1]
+            samples[0].prompt_logprobs += token_logprobs(logits[0, : len(target)], target, [wanted] * len(target))
         if end < len(prompt):
             return []
         self.read = 0
-        return self._start([samples], [row], logits)
+        return self._start([samples], [row], logits[:, -1])
 
     def _start(self, group: list[list[Sequence]], rows: list[int], logits: Tensor) -> list[tuple[Sequence, Piece]]:
         """Lets the samples of prompts decode, once the prompts are in `rows`; logits (prompts, V): their last columns.
@@ -272,15 +277,15 @@ class Batch:
     def _tensor(self, numbers: list) -> Tensor:
         return upload(numbers, self.device)
 
-    def _forward(self, rows: slice, tokens: Tensor, positions: Tensor, span: int) -> Tensor:
-        """tokens, positions (B, T) -> fp32 logits (B, V) of the last column."""
+    def _forward(self, rows: slice, tokens: Tensor, positions: Tensor, span: int, keep: int = 1) -> Tensor:
+        """tokens, positions (B, T) -> fp32 logits (B, keep, V) of the last columns."""
         mask = self.cache.look(rows, positions, span, self.dtype)
-        # logits_to_keep=1: only the last column predicts something new, so the output layer runs for it alone.
+        # keep=1 as a rule: only the last column predicts something new, so the output layer runs for it alone.
         output = self.model(
             input_ids=tokens, attention_mask=mask, position_ids=positions.clamp(min=0), use_cache=True,
-            logits_to_keep=1, **{CACHE: self.cache},
+            logits_to_keep=keep, **{CACHE: self.cache},
         )  # fmt: skip
-        return output.logits[:, -1].float()
+        return output.logits.float()
 
     def _continue(self, sequences: list[Sequence], logits: Tensor) -> list[tuple[Sequence, Piece]]:
         tokens = choose(logits, [s.sampler for s in sequences])
@@ -289,4 +294,5 @@ class Batch:
 
 
 def is_long(samples: list[Sequence]) -> bool:
-    return len(samples[0].prompt) > CHUNK
+    """Whether the prompt is read by itself, part by part: also where the logits of all its tokens are asked for."""
+    return len(samples[0].prompt) > CHUNK or samples[0].params.prompt_logprobs is not None

@@ -25,6 +25,7 @@ from inference.sampling import SamplingParams
 from inference.stream_text import Completion, Piece, Sequence, sequences
 from inference.token_mask import Grammars
 from model.tokenizer import encode_document, encode_text, render
+from model.vocabulary import spelled_bytes
 
 COMPILED = {"capacity": 1024, "compiled": {"mode": "reduce-overhead"}}  # few sizes of the cache: few graphs
 SCORED_TOGETHER = 64  # documents; their logits are not kept, their tokens are
@@ -75,6 +76,12 @@ class Engine:
     def grammars(self) -> Grammars:
         """What SamplingParams.grammar needs, made at the first one. ValueError without llguidance."""
         return Grammars(self.tokenizer, self.vocab_size, self.end_tokens)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """For each entry of the vocabulary what it adds to a text; b"" for markers, which have none."""
+        special, known = set(self.tokenizer.all_special_ids), len(self.tokenizer)
+        return [b"" if i in special or i >= known else spelled_bytes(self.tokenizer, i) for i in range(self.vocab_size)]
 
     # ------------------------------------------------------------------------------------------------ generation
     def generate(self, prompts: list, params: SamplingParams | list[SamplingParams] | None = None) -> list[Completion]:
@@ -169,23 +176,32 @@ class Engine:
         return nats / math.log(2) / n_bytes, n_bytes
 
     # ---------------------------------------------------------------------------------------------------- prompts
-    def encode(self, prompt, tools: list[dict] | None = None, thinking: bool | None = None) -> list[int]:
-        """Token ids of a prompt of any kind. For a chat: tools it may call; thinking: in place of enable_thinking."""
+    def encode(
+        self, prompt, tools: list[dict] | None = None, thinking: bool | None = None, continued: bool = False
+    ) -> list[int]:
+        """Token ids of a prompt of any kind.
+
+        For a chat: tools it may call; thinking: in place of enable_thinking; continued: its last message is the
+        beginning of the answer.
+        """
         if isinstance(prompt, str):
             return encode_document(self.tokenizer, prompt)[:-1]  # the text goes on: no end token
         if isinstance(prompt, torch.Tensor):
             prompt = prompt.tolist()
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
             if self.own_template:
-                return self._by_template(prompt)
+                return self._by_template(prompt, continued)
+            if continued:
+                return render(self.tokenizer, prompt, tools, continue_final_message=True)[0]
             thinking = self.enable_thinking if thinking is None else thinking
             return render(self.tokenizer, prompt, tools, add_generation_prompt=True, enable_thinking=thinking)[0]
         return self._checked(prompt)
 
-    def _by_template(self, messages: list[dict]) -> list[int]:
+    def _by_template(self, messages: list[dict], continued: bool) -> list[int]:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("this model's tokenizer has no chat template: it continues text and was taught no chats")
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        how = {"continue_final_message": True} if continued else {"add_generation_prompt": True}
+        return self.tokenizer.apply_chat_template(messages, return_dict=False, **how)
 
     def _checked(self, ids) -> list[int]:
         if not isinstance(ids, list | tuple) or not ids:

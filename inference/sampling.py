@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.device import upload
+from inference.bad_words import BadWords
 from inference.grammar import Grammar
 from inference.token_mask import Matcher, keep_allowed
 
@@ -20,7 +21,7 @@ from inference.token_mask import Matcher, keep_allowed
 class SamplingParams:
     """What one request asks for. Raises ValueError, in a sentence, for values out of range.
 
-    max_tokens          tokens to generate at most; None: what fits into the context
+    max_tokens          tokens to generate at most; None: what fits into the context; 0 only with prompt_logprobs
     temperature         logits are divided by it; 0: always the best token (greedy), top_k to min_p then do nothing
     top_k               only the k best tokens; 0: all
     top_p               only the best tokens that together hold this probability (nucleus, arXiv 1904.09751)
@@ -32,9 +33,13 @@ class SamplingParams:
     logit_bias          {token id: number added to its logit}
     seed                same seed, same answer, whatever else is in the batch; None: a new one each time
     stop                strings that end the answer; they and what follows are not part of its text
+    include_stop        the stop string, or the text of the token in stop_token_ids, is part of the text
     stop_token_ids      tokens that end the answer, besides the model's own
+    allowed_token_ids   nothing but these tokens; None: any
+    bad_words           texts that must not stand in the answer, however tokens spell them
     logprobs            report the log-probability of each token and of so many best ones; None: do not. They are the
                         model's own, before temperature, penalties and filters
+    prompt_logprobs     the same for the prompt: of each of its tokens but the first
     n                   answers to the one prompt
     ignore_eos          the model's own end token does not end the answer
     grammar             what the answer must match, a think block before it apart; an answer that has come to its
@@ -52,8 +57,12 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: list[str] = field(default_factory=list)
+    include_stop: bool = False
     stop_token_ids: list[int] = field(default_factory=list)
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = field(default_factory=list)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     ignore_eos: bool = False
     grammar: Grammar | None = None
@@ -71,7 +80,8 @@ class SamplingParams:
                 faults.append(f"{name} must be {what}, not {value!r}")
 
         if self.max_tokens is not None:
-            check("max_tokens", "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1)
+            least = 1 if self.prompt_logprobs is None else 0
+            check("max_tokens", f"a whole number of at least {least}", lambda x: isinstance(x, int) and x >= least)
         check("temperature", "0 or more", lambda x: x >= 0)
         check("top_k", "a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0)
         check("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1)
@@ -82,10 +92,19 @@ class SamplingParams:
         check("n", "a whole number of at least 1", lambda x: isinstance(x, int) and x >= 1)
         if self.seed is not None:
             check("seed", "a whole number", lambda x: isinstance(x, int))
-        if self.logprobs is not None:
-            check("logprobs", "a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check(name, "a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0)
         if not all(isinstance(s, str) and s for s in self.stop):
             faults.append(f"stop must be strings of at least one character, not {self.stop!r}")
+        if not all(isinstance(word, str) and word for word in self.bad_words):
+            faults.append(f"bad_words must be strings of at least one character, not {self.bad_words!r}")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            faults.append("allowed_token_ids must name a token")
+        # Each leaves some token to go on with. Two of them together may leave none.
+        limits = [name for name in ("grammar", "allowed_token_ids", "bad_words") if getattr(self, name)]
+        if len(limits) > 1:
+            faults.append(f"{' and '.join(limits)} cannot be held together; ask for one of them")
         if not all(isinstance(b, int | float) and math.isfinite(b) for b in self.logit_bias.values()):
             faults.append("logit_bias must map token ids to numbers")
         if not isinstance(self.grammar, Grammar | None):
@@ -95,8 +114,8 @@ class SamplingParams:
 
     def check_tokens(self, vocab_size: int) -> None:
         """ValueError where a token id the request names does not exist."""
-        for name in ("logit_bias", "stop_token_ids"):
-            for token in getattr(self, name):
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            for token in getattr(self, name) or ():
                 if not isinstance(token, int) or not 0 <= token < vocab_size:
                     raise ValueError(f"{name} names token {token!r}; ids run from 0 to {vocab_size - 1}")
 
@@ -163,9 +182,10 @@ class Sampler:
     """The state of one sequence's sampling: its random numbers, which tokens it has had, where in its grammar it is."""
 
     def __init__(
-        self, params: SamplingParams, prompt: list[int], sample: int, vocab_size: int, matcher: Matcher | None = None
-    ):
-        self.params, self.vocab_size, self.matcher = params, vocab_size, matcher
+        self, params: SamplingParams, prompt: list[int], sample: int, vocab_size: int, matcher: Matcher | None = None,
+        words: BadWords | None = None,
+    ):  # fmt: skip
+        self.params, self.vocab_size, self.matcher, self.words = params, vocab_size, matcher, words
         # The n samples of a prompt share a seed and must differ, so each seeds its generator with its number too.
         seed = None if params.seed is None else f"{params.seed}:{sample}"
         self.random = random.Random(seed)
@@ -184,6 +204,8 @@ class Sampler:
             self.counts[token] += 1
         if self.matcher is not None:
             self.matcher.accept(token)
+        if self.words is not None:
+            self.words.accept(token)
 
 
 def choose(logits: Tensor, samplers: list[Sampler]) -> list[int]:
@@ -241,11 +263,17 @@ def _adjust(logits: Tensor, samplers: list[Sampler]) -> Tensor:
         counts, index = there(torch.stack([samplers[i].counts for i in rows])), there(rows)
         penalties = column(rows, "presence_penalty"), column(rows, "frequency_penalty")
         logits = logits.index_copy(0, index, penalise_counts(logits.index_select(0, index), counts, *penalties))
-    rows = [i for i, p in enumerate(params) if p.logit_bias]
+    rows = [i for i, p in enumerate(params) if p.logit_bias or p.allowed_token_ids or p.bad_words]
     logits = logits.clone() if rows else logits  # the caller's logits, whose log-probabilities are asked for, stay
     for i in rows:
-        tokens, biases = zip(*params[i].logit_bias.items(), strict=True)
-        logits[i].index_add_(0, there(tokens), there(biases, logits.dtype))
+        if params[i].logit_bias:
+            tokens, biases = zip(*params[i].logit_bias.items(), strict=True)
+            logits[i].index_add_(0, there(tokens), there(biases, logits.dtype))
+        if params[i].allowed_token_ids:
+            allowed = there(params[i].allowed_token_ids)
+            logits[i] = torch.full_like(logits[i], float("-inf")).index_copy(0, allowed, logits[i][allowed])
+        if params[i].bad_words:
+            logits[i, there(samplers[i].words.banned(), torch.long)] = float("-inf")
     return keep_allowed(logits, [sampler.matcher for sampler in samplers])
 
 
@@ -257,6 +285,7 @@ class TokenLogprob:
     token: int
     logprob: float
     top: list[tuple[int, float]]
+    rank: int | None = None  # 1: no token is more probable
 
 
 def token_logprobs(logits: Tensor, tokens: list[int], wanted: list[int | None]) -> list[TokenLogprob | None]:
@@ -266,8 +295,11 @@ def token_logprobs(logits: Tensor, tokens: list[int], wanted: list[int | None]) 
     log_p = logits.log_softmax(dim=-1)
     # The most that any row wants, in one call; each row then takes as many as it asked for.
     best = log_p.topk(min(max(n or 0 for n in wanted), log_p.shape[-1]), dim=-1)
-    result = []
-    for row, (token, n) in enumerate(zip(tokens, wanted, strict=True)):
-        top = list(zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True))
-        result.append(None if n is None else TokenLogprob(token, log_p[row, token].item(), top[:n]))
-    return result
+    chosen = log_p.gather(-1, upload([[token] for token in tokens], logits.device))  # (B, 1)
+    ranks = ((log_p > chosen).sum(dim=-1) + 1).tolist()
+    tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    rows = zip(tokens, wanted, chosen.flatten().tolist(), tops, ranks, strict=True)
+    return [
+        None if n is None else TokenLogprob(token, logprob, list(zip(*top, strict=True))[:n], rank)
+        for token, n, logprob, top, rank in rows
+    ]

@@ -12,6 +12,7 @@ An answer with both kinds of tags:
 import json
 from dataclasses import dataclass, field
 
+from inference.bad_words import BadWords
 from inference.sampling import Sampler, SamplingParams, TokenLogprob
 from model.chat_template import to_json
 
@@ -27,9 +28,9 @@ class TextStream:
     the end of the text while it could be the beginning of a stop string. Special tokens have no text.
     """
 
-    def __init__(self, tokenizer, stop: list[str] = ()):
+    def __init__(self, tokenizer, stop: list[str] = (), include_stop: bool = False):
         self.backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-        self.stop = list(stop)
+        self.stop, self.include_stop = list(stop), include_stop
         # Decoding all tokens at every step would cost n^2. Only the window is decoded, and before it the tokens of the
         # window before: some vocabularies write a blank, or none, by what came before.
         self.before: list[int] = []
@@ -72,7 +73,8 @@ class TextStream:
         if found:
             self.stopped = True
             # Of several stop strings the one that ends first: then the text does not depend on how tokens cut it.
-            piece, self.held = self.held[: min(found)[1]], ""
+            end, begin = min(found)
+            piece, self.held = self.held[: end if self.include_stop else begin], ""
             return piece
         keep = 0 if final else max((overlap(self.held, s) for s in self.stop), default=0)
         piece, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
@@ -89,6 +91,7 @@ class Piece:
     logprobs: list[TokenLogprob] | None = None
     finish_reason: str | None = None  # None while it goes on; "stop", "length" or "cancelled"
     index: int = 0  # which of the n samples
+    prompt_logprobs: list[TokenLogprob] | None = None  # with the first piece, where they are asked for
 
 
 @dataclass
@@ -119,6 +122,7 @@ class Sequence:
     stream: TextStream
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # one list, shared by the samples of a prompt
     text: str = ""
     finish_reason: str | None = None
 
@@ -129,12 +133,16 @@ class Sequence:
 
     def accept(self, token: int, logprob: TokenLogprob | None) -> Piece:
         """Takes the next token -> the piece of text it adds."""
+        of_prompt = self.prompt_logprobs if self.params.prompt_logprobs is not None and not self.token_ids else None
+        if not self.limit:  # nothing but the prompt was to be read
+            self.finish_reason = "length"
+            return Piece("", [], None, "length", self.index, of_prompt)
         self.token_ids.append(token)
         self.sampler.accept(token)
         matcher = self.sampler.matcher
         ended = token in self.end_tokens or (matcher is not None and matcher.ended)
         # What ends the answer adds no text, even where it is an ordinary word (stop_token_ids).
-        text = "" if ended else self.stream.feed(token)
+        text = "" if ended and not self.params.include_stop else self.stream.feed(token)
         if ended or self.stream.stopped:
             self.finish_reason = "length" if matcher is not None and matcher.failed else "stop"
         elif len(self.token_ids) >= self.limit:
@@ -144,7 +152,8 @@ class Sequence:
         self.text += text
         if logprob is not None:
             self.logprobs.append(logprob)
-        return Piece(text, [token], None if logprob is None else [logprob], self.finish_reason, self.index)
+        logprobs = None if logprob is None else [logprob]
+        return Piece(text, [token], logprobs, self.finish_reason, self.index, of_prompt)
 
     def completion(self) -> Completion:
         """The finished answer; only after the end."""
@@ -163,17 +172,22 @@ def sequences(engine, prompt: list[int], params: SamplingParams, request: object
     if not prompt:
         raise ValueError("the prompt is empty")
     room = engine.context - len(prompt)
-    if room < 1:
+    if room < (params.max_tokens != 0):
         raise ValueError(
             f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {engine.context}"
         )
-    limit = min(params.max_tokens or room, room)
+    limit = room if params.max_tokens is None else min(params.max_tokens, room)
     # Each sample has its own place in the grammar, which is compiled once.
     matchers = [engine.grammars.matcher(params.grammar, prompt) if params.grammar else None for _ in range(params.n)]
     ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else engine.end_tokens)
+    read: list[TokenLogprob] = []
     return [
-        Sequence(request, i, params, prompt, limit, ends, Sampler(params, prompt, i, engine.vocab_size, matcher),
-                 TextStream(engine.tokenizer, params.stop))
+        Sequence(
+            request, i, params, prompt, limit, ends,
+            Sampler(params, prompt, i, engine.vocab_size, matcher,
+                    BadWords(params.bad_words, engine.token_bytes) if params.bad_words else None),
+            TextStream(engine.tokenizer, params.stop, params.include_stop), prompt_logprobs=read,
+        )
         for i, matcher in enumerate(matchers)
     ]  # fmt: skip
 

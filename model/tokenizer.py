@@ -83,7 +83,9 @@ def encode_document(tokenizer, text: str) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------------- conversations
-def render(tokenizer, messages, tools=None, add_generation_prompt=False, enable_thinking=None):
+def render(
+    tokenizer, messages, tools=None, add_generation_prompt=False, enable_thinking=None, continue_final_message=False
+):
     """A conversation as (ids, mask), two lists of equal length; mask is 1 where the assistant speaks.
 
     The assistant's part is its text (thinking and tool calls included) and the <|im_end|> that ends the turn; the
@@ -91,19 +93,26 @@ def render(tokenizer, messages, tools=None, add_generation_prompt=False, enable_
     assistant, tool; content a string or a list of {"type": "text", "text": ...}. An assistant message may have
     reasoning_content (present, even empty: a think block) and tool_calls; a first system message may have tools; both
     as lists or as JSON text. enable_thinking opens a think block after the generation prompt (True), closes an
-    empty one (False) or adds none (None). Raises ValueError naming the message and the key that is wrong.
+    empty one (False) or adds none (None). continue_final_message: the last message, an assistant's, is left open for
+    the model to go on with. Raises ValueError naming the message and the key that is wrong.
     """
-    ids, mask, _ = render_spans(tokenizer, messages, tools, add_generation_prompt, enable_thinking)
+    ids, mask, _ = render_spans(
+        tokenizer, messages, tools, add_generation_prompt, enable_thinking, continue_final_message
+    )
     return ids, mask
 
 
-def render_spans(tokenizer, messages, tools=None, add_generation_prompt=False, enable_thinking=None):
+def render_spans(
+    tokenizer, messages, tools=None, add_generation_prompt=False, enable_thinking=None, continue_final_message=False
+):
     """As render, and `starts`: for each message the position of its first token.
 
     Before starts[0] there may be a system turn: `tools` need one where the conversation has none. Consecutive tool
     messages share one user turn; the second one's start is inside that turn.
     """
     messages, tools = normalise_conversation(messages, tools)
+    if continue_final_message and (messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls")):
+        raise ValueError(f"message {len(messages) - 1} cannot be continued: that takes an assistant's, without a call")
     transcript = _Transcript(_codec(tokenizer))
     if tools and messages[0]["role"] != "system":
         transcript.system_turn("", tools)
@@ -118,7 +127,7 @@ def render_spans(tokenizer, messages, tools=None, add_generation_prompt=False, e
             last = i + 1 == len(messages) or messages[i + 1]["role"] != "tool"
             transcript.tool_turn(message["content"], first, last)
         else:
-            transcript.assistant_turn(assistant_text(message))
+            transcript.assistant_turn(assistant_text(message), continue_final_message and i + 1 == len(messages))
     if add_generation_prompt:
         transcript.marker(transcript.codec.start).text("assistant\n")
         if enable_thinking is not None:
@@ -186,8 +195,10 @@ class _Transcript:
         if last:
             self.marker(self.codec.end).text("\n")
 
-    def assistant_turn(self, text: str):
-        self.marker(self.codec.start).text("assistant\n").tagged(text).marker(self.codec.end, target=1).text("\n")
+    def assistant_turn(self, text: str, is_open: bool):
+        self.marker(self.codec.start).text("assistant\n").tagged(text)
+        if not is_open:
+            self.marker(self.codec.end, target=1).text("\n")
 
     def finish(self) -> tuple[list[int], list[int], list[int]]:
         """-> (ids, mask, position of each message's first token)."""

@@ -7,6 +7,7 @@
 
 Requests share one batch, which they join and leave between two tokens. Ctrl-C or SIGTERM ends the requests that run
 and then the server; a second Ctrl-C leaves at once. serving/schema.py says which fields are followed, which refused.
+Addresses: /v1/chat/completions, completions, responses and models; /tokenize, /detokenize, /tokenizer_info, /metrics.
 """
 
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import os
+import re
 import signal
 from math import inf
 
@@ -25,7 +27,7 @@ from inference import open_model
 from inference.scheduler import Scheduler
 from serving.app import create_app
 from serving.middleware import MEGABYTE, Limits
-from serving.process import Server, listen
+from serving.process import Server, listen, raise_descriptor_limit
 
 KEY = "MINIMIND_API_KEY"
 
@@ -39,8 +41,12 @@ def parse(argv):
                    help=f"clients must send it; safer in the variable ${KEY} (none)")  # fmt: skip
     g.add_argument("--model_name", nargs="+", metavar="NAME",
                    help="what requests may call the model (name of the weights, minimind)")  # fmt: skip
+    g.add_argument("--cors_origins", nargs="+", metavar="ORIGIN",
+                   help="pages that may ask from a browser, as https://my.page; '*': any (none)")  # fmt: skip
+    parser.flag(g, "docs", False, "serve /docs and /openapi.json, to everybody, and without the key")
+    parser.flag(g, "ignore_tools", False, "never show the model the tools that a client offers")
     g = parser.add_argument_group("limits")
-    g.add_argument("--slots", type=int, default=8, metavar="N", help="answers generated side by side (8)")
+    g.add_argument("--slots", type=int, metavar="N", help="answers generated side by side (32, or as many as fit)")
     g.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait; more are refused (64)")
     g.add_argument("--max_tokens", type=int, metavar="N", help="of an answer (what fits into the context)")
     g.add_argument("--max_messages", type=int, default=1000, metavar="N", help="of a request (1000)")
@@ -67,6 +73,11 @@ def parse(argv):
     faults += [f"--port must be at most 65535, not {args.port}"] * (args.port > 65535)
     faults += [f"--temperature must lie between 0 and 2, not {args.temperature}"] * (not 0 <= args.temperature <= 2)
     faults += [f"--top_p must be above 0 and at most 1, not {args.top_p}"] * (not 0 < args.top_p <= 1)
+    faults += [
+        f"--cors_origins: {origin!r} is no origin; write it as https://my.page, without a path"
+        for origin in args.cors_origins or []
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin)
+    ]
     if faults:
         raise UserError("\n       ".join(faults))
     return args
@@ -79,6 +90,7 @@ def leave(number, frame) -> None:
 
 def main(argv=None):
     args = parse(argv)
+    raise_descriptor_limit()
     with user_errors():
         listener = listen(args.host, args.port)  # before the model is loaded: a port in use shows at once
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -91,10 +103,14 @@ def main(argv=None):
         int(args.max_body * MEGABYTE), messages=args.max_messages, max_tokens=args.max_tokens, timeout=args.timeout
     )
     with user_errors():
-        scheduler = Scheduler(engine, args.slots, args.queue, args.compile)
-    app = create_app(scheduler, names, args.api_key, limits, {"temperature": args.temperature, "top_p": args.top_p})
+        rows = args.slots or open_model.rows_that_fit(engine)
+        scheduler = Scheduler(engine, rows, args.queue, args.compile)
+    app = create_app(
+        scheduler, names, args.api_key, limits, {"temperature": args.temperature, "top_p": args.top_p},
+        docs=args.docs, ignore_tools=args.ignore_tools, cors_origins=args.cors_origins,
+    )  # fmt: skip
     host, port = listener.getsockname()[:2]
-    note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")
+    note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters, {rows} rows")
     note(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 serves {', '.join(names)}; Ctrl-C ends it")
     if not args.api_key and not host.startswith("127.") and host != "::1":
         note("anyone who reaches this machine can use it: --api_key asks for a key")

@@ -2,137 +2,54 @@
 
     app = create_app(scheduler, names=["full_sft_512"])       an ASGI application, for uvicorn
 
-A chat: chat() -> _encode_chat() (messages -> token ids) -> _respond() -> _submit() (to the scheduler); its pieces come
+A chat: chat() -> Prompts.chat() (messages -> token ids) -> _respond() -> _submit() (to the scheduler); its pieces come
 back through a RequestRun and become JSON or server-sent events. Before, serving/middleware.py has checked the key and
 the size, serving/schema.py the body.
 
-POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health, GET /metrics; anything else is a 404.
-Whoever made the scheduler closes it, which ends the requests that still run.
+POST /v1/chat/completions, /v1/completions and /v1/responses, GET /v1/models; POST /tokenize and /detokenize, GET
+/tokenizer_info, /health and /metrics; anything else is a 404. Whoever made the scheduler closes it, which ends the
+requests that still run.
 """
 
-import asyncio
-import contextlib
-import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 
 from inference.grammar import Grammar
 from inference.sampling import SamplingParams
-from inference.scheduler import Closed, Handle, QueueFull, Scheduler
-from inference.stream_text import CALL, CALL_END, AnswerReader, Piece
+from inference.scheduler import Closed, QueueFull, Scheduler
+from inference.stream_text import CALL, CALL_END, AnswerReader
 from serving import errors
-from serving.errors import ApiError, failed, shutting_down, timed_out
+from serving.conversations import NamedTool, Tool
+from serving.errors import ApiError, shutting_down
 from serving.forms import FormCheck, chat_grammar
 from serving.metrics import Metrics
 from serving.middleware import Limits, RequestChecks
-from serving.responses import DONE, ApiResponse, ChatChoice, TextChoice, Tokens, event
-from serving.schema import ChatRequest, CompletionRequest, NamedTool, Sampling
-
-log = logging.getLogger(__name__)
-CLIENT_GONE = 499  # nginx' status for it; nobody reads the response
-
-
-class RequestRun:
-    """One HTTP request between the scheduler's thread and the server's event loop.
-
-    The scheduler gives its pieces to arrive(), a response takes them from pieces(). end() must be called whatever
-    happens: it frees the rows.
-    """
-
-    def __init__(self, ended: Callable[[Handle], None]):
-        """ended: is called with each handle once all is over."""
-        self.handles: list[Handle] = []  # one a prompt
-        self.ended, self.over = ended, False
-        self.stopped: ApiError | None = None
-        self.loop = asyncio.get_running_loop()
-        # (which handle, piece); in the place of a piece None where the handle has ended, an exception where it failed.
-        self.arrived: asyncio.Queue = asyncio.Queue()
-        # Three things can end a run early: this timer, a client that leaves (watcher) and an error from the scheduler.
-        self.timer: asyncio.TimerHandle | None = None
-        self.watcher: asyncio.Task | None = None
-
-    def arrive(self, i: int, item: Piece | BaseException | None) -> None:
-        """Called in the scheduler's thread."""
-        # asyncio's queues belong to the loop's thread; this is the one way in from another.
-        with contextlib.suppress(RuntimeError):  # the loop is closed already: nobody waits for this answer
-            self.loop.call_soon_threadsafe(self.arrived.put_nowait, (i, item))
-
-    def begin(self, request: Request, timeout: float) -> None:
-        """From now on the client's leaving and the time limit (seconds) end the run."""
-        self.timer = self.loop.call_later(timeout, self._stop, timed_out(timeout))
-        self.watcher = asyncio.create_task(self._watch(request))
-
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """(which handle, piece) as they come. Raises ApiError where the run ends early."""
-        waiting = len(self.handles)
-        while waiting:
-            i, item = await self.arrived.get()
-            # `stopped` first: pieces may still lie in the queue before the item that _stop() put behind them.
-            if self.stopped:
-                raise self.stopped
-            if isinstance(item, BaseException):  # a failed step of the batch, out of memory for one
-                log.error("a request failed", exc_info=item)
-                raise failed()
-            if item is not None:
-                yield i, item
-                continue
-            waiting -= 1
-            if any(sample.finish_reason == "cancelled" for sample in self.handles[i].samples):
-                raise shutting_down()
-
-    async def _watch(self, request: Request) -> None:
-        """Nothing but a disconnect can follow the body."""
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        self._stop(ApiError(CLIENT_GONE, "the client has gone"))
-
-    def _stop(self, reason: ApiError) -> None:
-        """Ends the generation at once, even where a slow client keeps pieces() from being asked for the next item."""
-        self.stopped = reason
-        self.arrived.put_nowait((0, None))  # wakes pieces()
-        for handle in self.handles:
-            handle.cancel()
-
-    def end(self) -> None:
-        """Frees the rows; may be called twice."""
-        if self.over:
-            return
-        self.over = True
-        self.timer.cancel()
-        self.watcher.cancel()
-        for handle in self.handles:
-            handle.cancel()
-            self.ended(handle)
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events. The run ends with the response, even where the client left before the first byte."""
-
-    def __init__(self, events: AsyncIterator[str], run: RequestRun):
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.run = run
-
-    async def __call__(self, scope, receive, send) -> None:
-        # Here and not in the generator of the events: one that was never started runs none of its `finally`.
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.run.end()
+from serving.prompts import Prompts
+from serving.request_run import CLIENT_GONE, EventStream, RequestRun
+from serving.responses import ApiResponse, ChatChoice, Shown, TextChoice, Tokens
+from serving.responses_api import ResponsesAnswer
+from serving.responses_schema import ResponsesRequest
+from serving.schema import ChatRequest, CompletionRequest, Sampling
+from serving.token_routes import TokenRoutes
 
 
 class Service:
     """What the routes share, and the routes."""
 
-    def __init__(self, scheduler: Scheduler, names: list[str], limits: Limits, defaults: dict):
+    def __init__(
+        self, scheduler: Scheduler, names: list[str], limits: Limits, defaults: dict, ignore_tools: bool = False
+    ):
         self.scheduler, self.names, self.limits, self.defaults = scheduler, names, limits, defaults
         self.engine = scheduler.engine
-        self.tokens = Tokens(self.engine.tokenizer)
+        self.prompts = Prompts(self.engine, ignore_tools)
+        self.tokens = Tokens(self.engine.tokenizer, self.engine.token_bytes)
         self.metrics = Metrics(scheduler)
         self.tags = {tag: self.engine.tokenizer.get_vocab().get(tag) for tag in (CALL, CALL_END)}
         self.forms = FormCheck(lambda grammar: self.engine.grammars.compiled(grammar))
@@ -155,25 +72,39 @@ class Service:
         return JSONResponse(self._card(name))
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
+        ids, params, reading, headers = await self._read(body)
+        shown = Shown(bool(body.return_token_ids), body.prompt_logprobs)
+        choices = [
+            ChatChoice(i, self.tokens, self.engine.end_tokens, AnswerReader(**reading), ids, shown)
+            for i in range(params.n)
+        ]
+        answer = ApiResponse(body.model, choices, len(ids), body.include_usage)
+        return await self._respond(body, request, [ids], params, answer, headers)
+
+    async def responses(self, body: ResponsesRequest, request: Request) -> Response:
+        chat = body.chat()
+        ids, params, reading, headers = await self._read(chat)
+        answer = ResponsesAnswer(body, AnswerReader(**reading), len(ids))
+        return await self._respond(chat, request, [ids], params, answer, headers)
+
+    async def _read(self, body: ChatRequest) -> tuple[list[int], SamplingParams, dict, dict]:
+        """A chat -> token ids, what is asked for, how its answer is read (AnswerReader), headers."""
         self._check_model(body.model)
         if len(body.messages) > self.limits.messages:
             raise ApiError(400, f"{len(body.messages)} messages; at most {self.limits.messages}", param="messages")
         params = self._params(body)
         # Rendering takes milliseconds: in a thread, or every stream would stutter meanwhile.
-        ids = await run_in_threadpool(self._encode_chat, body)
-        params.grammar = await run_in_threadpool(self._chat_grammar, body)
+        ids, tools, why = await run_in_threadpool(self.prompts.chat, body)
+        params.grammar = await run_in_threadpool(self._chat_grammar, body, tools)
         await self.forms.check(params.grammar)
         thinking = (self.engine.enable_thinking if body.thinking is None else body.thinking) is True
         reading = {
-            "names": {tool.function.name for tool in self._offered(body)},
+            "thinking": body.thinks_already if body.continued else thinking,
+            "names": {tool.function.name for tool in tools},
             "one_call": body.parallel_tool_calls is False,
             "one_line": params.grammar is not None and params.grammar.kind == "calls",
         }
-        choices = [
-            ChatChoice(i, self.tokens, self.engine.end_tokens, AnswerReader(thinking, **reading))
-            for i in range(params.n)
-        ]
-        return await self._respond(body, request, [ids], params, ApiResponse(body.model, choices, len(ids)))
+        return ids, params, reading, {"X-Tools-Left-Out": why} if why else {}
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         self._check_model(body.model)
@@ -182,9 +113,13 @@ class Service:
         params = self._params(body)
         params.grammar = body.asked_form()
         await self.forms.check(params.grammar)
-        prompts = await run_in_threadpool(self._encode_prompts, body.prompts)
-        choices = [TextChoice(i, self.tokens, self.engine.end_tokens) for i in range(params.n * len(prompts))]
-        answer = ApiResponse(body.model, choices, sum(map(len, prompts)))
+        prompts = await run_in_threadpool(self.prompts.texts, body)
+        shown = Shown(bool(body.return_token_ids), body.prompt_logprobs, bool(body.echo), body.logprobs)
+        choices = [
+            TextChoice(i, self.tokens, self.engine.end_tokens, prompts[i // params.n], shown)
+            for i in range(params.n * len(prompts))
+        ]
+        answer = ApiResponse(body.model, choices, sum(map(len, prompts)), body.include_usage)
         return await self._respond(body, request, prompts, params, answer)
 
     # ------------------------------------------------------------------------------------------ from request to ids
@@ -206,45 +141,18 @@ class Service:
             raise ApiError(400, f"{len(params.stop)} stop strings; at most {self.limits.stops}", param="stop")
         return params
 
-    def _offered(self, body: ChatRequest) -> list:
-        return [] if body.tool_choice == "none" else body.tools or []
-
-    def _encode_chat(self, body: ChatRequest) -> list[int]:
-        # `strict` is for the grammar; the model has learned signatures without it.
-        unseen = {"function": {"strict"}}
-        tools = [tool.model_dump(exclude_unset=True, exclude=unseen) for tool in self._offered(body)] or None
-        try:
-            ids = self.engine.encode([message.plain() for message in body.messages], tools, body.thinking)
-        except ValueError as error:
-            raise ApiError(400, str(error), param="messages") from None
-        except RecursionError:
-            raise ApiError(400, "messages or tools are nested too deeply", param="tools") from None
-        return self._fitting(ids, "messages")
-
-    def _chat_grammar(self, body: ChatRequest) -> Grammar | None:
+    def _chat_grammar(self, body: ChatRequest, offered: list[Tool]) -> Grammar | None:
         """What the answer must match: the form it must have, the calls it must or may make."""
-        tools, named = [tool.function for tool in self._offered(body)], isinstance(body.tool_choice, NamedTool)
+        tools, named = [tool.function for tool in offered], isinstance(body.tool_choice, NamedTool)
         if named:
             tools = [tool for tool in tools if tool.name == body.tool_choice.function.name]
-        must_call, one = body.tool_choice not in (None, "none", "auto"), named or body.parallel_tool_calls is False
+        one = named or body.parallel_tool_calls is False
         try:
-            return chat_grammar(body.asked_form(), [tool.signature() for tool in tools], must_call, one, self.tags)
+            return chat_grammar(body.asked_form(), [tool.signature() for tool in tools], body.must_call, one, self.tags)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         except RecursionError:
             raise ApiError(400, "tools are nested too deeply", param="tools") from None
-
-    def _encode_prompts(self, prompts: list) -> list[list[int]]:
-        try:
-            return [self._fitting(self.engine.encode(prompt), "prompt") for prompt in prompts]
-        except ValueError as error:
-            raise ApiError(400, str(error), param="prompt") from None
-
-    def _fitting(self, ids: list[int], param: str) -> list[int]:
-        if len(ids) >= self.engine.context:
-            text = f"the prompt has {len(ids)} tokens; the model's context of {self.engine.context} has no room for it"
-            raise ApiError(400, text, "context_length_exceeded", param=param)
-        return ids
 
     def _submit(self, run: RequestRun, prompts: list[list[int]], params: SamplingParams) -> None:
         """Submits all prompts or none."""
@@ -264,54 +172,74 @@ class Service:
 
     # ------------------------------------------------------------------------------------------- from ids to answer
     async def _respond(
-        self, body: Sampling, request: Request, prompts: list[list[int]], params: SamplingParams, answer: ApiResponse
-    ) -> Response:
+        self, body: Sampling, request: Request, prompts: list[list[int]], params: SamplingParams,
+        answer: ApiResponse | ResponsesAnswer,
+        headers: dict | None = None,
+    ) -> Response:  # fmt: skip
         run = RequestRun(self.metrics.observe)
         await run_in_threadpool(self._submit, run, prompts, params)  # it waits for the scheduler's lock
         # From here on rows are taken: run.end() must be reached on every way out.
         run.begin(request, self.limits.timeout)
         if body.stream:
-            return EventStream(self._events(run, answer, body.include_usage, params.n), run)
+            return EventStream(self._events(run, answer, params.n), run, headers)
         try:
             async for i, piece in run.pieces():
-                answer.choices[i * params.n + piece.index].feed(piece)
+                answer.feed(i * params.n + piece.index, piece)
         finally:
             run.end()
-        return JSONResponse(answer.whole())
+        return JSONResponse(answer.whole(), headers=headers)
 
-    async def _events(self, run: RequestRun, answer: ApiResponse, include_usage: bool, n: int) -> AsyncIterator[str]:
-        # A choice of a chat opens with a chunk that names the role; clients wait for it.
-        for choice in answer.choices:
-            for part in choice.opening():
-                yield answer.chunk([part], include_usage)
+    async def _events(self, run: RequestRun, answer: ApiResponse | ResponsesAnswer, n: int) -> AsyncIterator[str]:
         try:
+            for body in answer.opening():
+                yield answer.line(body)
             async for i, piece in run.pieces():
-                for part in answer.choices[i * n + piece.index].feed(piece):
-                    yield answer.chunk([part], include_usage)
-            if include_usage:
-                yield answer.chunk([], include_usage, last=True)
+                for body in answer.feed(i * n + piece.index, piece):
+                    yield answer.line(body)
+            last = answer.closing()
         except ApiError as refusal:  # the status 200 has been sent: the error can only be an event
             if refusal.status == CLIENT_GONE:
                 return
-            yield event(refusal.body())
-        yield DONE
+            last = answer.failed(refusal)
+        for body in last:
+            yield answer.line(body)
+        yield answer.last_line
 
 
 def create_app(
     scheduler: Scheduler, names: list[str], api_key: str | None = None, limits: Limits | None = None,
-    defaults: dict | None = None,
+    defaults: dict | None = None, docs: bool = False, ignore_tools: bool = False, cors_origins: list[str] | None = None,
 ) -> FastAPI:  # fmt: skip
-    """names: what requests may call the model; defaults: SamplingParams' fields for what a request leaves open."""
+    """names: what requests may call the model; defaults: SamplingParams' fields for what a request leaves open.
+
+    docs: /openapi.json and /docs are served, to everybody. ignore_tools: see Prompts. cors_origins: pages of these
+    addresses may ask from a browser; "*": of any.
+    """
     limits = limits or Limits()
-    service = Service(scheduler, names, limits, defaults or {})
-    app = FastAPI(title="MiniMind", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    service = Service(scheduler, names, limits, defaults or {}, ignore_tools)
+    tokens = TokenRoutes(service.engine, service.prompts)
+    addresses = {"openapi_url": "/openapi.json", "docs_url": "/docs"} if docs else {"openapi_url": None}
+    app = FastAPI(title="MiniMind", redoc_url=None, redirect_slashes=False, **addresses)
     app.state.service = service
-    app.post("/v1/chat/completions")(service.chat)
-    app.post("/v1/completions")(service.completions)
-    app.get("/v1/models")(service.models)
-    app.get("/v1/models/{name:path}")(service.model)
+    # Some clients are given the server's address without /v1.
+    for prefix in ("/v1", ""):
+        shown = {"include_in_schema": prefix == "/v1"}
+        app.post(f"{prefix}/chat/completions", **shown)(service.chat)
+        app.post(f"{prefix}/completions", **shown)(service.completions)
+        app.post(f"{prefix}/responses", **shown)(service.responses)
+        app.get(f"{prefix}/models", **shown)(service.models)
+        app.get(f"{prefix}/models/{{name:path}}", **shown)(service.model)
+    app.post("/tokenize")(tokens.tokenize)
+    app.post("/detokenize")(tokens.detokenize)
+    app.get("/tokenizer_info")(tokens.info)
     app.get("/health")(service.health)
     app.get("/metrics")(service.show_metrics)
     errors.add_handlers(app)
-    app.add_middleware(RequestChecks, limits=limits, count=service.metrics.count, api_key=api_key)
+    app.add_middleware(RequestChecks, limits=limits, count=service.metrics.count, api_key=api_key, docs=docs)
+    if cors_origins:
+        # Added last, so it comes first: a browser asks whether it may send the key before it sends it.
+        app.add_middleware(
+            CORSMiddleware, allow_origins=cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=["X-Tools-Left-Out", "Retry-After"],
+        )  # fmt: skip
     return app

@@ -7,6 +7,7 @@ The official client turns the status into an exception: 400 BadRequestError, 401
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 TYPES = {"str", "int", "float", "bool", "dict", "list"}
@@ -72,6 +73,14 @@ async def _invalid(request, error: RequestValidationError) -> JSONResponse:
     text = fault["msg"].removeprefix("Value error, ")
     field = ".".join(str(part) for part in fault["loc"][1:] if is_field(part))
     return ApiError(400, f"{field}: {text}" if field else text, "invalid_value", param=field or None).response()
+
+
+def validated(model, fields: dict):
+    """The fields as a pydantic model, with the refusal that a body of its own would have had."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise RequestValidationError([fault | {"loc": ("body", *fault["loc"])} for fault in error.errors()]) from None
 
 
 def is_field(part: str | int) -> bool:

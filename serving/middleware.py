@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,14 +33,20 @@ class RequestChecks:
 
     DRAIN = 256 * MEGABYTE
 
-    def __init__(self, app, limits: Limits, count: Callable[[int], None], api_key: str | None = None):
-        """count: is called with the status of every response."""
+    def __init__(
+        self, app, limits: Limits, count: Callable[[int], None], api_key: str | None = None, docs: bool = False
+    ):
+        """count: is called with the status of every response. docs: those addresses need no key."""
         self.app, self.limits, self.count = app, limits, count
-        self.expected = f"Bearer {api_key}".encode() if api_key else None
+        self.expected = api_key.encode() if api_key else None
+        self.open = {"/health"} | ({"/docs", "/openapi.json"} if docs else set())
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+
+        # A base address that ends with a slash gives doubled ones.
+        scope["path"] = re.sub("/+", "/", scope["path"]).rstrip("/") or "/"
 
         async def counted(message):
             if message["type"] == "http.response.start":
@@ -63,10 +70,12 @@ class RequestChecks:
         await self.app(scope, replay, counted)
 
     def _check_key(self, scope) -> None:
-        if self.expected is None or scope["path"] == "/health":
+        if self.expected is None or scope["path"] in self.open:
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
-        if not hmac.compare_digest(given, self.expected):  # takes equally long wherever the two differ
+        scheme, _, key = given.partition(b" ")
+        same = hmac.compare_digest(key.strip(), self.expected)
+        if scheme.lower() != b"bearer" or not same:  # takes equally long wherever the two differ
             text = "a wrong API key" if given else "no API key; send the header Authorization: Bearer KEY"
             raise ApiError(401, text, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 

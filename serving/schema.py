@@ -3,13 +3,15 @@
 Names and bounds are those of OpenAI's API (platform.openai.com/docs/api-reference), with the additions of vLLM and
 MiniMind: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, chat_template_kwargs, open_thinking,
 reasoning_content. fail_fast: of a million wrong items in a list only the first one is reported.
+serving/conversations.py holds messages and tools, serving/forms.py what form an answer must have.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from inference.sampling import SamplingParams
+from serving.conversations import Message, NamedTool, Tool
 from serving.forms import Formed, Loose
 
 
@@ -21,78 +23,8 @@ def not_zero(value: int) -> int:
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=1000)]
+Token = Annotated[int, Field(ge=0)]
 MaxTokens = Annotated[int, Field(ge=-1), AfterValidator(not_zero)]  # -1 or absent: what fits into the context
-
-
-# ------------------------------------------------------------------------------------------------------ conversations
-class Part(Loose):
-    type: str = "text"
-    text: str | None = None
-
-    @model_validator(mode="after")
-    def only_text(self):
-        if self.type != "text" or self.text is None:
-            raise ValueError(f"a part of type {self.type!r} cannot be read; the model reads text only")
-        return self
-
-
-class CalledFunction(Loose):
-    name: str
-    arguments: str | dict[str, Any] = ""
-
-
-class Call(Loose):
-    function: CalledFunction
-
-
-class Message(Loose):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
-    reasoning_content: str | None = None
-    tool_calls: Annotated[list[Call], Field(fail_fast=True)] | None = None
-
-    def plain(self) -> dict:
-        """As model.tokenizer.render takes it."""
-        content = self.content
-        if isinstance(content, list):
-            content = "".join(part.text for part in content)
-        result = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        if self.role == "assistant" and self.reasoning_content:
-            result["reasoning_content"] = self.reasoning_content
-        if self.tool_calls:
-            result["tool_calls"] = [call.function.model_dump(include={"name", "arguments"}) for call in self.tool_calls]
-        return result
-
-
-class Function(Loose):
-    """Its other keys are kept in the order they came in: the model reads them."""
-
-    name: str = Field(min_length=1, max_length=128)
-
-    @model_validator(mode="after")
-    def has_a_schema(self):
-        if not isinstance(self.model_extra.get("parameters"), dict | None):
-            raise ValueError("parameters must be a JSON schema, an object")
-        return self
-
-    def signature(self) -> dict:
-        """What its calls must match."""
-        return {"name": self.name, "strict": self.model_extra.get("strict") is True,
-                "parameters": self.model_extra.get("parameters")}  # fmt: skip
-
-
-class Tool(Loose):
-    type: Literal["function"] = "function"
-    function: Function
-
-
-class NamedFunction(BaseModel):
-    name: str
-
-
-class NamedTool(Loose):
-    type: Literal["function"] = "function"
-    function: NamedFunction
 
 
 class StreamOptions(Loose):
@@ -113,7 +45,7 @@ class Sampling(Formed):
 
     model: str
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None  # 0: the best token
     top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[
@@ -123,11 +55,19 @@ class Sampling(Formed):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[int, Annotated[Number, Field(ge=-100, le=100)]] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # -1, as absent: a new one each time
     stop: Text | list[Text] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=100)] | None = None
+    include_stop_str_in_output: bool | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=100)] | None = None
+    allowed_token_ids: Annotated[list[Token], Field(fail_fast=True, min_length=1)] | None = None
+    bad_words: Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=100)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1), AfterValidator(not_zero)] | None = None
+    return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    max_tokens: MaxTokens | None = None
+    max_tokens: Annotated[
+        MaxTokens | None, Field(validation_alias=AliasChoices("max_tokens", "n_predict"))  # llama.cpp's
+    ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -136,37 +76,60 @@ class Sampling(Formed):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def params(self, logprobs: int | None, wanted_tokens: int | None, most_tokens: int | None, defaults: dict):
+    @property
+    def wanted_tokens(self) -> int | None:
+        """Tokens of the answer at most; None: what fits into the context."""
+        return None if self.max_tokens == -1 else self.max_tokens
+
+    def params(self, logprobs: int | None, prompt_logprobs: int | None, most_tokens: int | None, defaults: dict):
         """-> SamplingParams.
 
-        wanted_tokens: the request's max_tokens; most_tokens: the server's limit; None: what fits into the context.
-        defaults: the server's, for fields that the request leaves out.
+        most_tokens: the server's limit; None: what fits into the context. defaults: the server's, for fields that the
+        request leaves out.
         """
-        limits = [n for n in (wanted_tokens if wanted_tokens != -1 else None, most_tokens) if n is not None]
+        limits = [n for n in (self.wanted_tokens, most_tokens) if n is not None]
         names = (
             "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-            "logit_bias", "seed", "stop_token_ids", "n", "ignore_eos",
+            "logit_bias", "seed", "stop_token_ids", "allowed_token_ids", "bad_words", "n", "ignore_eos",
         )  # fmt: skip
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         chosen = defaults | given
+        if chosen.get("seed") == -1:
+            del chosen["seed"]
+        if chosen.get("top_p") == 0:  # the fewest tokens there can be: the best one
+            chosen |= {"top_p": 1.0, "temperature": 0}
         if chosen.get("temperature", 1) < 1e-4:
             chosen["temperature"] = 0  # dividing logits by so little overflows, and the best token is certain anyway
         chosen["top_k"] = max(chosen.get("top_k", 0), 0)  # -1 means all in some clients
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         stop = [text for text in stop if text]  # clients send [""] for an empty input field
-        return SamplingParams(max_tokens=min(limits, default=None), stop=stop, logprobs=logprobs, **chosen)
+        return SamplingParams(
+            max_tokens=min(limits, default=None), stop=stop, include_stop=bool(self.include_stop_str_in_output),
+            logprobs=logprobs, prompt_logprobs=prompt_logprobs, **chosen,
+        )  # fmt: skip
+
+    @model_validator(mode="after")
+    def one_piece(self):
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs comes with whole answers only: leave stream out")
+        return self
 
 
 REFUSED = {
     "guided_whitespace_pattern": 'JSON is written with ", " and ": " and no other white space',
     "min_tokens": "an answer may end where it likes; ignore_eos makes it go on to max_tokens",
+    "use_beam_search": "tokens are drawn one after the other; n gives several answers",
+    "prompt_embeds": "prompts are texts or token ids",
+    "chat_template": "chats are written as the model has learned them",
+    "logits_processors": "logit_bias, bad_words and allowed_token_ids are there",
+    "documents": "put them into a message",
 }  # fmt: skip
 REFUSED_IN_CHATS = REFUSED | {
     "functions": "use tools", "function_call": "use tool_choice", "audio": "the model speaks text only",
     "web_search_options": "there is no search here", "prediction": "every token is generated",
 }  # fmt: skip
 REFUSED_IN_COMPLETIONS = REFUSED | {
-    "suffix": "the model only continues text", "echo": "put the prompt before the answer yourself",
+    "suffix": "the model only continues text",
     "tools": "use /v1/chat/completions", "max_completion_tokens": "use max_tokens",
 }  # fmt: skip
 
@@ -181,6 +144,8 @@ def refuse(request: Loose, refused: dict[str, str]) -> None:
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(fail_fast=True), Field(min_length=1)]
     max_completion_tokens: MaxTokens | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True), Field(max_length=128)] | None = None
@@ -197,12 +162,54 @@ class ChatRequest(Sampling):
             raise ValueError("modalities: the model speaks text only")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        self._check_continuation()
         names = [tool.function.name for tool in self.tools or []]
         if self.tool_choice not in (None, "none", "auto") and not names:
             raise ValueError("tool_choice needs tools")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools")
         return self
+
+    def _check_continuation(self) -> None:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message needs add_generation_prompt: false; an answer begins once")
+        if self.continue_final_message and not self._can_be_continued:
+            raise ValueError("continue_final_message needs a last message of the assistant, without tool calls")
+        if self.add_generation_prompt is False and not self.continued:
+            raise ValueError("add_generation_prompt: false is for a last message of the assistant that is continued")
+        if self.continued and self.asked_form():
+            raise ValueError("an answer that goes on with the assistant's last message cannot be held to a form")
+
+    @property
+    def _can_be_continued(self) -> bool:
+        last = self.messages[-1]
+        return last.role == "assistant" and not last.tool_calls
+
+    @property
+    def continued(self) -> bool:
+        """Whether the last message is the beginning of the answer: one of the assistant is, if nothing else is said."""
+        if self.continue_final_message is not None:
+            return self.continue_final_message
+        return self._can_be_continued and not (self.add_generation_prompt or self.asked_form() or self.must_call)
+
+    @property
+    def offered(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def thinks_already(self) -> bool:
+        """Whether the message that is continued has opened a think block and not closed it."""
+        text = self.messages[-1].plain()["content"] if self.continued else ""
+        return "<think>" in text and "</think>" not in text
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        wanted = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return None if wanted == -1 else wanted
 
     @property
     def thinking(self) -> bool | None:
@@ -212,11 +219,8 @@ class ChatRequest(Sampling):
         return next((wish for wish in wishes if wish is not None), None)
 
     def sampling_params(self, most_tokens: int | None, defaults: dict) -> SamplingParams:
-        wanted = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.params((self.top_logprobs or 0) if self.logprobs else None, wanted, most_tokens, defaults)
-
-
-Token = Annotated[int, Field(ge=0)]
+        return self.params((self.top_logprobs or 0) if self.logprobs else None, self.prompt_logprobs, most_tokens,
+                           defaults)  # fmt: skip
 
 
 class CompletionRequest(Sampling):
@@ -231,6 +235,10 @@ class CompletionRequest(Sampling):
         ]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None  # the prompt, and its log-probabilities, before the answer
+    max_tokens: Annotated[
+        Annotated[int, Field(ge=-1)] | None, Field(validation_alias=AliasChoices("max_tokens", "n_predict"))
+    ] = None  # 0: the prompt is read and nothing is generated
     best_of: int | None = None
 
     @model_validator(mode="after")
@@ -247,4 +255,6 @@ class CompletionRequest(Sampling):
         return [self.prompt] if one else self.prompt
 
     def sampling_params(self, most_tokens: int | None, defaults: dict) -> SamplingParams:
-        return self.params(self.logprobs, self.max_tokens, most_tokens, defaults)
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None, 0 if self.max_tokens == 0 else None]
+        of_prompt = max((n for n in asked if n is not None), default=None)
+        return self.params(self.logprobs, of_prompt, most_tokens, defaults)

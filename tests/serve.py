@@ -86,10 +86,10 @@ class Live:
 
 
 @contextlib.contextmanager
-def serve(engine: Engine, slots=4, queue=64, **options):
+def serve(engine: Engine, slots=4, queue=64, patience=20.0, **options):
     """A Live for the duration of the block."""
     with Scheduler(engine, slots, queue) as scheduler, listen("127.0.0.1", 0) as listener:
-        server = Server(create_app(scheduler, ["tiny", "minimind"], **options), scheduler)
+        server = Server(create_app(scheduler, ["tiny", "minimind"], **options), scheduler, patience)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         wait_until(lambda: server.started)

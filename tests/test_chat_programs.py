@@ -219,3 +219,11 @@ def test_weights_without_tokenizer_ask_for_one(tmp_path):
     save_weights(tmp_path / "bare_32.pth", model, None, record)
     with pytest.raises(UserError, match="--tokenizer"):
         chat.main(["--weight", str(tmp_path / "bare_32.pth")])
+
+
+def test_as_many_rows_as_have_room():
+    engine, _ = open_model.open_engine(chat.parse([]), "out/full_sft_32.pth")
+    whole = 2 * 1 * 2 * 16 * 4 * engine.context  # keys and values, one layer, two heads of 16, fp32
+    assert open_model.rows_that_fit(engine, free=4 * 5 * whole) == 5
+    assert open_model.rows_that_fit(engine, free=0) == 1 and open_model.rows_that_fit(engine, free=2**40) == 32
+    assert 1 <= open_model.rows_that_fit(engine) <= 32

@@ -267,7 +267,9 @@ def test_each_class_of_error(client, live, engine):
         ask(client, stop=[1])
     assert caught.value.param == "stop.0"
     assert client.models.retrieve("tiny").model_extra["max_model_len"] == engine.context
-    with pytest.raises(openai.BadRequestError, match="context of 1024") as caught:
+    with pytest.raises(
+        openai.BadRequestError, match="maximum context length is 1024 tokens. However, your messages have 1508"
+    ) as caught:
         ask(client, "好" * 3000)
     assert caught.value.code == "context_length_exceeded"
     assert httpx.get(f"{live.url}/chat/completions").status_code == 405
@@ -280,7 +282,7 @@ def test_each_class_of_error(client, live, engine):
         ({"extra_body": {"functions": [{"name": "f"}]}}, "use tools"),
         ({"extra_body": {"modalities": ["audio"]}}, "text only"),
         ({"extra_body": {"chat_template_kwargs": {"x": 1}}}, "chat_template_kwargs.x"),
-        ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"n": 5}, "only 4 answers"),
+        ({"temperature": -1}, "temperature"), ({"top_p": -0.1}, "top_p"), ({"n": 5}, "only 4 answers"),
         ({"n": 0}, "n:"), ({"max_tokens": 0}, "at least 1"), ({"max_tokens": -2}, "max_tokens"),
         ({"top_logprobs": 3}, "needs logprobs"), ({"logit_bias": {"999999": 1}}, "999999"),
         ({"stop": [str(i) for i in range(1000)]}, "at most 16"), ({"messages": []}, "messages"),

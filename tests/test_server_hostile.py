@@ -56,8 +56,14 @@ FIELDS = {
         "frequency_penalty", "seed", "stop", "n", "logit_bias", "max_tokens", "max_completion_tokens", "stream",
         "stream_options", "ignore_eos", "logprobs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
         "response_format", "modalities", "chat_template_kwargs", "open_thinking", "functions", "audio", "metadata",
+        "include_stop_str_in_output", "allowed_token_ids", "bad_words", "truncate_prompt_tokens", "return_token_ids",
+        "prompt_logprobs", "n_predict", "continue_final_message", "add_generation_prompt",
     ),
-    "/completions": ("model", "prompt", "logprobs", "best_of", "suffix", "echo"),
+    "/completions": ("model", "prompt", "logprobs", "best_of", "suffix", "echo", "max_tokens"),
+    "/responses": (
+        "model", "input", "instructions", "max_output_tokens", "text", "tools", "tool_choice", "stream", "truncation",
+        "include", "temperature", "stop", "seed", "previous_response_id", "chat_template_kwargs",
+    ),
 }  # fmt: skip
 
 
@@ -73,13 +79,15 @@ def check(response):
         error = response.json()["error"]
         assert set(error) == {"message", "type", "param", "code"} and error["message"], error
     elif "event-stream" in response.headers["content-type"]:
-        assert response.text.endswith("data: [DONE]\n\n") and '"error"' not in response.text
+        last = ("data: [DONE]", "event: response.completed", "event: response.incomplete")
+        assert response.text.endswith("\n\n") and response.text.split("\n\n")[-2].startswith(last)
+        assert '"error":{' not in response.text
     return response.status_code
 
 
 @pytest.mark.parametrize("path", FIELDS)
 def test_any_value_in_any_field(live, path):
-    base = BODY | {"prompt": "hi"}
+    base = BODY | ({"input": "hi", "max_output_tokens": 1} if path == "/responses" else {"prompt": "hi"})
     statuses = {}
     with httpx.Client(base_url=live.url, timeout=60) as client:
         for field in FIELDS[path]:
@@ -139,7 +147,7 @@ def test_odd_messages_and_tools(live):
                 assert check(post(client, "/chat/completions", body)) in (200, 400), tools
         for path in ("/chat/completions", "/completions"):
             for name, body in RAW.items():
-                assert check(post(client, path, body)) == 400 or name == "nested tools", name
+                assert check(post(client, path, body)) == 400 or name in ("nested tools", "deeper tools"), name
         for prompt in ([[]], [[-1]], [[99999]], ["a"] * 5, [1] * 300, "x" * 9999, ["a", 5], "\ud800", [True]):
             assert check(post(client, "/completions", {"model": "tiny", "prompt": prompt, "max_tokens": 2})) in (
                 200,
@@ -217,6 +225,8 @@ def test_mistakes_in_the_flags_are_one_line():
         server.main(["--host", "no.such.host.invalid", "--port", "0"])
     with pytest.raises(UserError, match="--slots must be at least 1, not 0\n *--timeout must be above 0"):
         server.main(["--slots", "0", "--timeout", "0"])
+    with pytest.raises(UserError, match="--cors_origins: 'my.page/' is no origin; write it as https://my.page"):
+        server.main(["--cors_origins", "my.page/"])
     client = load("scripts/chat_openai_api.py")
     with pytest.raises(UserError, match="cannot reach http://127.0.0.1:9/v1"):
         client.main(["--base_url", "http://127.0.0.1:9/v1"])
