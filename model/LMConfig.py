@@ -18,7 +18,7 @@ _REAL_NUMBERS = [
     ("norm_eps", "above 0", lambda value: value > 0),
     ("rope_theta", "above 1", lambda value: value > 1),
 ]
-_ROPE_KEYS = {  # what each kind of rotary positions reads besides its type and theta
+ROPE_KEYS = {  # what each kind of rotary positions reads besides its type and theta
     "default": set(),
     "linear": {"factor"},
     "yarn": {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"},
@@ -162,9 +162,9 @@ class LMConfig(PretrainedConfig):
 
     def _check_rope(self):
         rope = self.rope_parameters
-        if rope["rope_type"] not in _ROPE_KEYS:
+        if rope["rope_type"] not in ROPE_KEYS:
             raise ValueError(f'rope_type must be "default", "linear" or "yarn", not {rope["rope_type"]!r}')
-        known = {"rope_type", "rope_theta", *_ROPE_KEYS[rope["rope_type"]]}
+        known = {"rope_type", "rope_theta", *ROPE_KEYS[rope["rope_type"]]}
         for key, value in rope.items():
             if key not in known:
                 raise ValueError(f'rope_parameters of type "{rope["rope_type"]}" have no {key}')

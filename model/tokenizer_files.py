@@ -32,7 +32,8 @@ def tokenizer_from_dict(files: dict[str, str]) -> PreTrainedTokenizerFast:
     """The inverse of tokenizer_to_dict; also takes the texts of another project's tokenizer files.
 
     The vocabulary file alone decides how text is cut. (MiniMind v1's config says add_prefix_space, its vocabulary
-    says no; newer transformers follow the config, and the released weights then see other tokens.)
+    says no; newer transformers follow the config, and the released weights then see other tokens.) Where the file puts
+    a start token before each text, that step is left out: here encode_document and render write the markers.
     """
     if "tokenizer.json" not in files:
         raise ValueError(f"no tokenizer.json among the tokenizer's files ({', '.join(files) or 'none'})")
@@ -50,7 +51,9 @@ def tokenizer_from_dict(files: dict[str, str]) -> PreTrainedTokenizerFast:
     template = files.get("chat_template.jinja") or raw.get("chat_template")
     template = template if isinstance(template, str) else None
     try:
-        backend = Tokenizer.from_str(files["tokenizer.json"])
+        content = json.loads(files["tokenizer.json"])
+        content["post_processor"] = None
+        backend = Tokenizer.from_str(json.dumps(content))
         return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **config)
     except (KeyboardInterrupt, SystemExit):
         raise

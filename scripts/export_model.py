@@ -2,7 +2,8 @@
 
     python scripts/export_model.py --out my-model                    a folder for transformers, vLLM, SGLang
     python scripts/export_model.py --format gguf --dtype q8_0 --out my-model.gguf      llama.cpp, Ollama (+ Modelfile)
-    python scripts/export_model.py --format minimind --weight FOLDER --out out/full_sft_512.pth    and back
+    python scripts/export_model.py --format minimind --out full_sft_768.pth            MiniMind's own programs
+    python scripts/export_model.py --format weights --weight FOLDER --out out/full_sft_512.pth     and back
 
 --weight takes all that the project can read: its own files, a transformers folder, MiniMind's releases. Nothing is
 computed anew: the numbers are renamed, reordered and written (docs/export.md).
@@ -21,6 +22,7 @@ from common.errors import RunFailed, UserError, disk_fault, run_main
 from common.flags import Parser
 from export.gguf_file import STORED, write_gguf
 from export.hub import check_push, push
+from export.minimind_file import minimind_release, minimind_state, other_settings
 from export.ollama import modelfile
 from export.output import check_folder, publish_files, publish_folder, stage_beside
 from export.transformers_folder import FILES, cast, write_transformers_folder
@@ -31,6 +33,7 @@ from model.peft_folder import load_peft
 from model.tokenizer import load_tokenizer
 from model.weights import load_model, save_weights
 
+ENDINGS = {"transformers": "", "gguf": ".gguf", "minimind": ".pth", "weights": ".pth"}  # --format: what --out is
 SHORT_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as llama.cpp's users write them
 
 
@@ -41,16 +44,16 @@ def parse_args(argv=None):
                         help="shape of a MiniMind state dict, where several fit its tensors")  # fmt: skip
     parser.add_argument("--tokenizer", metavar="FOLDER", help="for weights that come without one")
     parser.add_argument("--lora", metavar="PATH", help="adapter to merge into the weights")
-    parser.add_argument("--format", choices=("transformers", "gguf", "minimind"), default="transformers")
+    parser.add_argument("--format", choices=tuple(ENDINGS), default="transformers")
     parser.add_argument("--out", metavar="PATH", help="folder, .gguf or .pth file to write (in out/export)")
-    types = f"of the stored matrices: {', '.join(STORED)}; the last for gguf only (float32)"
+    types = f"of the stored matrices: {', '.join(STORED)}; the last two for gguf only (float32)"
     parser.add_argument("--dtype", choices=(*STORED, *SHORT_NAMES), default="float32", metavar="TYPE", help=types)
     parser.add_argument("--push_to_hub", metavar="NAME", help="upload what was written to this repository")
     parser.flag(parser, "overwrite", False, "replace another export at --out")
     args = parser.parse_args(argv)
     args.dtype = SHORT_NAMES.get(args.dtype, args.dtype)
-    if args.dtype == "q8_0" and args.format != "gguf":
-        raise UserError("--dtype q8_0 is a type of GGUF files; add --format gguf")
+    if args.dtype in ("q8_0", "q4_0") and args.format != "gguf":
+        raise UserError(f"--dtype {args.dtype} is a type of GGUF files; add --format gguf")
     return args
 
 
@@ -81,7 +84,8 @@ def export(args) -> tuple[dict, list[Path]]:
     if args.format == "transformers":
         check_folder(out, FILES)
     model, tokenizer, record = read(args, weight)
-    writer = {"transformers": to_transformers, "gguf": to_gguf, "minimind": to_minimind}[args.format]
+    writers = {"transformers": to_transformers, "gguf": to_gguf, "minimind": to_minimind, "weights": to_weights}
+    writer = writers[args.format]
     name = args.push_to_hub or out.name.removesuffix(".gguf")
     architecture, files = writer(args, out, model, tokenizer, record, name)
     result = {
@@ -94,8 +98,8 @@ def export(args) -> tuple[dict, list[Path]]:
 
 def where(args, weight: Path) -> Path:
     """--out, or a name after the weights'. A GGUF path without .gguf is a folder to hold model.gguf."""
-    ending = {"transformers": "", "gguf": ".gguf", "minimind": ".pth"}[args.format]
-    out = Path(args.out) if args.out else Path("out/export") / f"{weight.resolve().name.removesuffix('.pth')}{ending}"
+    name = f"{weight.resolve().name.removesuffix('.pth')}{ENDINGS[args.format]}"
+    out = Path(args.out) if args.out else Path("out/export") / name
     if args.format == "gguf" and out.suffix != ".gguf":
         out = out / "model.gguf"
     if args.format != "transformers" and out.is_dir():
@@ -110,7 +114,7 @@ def read(args, weight: Path):
     model, tokenizer, record = load_model(weight, args.preset)
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
-    if tokenizer is None and args.format != "minimind":
+    if tokenizer is None and args.format not in ("minimind", "weights"):
         raise ValueError(f"{weight} comes without a tokenizer; name the folder of the one it learned with: --tokenizer")
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries, {weight} only {model.config.vocab_size}")
@@ -132,8 +136,9 @@ def to_transformers(args, out: Path, model, tokenizer, record: dict, name: str):
 
 def to_gguf(args, out: Path, model, tokenizer, record: dict, name: str):
     with stage_beside(out) as stage:
-        architecture = write_gguf(stage / out.name, model, tokenizer, name, args.dtype)
-        text = modelfile(out.name, tokenizer, base=record.get("stage") == "pretrain")
+        base = record.get("stage") == "pretrain"
+        architecture = write_gguf(stage / out.name, model, tokenizer, name, args.dtype, base)
+        text = modelfile(out.name, tokenizer, base)
         (stage / "Modelfile").write_text(text, encoding="utf-8")
         publish_files(stage, out.parent, args.overwrite)
     print(f"{out}: architecture {architecture}; try it: llama-cli -m {out}")
@@ -141,6 +146,20 @@ def to_gguf(args, out: Path, model, tokenizer, record: dict, name: str):
 
 
 def to_minimind(args, out: Path, model, tokenizer, record: dict, _):
+    release, state = minimind_release(model.config), minimind_state(model, args.dtype)
+    with stage_beside(out) as stage:
+        torch.save(state, stage / out.name)
+        publish_files(stage, out.parent, args.overwrite)
+    config = model.config
+    print(f"{out}: for {release}, --hidden_size {config.dim} --num_hidden_layers {config.n_layers}"
+          f" --use_moe {int(config.use_moe)}, with this tokenizer's files in its folder model/")  # fmt: skip
+    if others := other_settings(config):
+        said = ", ".join(f"{key} {value}" for key, value in others.items())
+        print(f"note: its scripts have no flag for {said}; change the defaults of its config class", file=sys.stderr)
+    return release, [out]
+
+
+def to_weights(args, out: Path, model, tokenizer, record: dict, _):
     for key, tensor in model.state_dict().items():
         cast(tensor, args.dtype, key)  # refuses what the type cannot hold
     with stage_beside(out) as stage:
