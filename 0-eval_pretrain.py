@@ -14,6 +14,7 @@ from chat import terminal
 from chat.terminal import note
 from common.errors import run_main, user_errors
 from common.flags import Parser
+from data.prompts import read_prompts
 from data.reading import iter_rows
 from inference import open_model
 
@@ -38,7 +39,7 @@ def run(args):
     params = open_model.sampling(args)
     texts = list(args.texts)
     if args.prompts:
-        texts += [row["prompt"] for row in terminal.read_prompts(args.prompts)]
+        texts += [row["prompt"] for row in read_prompts(args.prompts)]
     path = open_model.find_weight(args, base=True)
     engine, record = open_model.open_engine(args, path)
     note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")
@@ -46,7 +47,7 @@ def run(args):
         return score(engine, args.score, args.score_length or record.get("seq_len", 512))
     for text in texts or BEGINNINGS:
         print(f"\n{text}", end="", flush=True)
-        terminal.print_stream(engine.stream(text, params))
+        terminal.print_answer(("content", piece.text) for piece in engine.stream(text, params))
         note(f"[{engine.speed}]")
 
 

@@ -16,14 +16,15 @@ import time
 from pathlib import Path
 
 from chat import terminal
-from chat.terminal import as_messages, note
+from chat.sources import Local, Settings
+from chat.terminal import note
 from common.errors import UserError, disk_fault, run_main, user_errors
 from common.files import replaced
 from common.flags import Parser
 from data.answer_match import is_right
+from data.prompts import as_messages, read_prompts
 from exams import judge
 from inference import open_model
-from inference.stream_text import split_thinking
 
 
 def parse(argv):
@@ -63,26 +64,11 @@ def open_chat(args, path):
 def chat(args):
     params = open_model.sampling(args, temperature=0.85)
     engine = open_chat(args, open_model.find_weight(args))
-    exchanges: list[tuple[str, str]] = []
-    for question in terminal.typed(forget=exchanges.clear):
-        messages, exchanges[:] = fitting(engine, args, exchanges, question)
-        text = terminal.print_stream(engine.stream(messages, params), thinking=args.thinking is True)
-        note(f"[{engine.speed}]")
-        _, answer = split_thinking(text, thinking=args.thinking is True)
-        exchanges.append((question, answer))
-
-
-def fitting(engine, args, exchanges, question):
-    """The messages to send, and the exchanges in them: the last --history ones, fewer where the context is full."""
-    exchanges = exchanges[-args.history :] if args.history else []
-    while True:
-        said = [
-            {"role": r, "content": t} for pair in exchanges for r, t in zip(("user", "assistant"), pair, strict=True)
-        ]
-        messages = as_messages([*said, {"role": "user", "content": question}], args.system)
-        if not exchanges or len(engine.encode(messages)) + args.max_new_tokens <= engine.context:
-            return messages, exchanges
-        exchanges = exchanges[1:]
+    settings = Settings(
+        args.system or "", args.history, args.thinking, max_tokens=params.max_tokens, temperature=params.temperature,
+        top_p=params.top_p, top_k=params.top_k, repetition_penalty=params.repetition_penalty, seed=params.seed,
+    )  # fmt: skip
+    terminal.converse(Local(engine), settings, answered=lambda: note(f"[{engine.speed}]"))
 
 
 def answer_all(args, engine, rows):
@@ -95,7 +81,7 @@ def answer_all(args, engine, rows):
 
 
 def keep(args, path, file, lines) -> Path:
-    """Writes the generated texts where they can be read again."""
+    """Writes the generated texts to a file -> its path."""
     target = Path(args.answers_file or f"out/answers_{path.stem}_{Path(file).stem}.jsonl")
     try:
         with replaced(target, text=True) as file:
@@ -119,7 +105,7 @@ def check_question(row: dict, where: str) -> None:
 
 
 def questions(args):
-    rows = terminal.read_prompts(args.questions)
+    rows = read_prompts(args.questions)
     for row in rows:
         check_question(row, f"{args.questions}:{row['line']}")
     path = open_model.find_weight(args)
@@ -147,7 +133,7 @@ def asked(row: dict) -> str:
 
 
 def prompts(args):
-    rows, path = terminal.read_prompts(args.prompts), open_model.find_weight(args)
+    rows, path = read_prompts(args.prompts), open_model.find_weight(args)
     answers = answer_all(args, open_chat(args, path), rows)
     lines = []
     for row, answer in zip(rows, answers, strict=True):
@@ -158,7 +144,7 @@ def prompts(args):
 
 
 def compare(args):
-    rows, columns = terminal.read_prompts(args.prompts), []
+    rows, columns = read_prompts(args.prompts), []
     judging = judge.connect(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY", "")) if args.judge else None
     for path in map(Path, args.compare):
         columns.append([answer.text for answer in answer_all(args, open_chat(args, path), rows)])

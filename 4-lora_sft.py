@@ -1,12 +1,12 @@
-"""Stage 4: teach a finished model something more, cheaply. Conversations in, a small adapter out.
+"""Stage 4: fine-tune a finished model at low cost. Conversations in, a small adapter out.
 
   in    --data_path FILE...   rows of {"conversations": [{"role", "content"}, ...]}
         --from_weight         a chat model; default: the newest full_sft_* in --out_dir or out/. It is not changed
   out   out/lora/<name>_<dim>.pth  (the adapter, and which weights it belongs to), .jsonl (every step), .png (curve)
         --peft_dir FOLDER     the adapter once more, as the peft library reads it
 
-Low-rank adaptation (Hu et al. 2021): beside each frozen matrix W stands a product B A of low rank, and only A and B
-are trained. See model/lora.py. The adapter's file is given to other programs like any weights:
+Low-rank adaptation (Hu et al. 2021): a product B A of low rank is added to each frozen matrix W, and only A and B are
+trained. See model/lora.py. Other programs take the adapter's file like any weights:
 `python 2-eval.py --weight out/lora/lora_identity_512.pth` loads the model under it and adds it.
 
   python 4-lora_sft.py                                        the embedded sample, or dataset/lora_identity.jsonl
@@ -21,7 +21,7 @@ from pathlib import Path
 from trainer.world import join  # first: it says how torch's threads wait
 
 # isort: split
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, user_errors
 from data.reading import raw_rows
 from data.rows import load_rows
 from model.lora import PROJECTIONS, LoraConfig, add_lora, load_lora
@@ -57,7 +57,7 @@ def parser():
 
 
 def refuse_placeholders(path) -> None:
-    """An adapter trained on them would call itself {{name}}."""
+    """Raises UserError where a placeholder is left: a model trained on it would call itself {{name}}."""
     for number, row in raw_rows(path):
         if found := PLACEHOLDER.search(str(row)):
             command = f"python data_process.py fill {path} --set {found[1]}=... --out FILE"
@@ -67,10 +67,8 @@ def refuse_placeholders(path) -> None:
 def main(argv=None) -> dict:
     args = parse(parser(), argv)
     args.targets = [*args.targets, "experts"] if args.lora_experts else args.targets
-    try:
+    with user_errors():
         config = LoraConfig(args.rank, args.alpha, args.lora_dropout, args.targets)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
     def adapt(model):
         if args.peft_dir:
@@ -87,7 +85,7 @@ def main(argv=None) -> dict:
     with join(args) as world:
         result = train(run, load_rows("chat", run.data_files, run.tokenizer, args, world), world)
         if args.peft_dir and world.first and not args.dry_run:
-            model = load_model(run.came_from, args.preset)[0]  # a fresh one: ZeRO 3 spreads the trained one
+            model = load_model(run.came_from, args.preset)[0]  # loaded again: under ZeRO 3 no process has all of it
             load_lora(model, result["weights"], "trained")
             save_peft(args.peft_dir, model, base=run.came_from)
     return result

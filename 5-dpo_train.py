@@ -1,20 +1,20 @@
-"""Stage 5: learn what is liked better. Pairs of answers in, a chat model out that prefers as they do.
+"""Stage 5: learn from preferences. Pairs of a better and a worse answer in, a chat model out.
 
   in    --data_path FILE...   rows of {"chosen": [messages], "rejected": [messages]} that differ in the last message
-        --from_weight         a chat model; default: the newest full_sft_* in --out_dir or out/. Its copy, frozen, is
-                              the reference that the loss compares with
+        --from_weight         a chat model; default: the newest full_sft_* in --out_dir or out/. A frozen copy of it is
+                              the reference
   out   out/dpo_<dim>.pth  (weights, config, tokenizer), .jsonl (every step), .png (curve)
 
-Direct preference optimisation (Rafailov et al. 2023): raise the chosen answer's log-probability over the rejected
-one's, compared with the reference. The reference is computed once, before training, and kept in out/cache. Alone this
-lowers the probability of both answers, and of what the model knew; the chosen one's cross-entropy beside it
-(--sft_weight, Pang et al. 2024, arXiv 2404.19733) holds them up.
+Direct preference optimisation (Rafailov et al. 2023): raise the log-probability of the chosen answer above that of the
+rejected one, relative to the reference, whose log-probabilities are computed once, before training, and kept in
+out/cache. This loss alone lowers the probability of both answers, and the model forgets. So the cross-entropy of the
+chosen answer is added (--sft_weight, Pang et al. 2024, arXiv 2404.19733).
 
-Printed, each a mean over pairs: loss (without that part), accuracy (the chosen answer is the likelier one; per token:
-by the mean over its tokens), margin (beta times what the policy prefers it more than the reference), kl (log reference
-minus log policy of an answer, in nats: KL(reference || policy) as far as these answers are such as the reference
-writes; below zero where training made them likelier). The last line adds how accuracy on held-out pairs changed, with
-its 95% interval.
+Printed, each a mean over pairs: loss (without the added part); accuracy (share of pairs whose chosen answer is more
+likely; per token: by the mean over its tokens); margin (beta times how much more than the reference the policy prefers
+it); kl (log reference minus log policy of an answer, in nats: an estimate of KL(reference || policy) if the reference
+could have written these answers; below zero where training made them likelier). The last line adds the change of
+accuracy on held-out pairs, with a 95% interval.
 
   python 5-dpo_train.py                                       the embedded sample, or dataset/dpo.jsonl
   python 5-dpo_train.py --data_path pairs.jsonl --beta 0.05   your pairs; less bound to the reference
@@ -33,6 +33,12 @@ from trainer.stage_flags import parse, stage_parser
 
 FLAGS = ("loss", "beta", "label_smoothing", "simpo_gamma", "per_token", "sft_weight", "reference")
 
+BOUNDS = (
+    (("beta",), "be above 0", lambda x: x > 0),
+    (("sft_weight",), "be at least 0", lambda x: x >= 0),
+    (("label_smoothing",), "lie in [0, 0.5)", lambda x: 0 <= x < 0.5),
+)
+
 
 def parser():
     p = stage_parser("dpo", __doc__, learning_rate=5e-5, batch_size=4, accumulation_steps=1, weight_decay=0.01,
@@ -50,19 +56,8 @@ def parser():
     g.add_argument("--reference", choices=("cached", "live"), default="cached",
                    help="log-probabilities computed once, or by a second model at every step (cached)")  # fmt: skip
     g.add_argument("--val_path", nargs="+", metavar="FILE", help="held-out pairs, in place of --val_split's")
-    p.set_defaults(recipe_flags=FLAGS)
+    p.set_defaults(recipe_flags=FLAGS, bounds=BOUNDS)
     return p
-
-
-def check(args) -> None:
-    if not args.beta > 0:
-        raise UserError(f"--beta must be above 0, not {args.beta}")
-    if args.sft_weight < 0:
-        raise UserError(f"--sft_weight must not be negative, but is {args.sft_weight}")
-    if not 0 <= args.label_smoothing < 0.5:
-        raise UserError(f"--label_smoothing must lie in [0, 0.5), not {args.label_smoothing}")
-    if args.label_smoothing and args.loss != "sigmoid":
-        raise UserError(f"--label_smoothing belongs to --loss sigmoid, not to {args.loss}")
 
 
 def preference_loss(args, reference):
@@ -71,18 +66,18 @@ def preference_loss(args, reference):
     sft_weight = 0.0 if args.loss == "orpo" else args.sft_weight  # orpo has such a part of its own
 
     def loss_fn(model, batch):
-        # Of each answer: the sum of its tokens' log-probabilities (nats), under the model that learns and under the
-        # frozen one, and its tokens. A pair is two neighbouring answers of a row. All below is (B, pairs of a row).
+        # For each answer: the sum of its tokens' log-probabilities (nats) under policy and reference, and its number of
+        # tokens. A pair is two neighbouring answers of a row. All tensors below are (B, pairs of a row).
         out, log_probs, tokens = pair_log_probs(model, batch)
         chosen, rejected = chosen_and_rejected(log_probs)
         ref_chosen, ref_rejected = chosen_and_rejected(reference.log_probs(batch))
         chosen_tokens, rejected_tokens = chosen_and_rejected(tokens.clamp(min=1))
-        # Rows have as many places for pairs as the fullest one; empty places must count nothing.
+        # All rows have places for as many pairs as the fullest one; empty places must not count.
         real = chosen_and_rejected(batch["documents"])[0] >= 0
 
         chosen_mean, rejected_mean = chosen / chosen_tokens, rejected / rejected_tokens
         policy, ref = (chosen, rejected), (ref_chosen, ref_rejected)
-        if per_token:  # a long answer is not less likely for its length alone
+        if per_token:  # by the sum, an answer is less likely just because it is longer
             policy, ref = (chosen_mean, rejected_mean), (ref_chosen / chosen_tokens, ref_rejected / rejected_tokens)
         if args.loss == "simpo":
             loss = losses.simpo_loss(*policy, args.beta, args.simpo_gamma)
@@ -90,7 +85,7 @@ def preference_loss(args, reference):
             loss = losses.orpo_loss(*policy, args.beta)
         else:
             loss = losses.dpo_loss(*policy, *ref, args.beta, args.label_smoothing, args.loss)
-        # The chosen answer's cross-entropy a token (minus its mean log-probability) holds its probability up.
+        # The cross-entropy per token of the chosen answer is minus its mean log-probability.
         learned = losses.masked_sum(loss, real) - sft_weight * losses.masked_sum(chosen_mean, real)
         printed = {
             "loss": loss, "accuracy": chosen > rejected, "accuracy_per_token": chosen_mean > rejected_mean,
@@ -105,13 +100,14 @@ def preference_loss(args, reference):
 
 def main(argv=None) -> dict:
     args = parse(parser(), argv)
-    check(args)
+    if args.label_smoothing and args.loss != "sigmoid":
+        raise UserError(f"--label_smoothing belongs to --loss sigmoid, not to {args.loss}")
     run = bound_to_its_start(prepare(args, ("dpo.jsonl",), sample="dpo.jsonl", before=("full_sft",), required=True))
     reference = Reference(run)
     val_files = held_out_files(run, sample="dpo.jsonl", held_out="dpo_heldout.jsonl")
     with join(args) as world:
         rows = load_rows("pair", run.data_files, run.tokenizer, args, world, val_files)
-        reference.ready(rows, world)  # before the first step: run.model still is what the run began with
+        reference.ready(rows, world)  # before training: of a new run, run.model is still the reference itself
         run, loss_fn = run.using(reference.parameters), preference_loss(args, reference)
         return train(run, rows, world, loss_fn, reference.report(rows[1], world), bits_per_byte=False)
 

@@ -5,7 +5,6 @@ Each subcommand prints a table of what it did and, as its last line on stdout, o
 
 import dataclasses
 import json
-import math
 import os
 import sys
 
@@ -58,8 +57,7 @@ def clean(args):
         print(f"{reason:<28}{count:>12,}{count / summary['rows']:>9.2%}")
     for name, count in summary["written"].items():
         print(f"{name:<28}{count:>12,} rows{summary['characters'][name]:>16,} characters")
-    if "documents_per_second" in summary:
-        print(f"{summary['documents_per_second']:,.0f} documents a second with {summary['workers']} process(es)")
+    print(f"{summary['documents_per_second']:,.0f} documents a second with {summary['workers']} process(es)")
     return summary
 
 
@@ -204,9 +202,12 @@ def parse(argv=None):
     for name, least, most in (("workers", 1, None), ("samples", 0, None), ("heldout", 0, 0.5), ("threshold", 0.05, 1),
                               ("min_chars", 0, None), ("max_chars", 1, None), ("min_chinese", 0, 1),
                               ("max_symbols", 0, 1), ("max_repetition", 0, 1),
-                              ("in_flight", 1, 256), ("retries", 0, None), ("max_tokens", 1, None)):  # fmt: skip
+                              ("in_flight", 1, 256), ("retries", 0, None), ("max_tokens", 1, None),
+                              ("temperature", 0, None), ("timeout", 0.1, None), ("max_requests", 1, None),
+                              ("token_budget", 1, None)):  # fmt: skip
         value = getattr(args, name, None)
-        if value is not None and not least <= value <= (math.inf if most is None else most):  # NaN is neither
+        # NaN fails every comparison, and infinity is above the largest float.
+        if value is not None and not least <= value <= (sys.float_info.max if most is None else most):
             wanted = f"at least {least}" if most is None else f"from {least} to {most}"
             raise UserError(f"--{name} must be {wanted}, not {value}")
     return args

@@ -1,4 +1,4 @@
-"""White-box distillation: a small model learns from a large one's probabilities, not from its words alone.
+"""White-box distillation: a small model learns from a large model's probabilities, not only from its text.
 
   in    --data_path FILE...   rows of {"conversations": [...]}; with --rows text rows of {"text": ...}
         --teacher             a model with the same tokenizer; default: the newest chat weights in --out_dir or out/
@@ -34,6 +34,12 @@ from trainer.stage_flags import parse, stage_parser
 
 MINIMIND_FILES = ("sft_mini_512.jsonl", "sft_t2t_mini.jsonl", "sft_512.jsonl")
 
+BOUNDS = (
+    (("alpha",), "lie in [0, 1]", lambda x: 0 <= x <= 1),
+    (("skew",), "lie in (0, 1)", lambda x: 0 < x < 1),
+    (("temperature",), "be above 0", lambda x: x > 0),
+)
+
 
 def parser():
     p = stage_parser("full_dist", __doc__, learning_rate=1e-3, epochs=2.0, accumulation_steps=1, weight_decay=0.01)
@@ -45,20 +51,12 @@ def parser():
     g.add_argument("--skew", type=float, default=0.1, metavar="SHARE",
                    help="of the teacher in what the skewed divergence compares with (0.1)")  # fmt: skip
     g.add_argument("--rows", choices=("chat", "text"), default="chat", help="what the data is (chat)")
-    p.set_defaults(recipe_flags=("alpha", "temperature", "kl", "skew", "rows"))
+    p.set_defaults(recipe_flags=("alpha", "temperature", "kl", "skew", "rows"), bounds=BOUNDS)
     return p
 
 
-def check(args) -> None:
-    for name, value in (("alpha", args.alpha), ("skew", args.skew)):
-        if not 0 <= value <= 1 or (name == "skew" and value in (0, 1)):
-            raise UserError(f"--{name} must lie between 0 and 1, not {value}")
-    if not args.temperature > 0:
-        raise UserError(f"--temperature must be above 0, not {args.temperature}")
-
-
 def new_student(args, teacher):
-    """-> (student, where it comes from) where there is no file of it."""
+    """-> (student, its origin in words), for a student that has no file."""
     given = shape_flags(args)
     if args.preset or given.keys() - set(FREE_FIELDS):
         return random_model(args, teacher.config.vocab_size), "random (from nothing)"
@@ -92,7 +90,6 @@ def distillation(args, teacher):
 
 def main(argv=None) -> dict:
     args = parse(parser(), argv)
-    check(args)
     path = find_frozen(args, "teacher", args.teacher, before=("full_sft", "dpo"))
     teacher, tokenizer, _ = load_weights(path)
     tokenizer = tokenizer or load_tokenizer(args.tokenizer)

@@ -27,6 +27,11 @@ from trainer.losses import weighted_sum
 from trainer.setup import prepare
 from trainer.stage_flags import parse, stage_parser
 
+BOUNDS = (
+    (("tag_weight",), "be above 0", lambda x: x > 0),
+    (("think_ratio",), "lie in [0, 1]", lambda x: 0 <= x <= 1),
+)
+
 
 def parser():
     p = stage_parser("reason", __doc__, learning_rate=1e-3, epochs=3.0, batch_size=4, accumulation_steps=1,
@@ -36,15 +41,8 @@ def parser():
                    help="how often <think>, </think>, <answer>, </answer> count in the loss (10)")  # fmt: skip
     g.add_argument("--think_ratio", type=float, default=1.0, metavar="SHARE",
                    help="of rows that keep their thinking (1)")  # fmt: skip
-    p.set_defaults(recipe_flags=("tag_weight", "think_ratio"))
+    p.set_defaults(recipe_flags=("tag_weight", "think_ratio"), bounds=BOUNDS)
     return p
-
-
-def check(args) -> None:
-    if not args.tag_weight > 0:
-        raise UserError(f"--tag_weight must be above 0, not {args.tag_weight}")
-    if not 0 <= args.think_ratio <= 1:
-        raise UserError(f"--think_ratio must lie in [0, 1], not {args.think_ratio}")
 
 
 def token_weights(tokenizer, vocab_size: int, tag_weight: float) -> torch.Tensor:
@@ -72,7 +70,6 @@ def tagged_language_model(token_weight: torch.Tensor):
 
 def main(argv=None) -> dict:
     args = parse(parser(), argv)
-    check(args)
     files = ("r1_mix_1024.jsonl",)
     run = prepare(args, files, sample="reason.jsonl", before=("full_sft", "dpo"), required=True)
     weights = token_weights(run.tokenizer, run.model.config.vocab_size, args.tag_weight)

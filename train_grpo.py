@@ -1,14 +1,14 @@
-"""GRPO: learn by trying. The model answers questions whose answers can be checked, and keeps what worked.
+"""GRPO: reinforcement learning on questions whose answers can be checked.
 
   in    --data_path FILE...   {"question": ..., "answer": ...}, or worked examples with <answer>...</answer>
         --from_weight         a reasoning model; default: the newest reason_* in --out_dir or out/
   out   out/grpo_<dim>.pth  (weights, config, tokenizer), .jsonl (every step), .png (curve)
 
 Each question is answered --group times, sampled from softmax(logits / temperature). An answer's reward is 1 where it is
-right, and --format_reward where it is one <think> block and one <answer> block; its advantage is how far it lies above
-its group. The loss (trainer/losses.py) raises the likelihood of answers above and lowers that of answers below, as far
-as --clip allows in --inner_steps updates, and holds the model near the one it began with (--kl). A step is --batch_size
-x --accumulation_steps x processes answers; --seq_len bounds question and answer together.
+right, plus --format_reward where it is one <think> block and one <answer> block. Its advantage is how far the reward is
+above the mean of its group. The loss (trainer/losses.py) raises the probability of answers above the mean and lowers
+that of the others, as far as --clip allows in --inner_steps updates, and keeps the model near the starting one (--kl).
+A step is --batch_size x --accumulation_steps x processes answers; --seq_len bounds question and answer together.
 
 Printed: means over a step's sampled answers (reward, well_formed, right, truncated, length); learning_groups, the share
 of groups whose rewards differ; clip_share, the share of tokens the clip holds; kl, in nats a token. Validation: exact
@@ -34,6 +34,14 @@ from trainer.stage_flags import parse, stage_parser
 
 FLAGS = ("group", "temperature", "max_new_tokens", "kl", "clip", "inner_steps", "format_reward")
 
+BOUNDS = (
+    (("group",), "be at least 2", lambda x: x >= 2),  # an answer is compared with the others of its group
+    (("inner_steps",), "be at least 1", lambda x: x >= 1),
+    (("temperature",), "be above 0", lambda x: x > 0),  # without chance a group would be one answer
+    (("clip",), "lie in (0, 1)", lambda x: 0 < x < 1),
+    (("kl", "format_reward"), "be at least 0", lambda x: x >= 0),
+)
+
 
 def parser():
     p = stage_parser("grpo", __doc__, seq_len=256, batch_size=32, accumulation_steps=4, learning_rate=2e-5,
@@ -51,24 +59,14 @@ def parser():
     g.add_argument("--format_reward", type=float, default=0.2, metavar="X",
                    help="for a well-formed answer, beside 1 for a right one (0.2)")  # fmt: skip
     g.add_argument("--val_path", nargs="+", metavar="FILE", help="held-out questions, in place of --val_split's")
-    p.set_defaults(recipe_flags=FLAGS, dropout=0.0)  # also where the starting weights were trained with some
+    # No dropout, even if the starting weights were trained with it: see check().
+    p.set_defaults(recipe_flags=FLAGS, bounds=BOUNDS, dropout=0.0)
     return p
 
 
 def check(args) -> None:
-    if args.group < 2:
-        raise UserError(f"--group must be at least 2, not {args.group}: an answer is compared with the others")
-    if args.inner_steps < 1:
-        raise UserError(f"--inner_steps must be at least 1, not {args.inner_steps}")
     if not 1 <= args.max_new_tokens < args.seq_len:
         raise UserError(f"--max_new_tokens must lie between 1 and --seq_len {args.seq_len}, not {args.max_new_tokens}")
-    if args.temperature <= 0:
-        raise UserError(f"--temperature must be above 0, not {args.temperature}: without chance a group is one answer")
-    if not 0 < args.clip < 1:
-        raise UserError(f"--clip must lie between 0 and 1, not {args.clip}")
-    for name in ("kl", "format_reward"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
     if args.deepspeed and read_config(args.deepspeed).get("zero_optimization", {}).get("stage") == 3:
         raise UserError(f"{args.deepspeed}: ZeRO stage 3 leaves no process whole weights to sample from; use stage 2")
     if args.dropout:
@@ -81,7 +79,7 @@ def sampler(tokenizer, max_new_tokens: int):
     def rollout(model, prompts, seeds, temperature):
         params = [SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed) for seed in seeds]
         completions = Engine(model, tokenizer, max_batch=128).generate(prompts, params)
-        for completion in completions:  # what is judged is what was generated, not what a reader would be shown of it
+        for completion in completions:  # the judge sees all that was generated, special tokens too
             completion.text = text_with_markers(tokenizer, completion)
         return completions
 
@@ -94,8 +92,9 @@ def main(argv=None) -> dict:
     run = prepare(args, sample="reason.jsonl", before=("reason",), required=True)
     val_files = held_out_files(run, sample="reason.jsonl", held_out="reason_heldout.jsonl")
     problems, held_out = load_problems(run.data_files, run.tokenizer, args, val_files)
+    # The questions are part of the recipe by their digest: no token cache names them.
     run, reference = run.using(**fingerprints(problems, held_out)), None
-    if args.kl:  # else nothing holds the model near its start
+    if args.kl:  # without the KL penalty no second model is needed in memory
         run = bound_to_its_start(run)
         reference = frozen_copy(starting_model(run))
         run = run.using(reference.num_parameters())

@@ -14,9 +14,7 @@ from functools import cache, partial
 
 import torch
 
-from benchmarks.parts import Case, Part
-from benchmarks.reference import counterpart
-from benchmarks.report import spread
+from benchmarks.parts import Case, Part, counterpart, spread
 from benchmarks.stages import SAMPLE
 from common.device import device_and_dtype, pick_device, pick_dtype
 from common.errors import out_of_memory

@@ -68,7 +68,7 @@ REFERENCE = "cpu"
 
 
 # ------------------------------------------------------------------------------------------------------------- running
-class Running:
+class StageProcess:
     """The process of a run. where: REFERENCE, or a name for what is done with it on the device."""
 
     def __init__(self, args, name: str, where: str, *more: str):
@@ -121,7 +121,7 @@ def once(args, name: str, where: str, *more: str) -> dict:
     """The result of the run, which is begun where it has not ended before."""
     done = folder_of(args, name, where) / "result.json"
     if not done.exists():
-        result = Running(args, name, where, "--overwrite", *more).result()
+        result = StageProcess(args, name, where, "--overwrite", *more).result()
         with replaced(done, text=True) as file:
             json.dump(result, file)
     return json.loads(done.read_text(encoding="utf-8"))
@@ -131,18 +131,18 @@ def killed_and_resumed(args, name: str) -> tuple[int, dict]:
     """-> (steps that were done when it was killed with SIGKILL, after a save; the result of the run that went on)."""
     for _ in range(KILLS_TRIED):
         shutil.rmtree(folder_of(args, name, "killed"), ignore_errors=True)
-        running = Running(args, name, "killed", "--overwrite")
-        while running.process.poll() is None and not any(running.folder.rglob("*_resume.pth")):
+        started = StageProcess(args, name, "killed", "--overwrite")
+        while started.process.poll() is None and not any(started.folder.rglob("*_resume.pth")):
             time.sleep(0.002)
-        if running.process.poll():
-            running.result()  # it failed by itself: says why
-        running.process.kill()
-        if running.process.wait():
-            log = next(p for p in running.folder.rglob("*.jsonl") if "cache" not in p.relative_to(running.folder).parts)
+        if started.process.poll():
+            started.result()  # it failed by itself: says why
+        started.process.kill()
+        if started.process.wait():
+            log = next(p for p in started.folder.rglob("*.jsonl") if "cache" not in p.relative_to(started.folder).parts)
             killed_after = len(read_steps(log))
-            return killed_after, Running(args, name, "killed", "--resume").result()
+            return killed_after, StageProcess(args, name, "killed", "--resume").result()
     raise RunFailed(
-        f"`python {running.command}` ended {KILLS_TRIED} times before it could be killed; take more --steps"
+        f"`python {started.command}` ended {KILLS_TRIED} times before it could be killed; take more --steps"
     )
 
 

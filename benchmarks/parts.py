@@ -5,14 +5,34 @@ goes on where it ended, however it ended. A case that failed is kept as well, an
 """
 
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from common.errors import UserError
 from common.files import replaced
+from export.counterpart import transformers_config
+from model.LMConfig import LMConfig
 
 Case = tuple[str, ...]
+
+
+# ------------------------------------------------------------------------------------------ what every measurement uses
+def spread(values) -> dict[str, float]:
+    """{"median", "min", "max", "n"} of repeated measurements."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def counterpart(config: LMConfig):
+    """transformers' model of the same mathematics (Llama, Qwen3, GraniteMoeShared or Qwen3Moe), random weights."""
+    fields = transformers_config(config, "float32") | {"use_cache": False}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+
+
+# ------------------------------------------------------------------------------------------------ parts and their file
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The two tools the chat page offers a model: a calculator and a clock.
 
-A model writes what it likes, so its arithmetic is read as a syntax tree of which only numbers and operators are
-followed; nothing is ever evaluated as Python. Sizes are limited before a result is computed, not after.
+A model may write anything, so its arithmetic is parsed to a syntax tree, of which only numbers and operators are
+followed. Nothing is evaluated as Python. Sizes are limited before a result is computed, not after: 9**9**9 would fill
+the memory.
 """
 
 import ast
@@ -49,6 +50,7 @@ def _value(node: ast.expr) -> int | float:
 
 
 def _power(base: int | float, exponent: int | float) -> int | float:
+    # A whole number's power has at most bits × exponent bits: known before it is computed.
     if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > MAX_BITS:
         raise OverflowError
     return base**exponent
@@ -84,7 +86,7 @@ SIGNATURES = [
 
 
 def run(name: str, arguments: str) -> str:
-    """What a tool answers to a call with its arguments as JSON text. A mistake of the model's is answered in words."""
+    """The tool's answer to a call. arguments: JSON text. A mistake in the call is answered in words: "error: ..."."""
     try:
         given = json.loads(arguments or "{}")
         text = {key: str(value) for key, value in given.items()} if isinstance(given, dict) else {}

@@ -122,13 +122,8 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
     if others:
         first = ", ".join(path.name for path in others[:3]) + (", ..." if len(others) > 3 else "")
         print(f"{len(others):,} files of other kinds, or links, not read: {first}")
-    # The plan is all that decides the output, kept in summary.json. It goes through JSON here, too, where tuples become
-    # lists: so it equals one that is read back.
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    plan = json.loads(json.dumps({"settings": asdict(settings), "paths": [str(p) for p in paths], "files": stats}))
-    if (done := _finished(out, plan, overwrite)) is not None:
-        return done
-    with new_folder(_building(out), WRITTEN) as building:
+    _check_out(out, overwrite)
+    with new_folder(out.with_name(f"{out.name}.building"), WRITTEN) as building:
         work = Work(building, settings.dedup == "near", settings.keep_dropped)
         try:
             _read(work, files, settings, engine)
@@ -138,9 +133,11 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
             print(f"warning: {name} cannot be read to its end, only {rows:,} rows of it", file=sys.stderr)
         read_seconds = time.monotonic() - begin
         if not work.kept:
-            raise UserError(f"no row is left: {_reasons_in_words(work.counts)}")
+            reasons = _by_reason(work.counts).most_common(5)
+            why = ", ".join(f"{count:,} x {reason}" for reason, count in reasons) or "the files hold no rows"
+            raise UserError(f"no row is left: {why}")
         rows = work.counts.total()  # before copies are taken out; every row, kept or dropped
-        summary = _write(work, plan, files, others, weights, settings)
+        summary = _write(work, files, others, weights, settings)
         publish(building, out, overwrite)
     seconds = time.monotonic() - begin
     return summary | {
@@ -148,10 +145,6 @@ def clean(paths, out_dir, settings: Settings, workers: int = 1, overwrite: bool 
         "read_seconds": round(read_seconds, 1), "documents_per_second": round(rows / seconds, 1),
         "peak_memory_bytes": peak_memory(engine.held_here),
     }  # fmt: skip
-
-
-def _building(out: Path) -> Path:
-    return out.with_name(f"{out.name}.building")
 
 
 def _inputs(paths, settings: Settings) -> tuple[list[Path], list[Path], list[float]]:
@@ -198,24 +191,20 @@ def _check_places(paths, files, out: Path):
         raise UserError(f"--out_dir {out}: cannot make {target.parent}: {error.strerror}") from None
 
 
-def _finished(out: Path, plan: dict, overwrite: bool) -> dict | None:
-    """The summary of an equal run that has finished; refuses a folder that is something else."""
+def _check_out(out: Path, overwrite: bool):
+    """UserError where something stands at the place of the output that must not be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
+        return
     try:
-        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        summary = None
-    if not isinstance(summary, dict) or summary.get("stage") != "clean" or "plan" not in summary:
+        ours = json.loads((out / "summary.json").read_text(encoding="utf-8"))["stage"] == "clean"
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
         raise UserError(f"{out} exists and was not written by this command; name a new folder with --out_dir")
-    if overwrite:
-        if name := foreign(out, WRITTEN):
-            raise UserError(f"{out} holds {name}, not written by this command; move it elsewhere")
-        return None
-    if summary["plan"] != plan:
-        raise UserError(f"{out} holds the output of other input or settings; --overwrite replaces it")
-    print(f"{out} is finished already (--overwrite makes it anew)")
-    return {key: value for key, value in summary.items() if key != "plan"} | {"out_dir": str(out)}
+    if name := foreign(out, WRITTEN):
+        raise UserError(f"{out} holds {name}, not written by this command; move it elsewhere")
+    if not overwrite:
+        raise UserError(f"{out} holds the output of an earlier run; --overwrite replaces it")
 
 
 def _read(work: Work, files: list[Path], settings: Settings, engine):
@@ -240,28 +229,24 @@ def _damaged(files, counts: Counter) -> dict[str, int]:
 
 
 # -------------------------------------------------------------------------------------------------------------- write
-def _write(work: Work, plan: dict, files, others, weights, settings: Settings) -> dict:
+def _write(work: Work, files, others, weights, settings: Settings) -> dict:
     """Writes the stage's files and summary.json into the folder -> the summary."""
     of, similarity = np.full(work.kept, -1), np.zeros(work.kept)
     if settings.dedup != "none":
         of, similarity = find_copies(work.prints, settings.threshold)
     written, characters = _write_rows(work, files, weights, of, similarity, settings)
-    by_file, reasons = {}, Counter()
+    by_file, reasons = {}, _by_reason(work.counts)
     for (source, reason), count in work.counts.items():
-        name = str(files[source])
-        by_file.setdefault(name, Counter())[reason or "kept"] += count
-        reasons[reason] += count
+        by_file.setdefault(str(files[source]), Counter())[reason or "kept"] += count
     kept = reasons.pop("")
     summary = {
         "stage": "clean", "to": settings.to, "rows": kept + reasons.total(), "kept": kept, "dropped": reasons.total(),
         "reasons": dict(reasons.most_common()), "written": written, "characters": characters,
         "converted_from_gb18030": work.converted, "seed": settings.seed,
         "files_not_read": [str(path) for path in others], "files_damaged": _damaged(files, work.counts),
-        "by_file": {name: dict(found) for name, found in by_file.items()},
+        "by_file": {name: dict(found) for name, found in by_file.items()}, "settings": asdict(settings),
     }  # fmt: skip
-    (work.folder / "summary.json").write_text(
-        json.dumps(summary | {"plan": plan}, ensure_ascii=False, indent=1), "utf-8"
-    )
+    (work.folder / "summary.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1), "utf-8")
     return summary
 
 
@@ -319,8 +304,9 @@ def _fate(key: int, weight: float, settings: Settings) -> tuple[bool, int]:
     return False, int(weight) + (share < weight % 1)  # 2.3: twice, and three times for 30% of the rows
 
 
-def _reasons_in_words(counts: Counter) -> str:
+def _by_reason(counts: Counter) -> Counter:
+    """Rows of all files by the reason for which they were dropped; "" is kept."""
     reasons = Counter()
     for (_, reason), count in counts.items():
         reasons[reason] += count
-    return ", ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(5)) or "the files hold no rows"
+    return reasons

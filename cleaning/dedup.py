@@ -42,11 +42,6 @@ def shingles(text: str) -> set[str]:
     return {" ".join(units[i : i + SHINGLE]) for i in range(max(len(units) - SHINGLE + 1, 1))}
 
 
-def jaccard(a: set, b: set) -> float:
-    """|a and b| / |a or b|."""
-    return len(a & b) / max(len(a | b), 1)
-
-
 def signature(text: str) -> np.ndarray:
     """(160,) uint32; all zero for a text too short to have near copies."""
     if len(UNITS.findall(text, 0, 50 * NEAR_UNITS)) < NEAR_UNITS:

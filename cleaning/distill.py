@@ -7,7 +7,6 @@ the journal in the order of the prompts, so the output does not depend on the or
 
 import hashlib
 import json
-import math
 import sys
 import time
 from collections import Counter
@@ -19,24 +18,9 @@ from tqdm import tqdm
 from common.chat_api import ChatApi
 from common.errors import RunFailed, UserError
 from common.files import lock, named, replaced
-from data.reading import raw_rows
-from data.row_shapes import UNUSABLE, BadRow, parse_record, with_beside
+from data.prompts import as_messages, read_prompts
 
 REFUSED_IN_A_ROW = 20  # so many failed prompts one after another end the run: the server is gone
-
-
-def check_asking(teacher: ChatApi, in_flight: int, max_requests: int | None, token_budget: int | None) -> None:
-    """Raises UserError for what no request can be made of."""
-    teacher.check("--base_url")
-    if not math.isfinite(teacher.temperature) or teacher.temperature < 0:
-        raise UserError(f"--temperature must be a number from 0, not {teacher.temperature}")
-    least = {"--timeout": teacher.timeout, "--max_tokens": teacher.max_tokens, "--in_flight": in_flight,
-             "--max_requests": max_requests, "--token_budget": token_budget}  # fmt: skip
-    for name, value in least.items():
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name} must be above 0, not {value}")
-    if teacher.retries < 0:
-        raise UserError(f"--retries must not be negative, but is {teacher.retries}")
 
 
 def distill(path, out, teacher: ChatApi, system=None, in_flight=4, max_requests=None, token_budget=None) -> dict:
@@ -48,8 +32,8 @@ def distill(path, out, teacher: ChatApi, system=None, in_flight=4, max_requests=
     out = Path(out)
     if not out.name.endswith(".jsonl"):
         raise UserError(f"--out {out}: the answers are JSON lines; let the name end in .jsonl")
-    check_asking(teacher, in_flight, max_requests, token_budget)
-    prompts = read_prompts(path)
+    teacher.check("--base_url")
+    prompts = _questions(path)
     journal = Journal(out, prompts, {"model": teacher.model, "system": system, "max_tokens": teacher.max_tokens,
                                      "temperature": teacher.temperature})  # fmt: skip
     waiting = [i for i in range(len(prompts)) if "content" not in journal.answers.get(i, {})]
@@ -110,49 +94,17 @@ def _ask_all(prompts, waiting, teacher, system, journal, in_flight, max_requests
             raise
 
 
-def read_prompts(path) -> list[list[dict]]:
-    """The messages to send for each prompt. A .txt file has one prompt a line; rows of JSON have "prompt", "question",
-    or a conversation, of which the last answer is left out and asked for anew."""
-    path = Path(path)
-    if path.suffix == ".txt":
-        if not path.exists():
-            raise UserError(f"no such file: {path}")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() cuts at more than line ends
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-        prompts = [[{"role": "user", "content": line.strip()}] for line in lines if line.strip()]
-    else:
-        prompts = []
-        for line, raw in raw_rows(path):
-            try:
-                prompts.append(_prompt(parse_record(raw)))
-                json.dumps(prompts[-1], ensure_ascii=False).encode()  # half a surrogate pair cannot be sent
-            except UNUSABLE as error:
-                raise UserError(f"{path}:{line}: {error}") from None
-    if not prompts:
-        raise UserError(f"{path} holds no prompts")
-    return prompts
-
-
-def _prompt(record: dict) -> list[dict]:
-    messages = record.get("conversations", record.get("messages"))
-    if messages is None:
-        text = record.get("prompt", record.get("question"))
-        if not isinstance(text, str) or not text.strip():
-            raise BadRow('no text under "prompt" or "question" and no "conversations"')
-        return [{"role": "user", "content": text}]
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise BadRow('"conversations" must be a list of messages')
-    messages = with_beside(messages, record) if messages else messages
-    if told := next((key for m in messages for key in ("tools", "tool_calls", "function_call") if m.get(key)), None):
-        raise BadRow(f'"{told}" in the conversation: a teacher is asked for words only; leave the row out')
-    messages = [{"role": m["role"], "content": m.get("content") or ""} for m in messages]
-    while messages and messages[-1]["role"] != "user":
-        messages.pop()
-    if not messages:
-        raise BadRow("the conversation has no question of the user")
-    return messages
+def _questions(path) -> list[list[dict]]:
+    """The messages to send for each prompt of a file. Tools are refused: the teacher's answer would be a call."""
+    questions = []
+    for row in read_prompts(path):
+        messages = as_messages(row["prompt"])
+        for key in ("tools", "tool_calls", "function_call"):
+            if any(message.get(key) for message in messages):
+                where = f"{path}:{row['line']}"
+                raise UserError(f'{where}: "{key}" in the conversation, but a teacher is asked for words; leave it out')
+        questions.append([{"role": m["role"], "content": m.get("content") or ""} for m in messages])
+    return questions
 
 
 class Journal:

@@ -6,6 +6,7 @@ the lengths, 12 bytes a row, and at the end the search for copies, some 200 byte
 
 import heapq
 import importlib.util
+import json
 import sys
 import tempfile
 from collections import Counter
@@ -22,9 +23,10 @@ from common.errors import UserError, user_errors
 from common.files import named, replaced
 from common.workers import ordered_map
 from data.reading import check_file, in_batches, raw_rows
-from data.row_shapes import UNUSABLE, BadRow, parse, parse_record
-from model.tokenizer import encode_texts, load_tokenizer, render_spans
-from model.tokenizer_files import tokenizer_from_dict, tokenizer_to_dict
+from data.row_shapes import BadRow, parse, parse_record
+from data.token_cache import encode_batch, worker_tokenizer
+from model.tokenizer import load_tokenizer
+from model.tokenizer_files import tokenizer_to_dict
 
 KINDS = {"text": "pretraining text", "chat": "conversations", "pair": "preference pairs"}
 SAMPLE_CHARS = 300
@@ -44,7 +46,7 @@ class Measured(NamedTuple):
     languages: Counter
     keys: list[int]
     signatures: np.ndarray
-    bad: list[tuple[int, str]]
+    bad: int
     samples: list[tuple[int, str]]  # (rank by the seed, text); the smallest ranks are shown
 
 
@@ -74,7 +76,7 @@ def describe(path, tokenizer_path=None, samples=3, seed=42, plot=None, workers=1
     characters, tokens, turns = [], [], []
     with tempfile.TemporaryDirectory() as folder, named(folder):
         prints = Fingerprints(Path(folder))
-        context = (kind, tokenizer_to_dict(tokenizer), seed, samples)
+        context = (kind, json.dumps(tokenizer_to_dict(tokenizer)), seed, samples)
         with tqdm(desc=f"reading {path.name}", unit=" rows", disable=not sys.stderr.isatty(), leave=False) as bar:
             for found in ordered_map(measure, in_batches(raw_rows(path), BATCH_CHARS), workers, *context):
                 bar.update(len(found.keys))
@@ -82,7 +84,7 @@ def describe(path, tokenizer_path=None, samples=3, seed=42, plot=None, workers=1
                 tokens.append(np.asarray(found.tokens, np.int32))
                 turns.append(np.asarray(found.turns, np.int32))
                 languages += found.languages
-                totals.update(bytes=found.utf8_bytes, learned=found.learned, bad=len(found.bad))
+                totals.update(bytes=found.utf8_bytes, learned=found.learned, bad=found.bad)
                 # The smallest ranks of all rows, so the sample depends on the seed and not on the batches.
                 shown = heapq.nsmallest(samples, shown + found.samples)
                 if found.keys:
@@ -109,44 +111,25 @@ def describe(path, tokenizer_path=None, samples=3, seed=42, plot=None, workers=1
     return result
 
 
-def measure(batch, kind: str, tokenizer_files: dict, seed: int, samples: int) -> Measured:
-    """[(line, raw row), ...] -> figures; the tokenizer is built once a process."""
-    if "tokenizer" not in _built:
-        _built["tokenizer"] = tokenizer_from_dict(tokenizer_files)
-    tokenizer, rows, counts, bad = _built["tokenizer"], [], [], []
-    for line, raw in batch:
-        try:
-            row = parse(raw, kind)
-            row = {"text": row} if kind == "text" else {"conversations": row} if kind == "chat" else row
-            counts += [_tokens(tokenizer, row)] if kind != "text" else []
-            rows.append(row)
-        except UNUSABLE as error:  # BadRow, and what the stages cannot render either
-            bad.append((line, str(error)))
+def measure(batch, kind: str, tokenizer_files: str, seed: int, samples: int) -> Measured:
+    """[(line, raw row), ...] -> figures. Tokens are counted as the training cache counts them."""
+    arrays, bad = encode_batch(batch, kind, worker_tokenizer(tokenizer_files))
+    unusable = {line for line, _ in bad}
+    rows = [parse(raw, kind) for line, raw in batch if line not in unusable]
+    if kind != "pair":
+        rows = [{"text" if kind == "text" else "conversations": row} for row in rows]
     texts = [row_text(row) for row in rows]
-    if kind == "text":  # with the marks of begin and end
-        counts = [(len(ids) + 2, len(ids) + 1) for ids in encode_texts(tokenizer, texts)]
+    # A pair is two documents of the cache, side by side.
+    tokens = np.reshape(arrays["lengths"], (-1, 2 if kind == "pair" else 1)).sum(axis=1).tolist()
     # A row's rank is its hash times an odd number that the seed gives (one to one modulo 2^64): each seed shows others.
     keys = [exact_key(text) for text in texts]
     ranked = heapq.nsmallest(samples, ((key * (2 * seed + 1) % 2**64, text) for key, text in zip(keys, texts)))
     return Measured(
         [len(text) for text in texts], sum(len(text.encode("utf-8", "replace")) for text in texts),
-        [total for total, _ in counts], sum(learned for _, learned in counts), [_turns(row) for row in rows],
+        tokens, sum(arrays["learned"]), [_turns(row) for row in rows],
         Counter(map(language_of, texts)), keys, np.stack([signature(text) for text in texts]) if texts else None,
-        bad, [(rank, text[:SAMPLE_CHARS]) for rank, text in ranked],
+        len(bad), [(rank, text[:SAMPLE_CHARS]) for rank, text in ranked],
     )  # fmt: skip
-
-
-_built: dict = {}  # a worker's tokenizer: to build one takes longer than a batch
-
-
-def _tokens(tokenizer, row: dict) -> tuple[int, int]:
-    """(tokens, learned tokens) of a conversation, or of both sides of a pair."""
-    total = learned = 0
-    for key, messages in row.items():
-        ids, mask, turns = render_spans(tokenizer, messages)
-        start = turns[-1] if key != "conversations" else 0  # of a pair the last answer is learned
-        total, learned = total + len(ids), learned + sum(mask[start:])
-    return total, learned
 
 
 def _turns(row: dict) -> int:

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible API, asked one question at a time: what distillation and the judge share."""
+"""A client for a model behind an OpenAI-compatible API, one question at a time; used by distillation and the judge."""
 
 import urllib.parse
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from functools import cached_property
 
 from common.errors import UserError
 
-# What the client raises when it reads a reply that is no chat completion as if it were one.
+# Errors raised when a reply that is no chat completion is read as if it were one.
 NO_REPLY = (ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError)
 # Why an answer is not whole, by the server's finish_reason (OpenAI's, DeepSeek's); others name a natural end.
 CUT_SHORT = {"length": "cut at max_tokens", "content_filter": "cut by the server's filter",
@@ -41,8 +41,8 @@ class ChatApi:
     def client(self):
         import openai
 
-        # The client insists on a key; servers without keys do not look at it. A redirection is not followed: the reply
-        # would come from a server that nobody chose.
+        # The client requires a key; servers without keys ignore it. Redirections are not followed: the reply would come
+        # from a server that the user did not name.
         http = openai.DefaultHttpxClient(follow_redirects=False)
         return openai.OpenAI(base_url=self.base_url, api_key=self.api_key or "none", timeout=self.timeout,
                              max_retries=self.retries, http_client=http)  # fmt: skip

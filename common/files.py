@@ -40,9 +40,8 @@ def replaced(path, text: bool = False):
 
 @contextmanager
 def named(path):
-    """A context around writes to `path`, a file or a folder: adds its name to an OSError, which a failed write lacks.
-
-    torch's writer turns the OSError into a RuntimeError; it is turned back.
+    """A context for writing to `path`, a file or a folder. An OSError of a failed write does not say which file: here
+    the path is added to it. torch's writer turns the OSError into a RuntimeError; this is undone.
     """
     try:
         yield

@@ -23,6 +23,19 @@ class Parser(argparse.ArgumentParser):
                            help=argparse.SUPPRESS)  # fmt: skip
 
 
+def out_of_bounds(values, bounds, prefix="--") -> list[str]:
+    """A sentence for each attribute of `values` (flags) that is wrong; None stands for no value.
+
+    bounds: rows of (names, the condition in words after "must", the condition as a function of a value).
+    """
+    return [
+        f"{prefix}{name} must {words}, not {value!r}"
+        for names, words, holds in bounds
+        for name in names
+        if (value := getattr(values, name)) is not None and not holds(value)
+    ]
+
+
 def boolean(text: str) -> bool:
     if text.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")

@@ -1,7 +1,7 @@
-"""What must be there before anything else can be said: a Python new enough, and the packages.
+"""Checks that Python is new enough and the packages are installed.
 
-Old Pythons read this file, so it is written as they want it and imports nothing that only comes with packages. make
-runs it before it makes .venv; scripts/demo.py asks it before its own imports.
+Old Pythons must be able to read this file, so it uses old syntax and imports no package. make runs it before it makes
+.venv; scripts/demo.py calls it before its own imports.
 """
 
 import sys

@@ -36,7 +36,7 @@ def default_workers() -> int:
 
 
 class Pool:
-    """An engine: map() runs a function over batches, in order, on the cores of this machine."""
+    """map() runs a function over batches, in order, on the cores of this machine."""
 
     def __init__(self, workers: int):
         self.workers = workers
@@ -71,17 +71,18 @@ def ordered_map(function: Callable, batches: Iterable, workers: int, *context) -
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise RunFailed("a worker process was killed, perhaps for want of memory; try --workers 1") from None
-        finally:  # also where the caller stops asking: what nobody wants is not begun
+        finally:  # also if the caller stops early: batches that are still waiting are not started
             pool.shutdown(cancel_futures=True)
 
 
 def peak_memory(workers: int) -> int | None:
-    """Bytes this process and so many workers held at most; shared pages are counted for each. None: nobody counts."""
+    """The most bytes that this process and so many workers held; pages they share are counted for each. None where the
+    system does not say."""
     if resource is None:
         return None
     own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     status = Path("/proc/self/status")
-    if status.exists():  # Linux counts in ru_maxrss what the program that started this one held
+    if status.exists():  # on Linux ru_maxrss includes the memory of the program that started this one
         own = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * (own + workers * child)
@@ -91,7 +92,7 @@ def peak_memory(workers: int) -> int | None:
 def _start_worker(function, context, parent: int):
     _worker["function"], _worker["context"] = function, context
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone answers it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 

@@ -40,7 +40,7 @@ class RawRow(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------------ two policies
-def raw_rows(path) -> Iterator[tuple[int, str | dict | Dropped]]:
+def raw_rows(path, txt_rows: str = "document") -> Iterator[tuple[int, str | dict | Dropped]]:
     """(line, raw row) of each row, strictly: UserError where the file cannot be read (further).
 
     A Dropped among the rows is a row that cannot be read; parse and parse_record raise it, so that a caller meets it
@@ -48,7 +48,7 @@ def raw_rows(path) -> Iterator[tuple[int, str | dict | Dropped]]:
     """
     line = 0
     try:
-        for row in _walk(check_file(path)):
+        for row in _walk(check_file(path), txt_rows=txt_rows):
             line = row.line
             yield row.line, row.raw
     except FAULTS as error:
@@ -118,7 +118,7 @@ def check_file(path) -> Path:
     if kind_of(path) is None:
         raise UserError(f"{path}: unknown kind of file; data files end in {ENDINGS}")
     if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: it has no rows to learn from")
+        raise UserError(f"{path} is empty: it has no rows")
     try:
         open(path, "rb").close()
     except OSError as error:

@@ -1,8 +1,8 @@
 """Packed rows of training data: which documents, in which order, as tensors.
 
-A row is `seq_len` slots filled with whole documents, or pieces of them (data/packing.py). Documents of a row do not see
-each other: `segment_ids` numbers them from 1, 0 is padding. The order is a function of (seed, epoch, index) alone, so a
-resumed run, or one with other processes, meets the same rows.
+A row has `seq_len` slots, filled with whole documents or pieces of them (data/packing.py). Documents of a row do not
+see each other: `segment_ids` numbers them from 1, and 0 is padding. Which row stands where depends on (seed, epoch,
+index) alone, so a resumed run, or one with another number of processes, gets the same rows.
 """
 
 import sys
@@ -16,29 +16,33 @@ from data.packing import Items, chat_items, pack, pack_texts, pair_items
 from data.token_cache import Cache, tokenised
 
 IGNORED = -100  # label of a position from which nothing is learned, as in transformers
-ENOUGH_KEPT = 0.95  # of the tokens that could be learned: below it a run begins with a warning
+ENOUGH_KEPT = 0.95  # share of the learned tokens that rows keep; below it a run begins with a warning
 
 
 class PackedRows:
-    """Rows of one split of some caches; TextRows, ChatRows and PairRows below say what is special of each kind.
+    """The rows of one split of some caches. TextRows, ChatRows and PairRows below add what differs between the kinds.
 
-    documents: indices into the caches' documents laid end to end. Packing decides how many items of which lengths make
-    up each row (`slots`, `row_offsets`). It is done once, so rows per epoch are constant; each epoch puts other items
-    of the same length into the same slots, and walks the rows in another order.
-    training=False: in their order, and no text that fits a row is cut, so that a figure is one of whole documents.
+    documents: the documents of the split, numbered through all caches (the second cache goes on where the first ends).
+    Packing says which lengths make up each row (`slots`, `row_offsets`, see data/packing.py). It is done once, so every
+    epoch has the same number of rows. Each epoch puts other items of the same length into the slots, and walks the rows
+    in another order.
+    training=False: rows in their order, and no text that fits a row is cut, so that a validation figure is one of whole
+    documents.
     """
 
-    per_unit = 1  # items that are placed as a whole, side by side in one row
+    per_unit = 1  # items that must stand side by side in one row: 2 for pairs
 
     def __init__(self, caches: list[Cache], documents: np.ndarray, seq_len: int, seed: int, training=True):
         self.caches, self.documents, self.seq_len = caches, documents, seq_len
         self.seed, self.training = seed, training
-        # Which cache a document lies in, and where there. Below, "document" is always an index into `documents`.
+        # For each document of the split: which cache it is in, and its number there. Everywhere below, "document" is an
+        # index into `documents`, `source` and `local`.
         firsts = np.cumsum([0] + [len(cache) for cache in caches])
         self.source = np.searchsorted(firsts, documents, side="right") - 1
         self.local = documents - firsts[self.source]
         lengths = self._of_documents(lambda cache: np.diff(cache.offsets))
         self.items, self.slots, self.row_offsets = self._packed(lengths)
+        # Slots and the order of an epoch deal in units: one item, or the two items of a pair.
         self.unit_lengths = self.items.lengths.reshape(-1, self.per_unit).sum(axis=1)
         self.learned = self._learned_tokens(lengths)
         self._epochs: dict[int, tuple] = {}
@@ -53,7 +57,7 @@ class PackedRows:
 
     @property
     def most_documents(self) -> int:
-        """Of one row."""
+        """The most documents that one row has."""
         return int(np.diff(self.row_offsets).max()) * self.per_unit
 
     # ------------------------------------------------------------------------------------------------------- figures
@@ -70,7 +74,7 @@ class PackedRows:
         return self.learned / max(int(self._of_documents(lambda cache: cache.learned).sum()), 1)
 
     def shares(self) -> dict[str, float]:
-        """The three, for a run's result."""
+        """All three shares, under their names in a run's result."""
         return {
             "real_token_share": self.real_token_share(),
             "learned_token_share": self.learned_token_share(),
@@ -78,24 +82,24 @@ class PackedRows:
         }
 
     def what_was_cut(self) -> str:
-        """In words, for the run's first lines: how much of what is to be learned the rows hold."""
+        """For the run's first lines: how much of what could be learned the rows keep, in words."""
         return f", {self.learned_kept_share():.1%} of the learned tokens kept"
 
     def _of_documents(self, numbers) -> np.ndarray:
-        """numbers(cache) is one number for each document of a cache -> those of this split's documents, (n,)."""
+        """A number for each document of this split, (n,) int64; numbers(cache) gives those of a whole cache."""
         found = np.empty(len(self.documents), np.int64)
         for c, cache in enumerate(self.caches):
             found[self.source == c] = numbers(cache)[self.local[self.source == c]]
         return found
 
     def _learned_tokens(self, lengths: np.ndarray) -> int:
-        """Tokens with a label in an epoch's rows. Of conversations (texts know it without looking)."""
+        """Tokens with a label in the rows of an epoch. (TextRows has a shorter way.)"""
         items = self.items
-        # The cache knows how many tokens a whole document teaches. Only what was cut is counted token by token, so that
-        # a large file is not read before training.
+        # The cache knows how many tokens of a whole document are learned. Only cut documents are counted token by
+        # token: to count all would read the whole file before training.
         whole = items.lengths == lengths[items.document]
         learned = int(self._of_documents(lambda cache: cache.learned)[items.document[whole]].sum())
-        first = np.maximum(items.start, items.learn_from)
+        first = np.maximum(items.start, items.learn_from)  # what lies before is context
         for i in np.flatnonzero(~whole):
             cache, begin = self._where(items.document[i])
             learned += int(np.count_nonzero(cache.learn[begin + first[i] : begin + items.end[i]]))
@@ -103,10 +107,11 @@ class PackedRows:
 
     # ------------------------------------------------------------------------------------------------------- tensors
     def batch(self, indices) -> dict[str, torch.Tensor]:
-        """Rows by global index (epoch * len + place in the epoch) as tensors; an index below 0 is an empty row.
+        """The rows at these global indices (epoch * len + place in the epoch) as tensors.
 
-        input_ids, labels, segment_ids (B, seq_len) int64; count: targets learned, by which a sum of losses is divided;
-        real_tokens: slots not padded.
+        input_ids, labels, segment_ids: (B, seq_len) int64. count: the number of targets, by which the sum of the losses
+        is divided. real_tokens: slots that are not padding. An index below 0 gives an empty row: the last step of an
+        epoch may have fewer rows than a batch needs.
         """
         return self._tensors([self._items_of_row(*divmod(index, len(self))) if index >= 0 else () for index in indices])
 
@@ -123,28 +128,28 @@ class PackedRows:
         """The items of one row side by side: ids, labels and segment ids, (seq_len,) each."""
         T = self.seq_len
         ids, labels, segments = np.zeros(T, np.int64), np.full(T, IGNORED, np.int64), np.zeros(T, np.int64)
-        at = 0  # the first free slot
+        at = 0  # the first free slot; slots that stay free are padding: id 0, no label, segment 0
         for segment, i in enumerate(items, start=1):
             cache, begin = self._where(self.items.document[i])
             prefix, start, end = self.items.prefix[i], self.items.start[i], self.items.end[i]
-            positions = np.concatenate([np.arange(prefix), np.arange(start, end)])  # in the document
+            positions = np.concatenate([np.arange(prefix), np.arange(start, end)])  # of the tokens, in their document
             place = slice(at, at + len(positions))
             ids[place] = cache.tokens[begin + positions]
             learned = (positions >= self.items.learn_from[i]) & self._teaches(cache, begin + positions)
             labels[place] = np.where(learned, ids[place], IGNORED)
-            # Labels stand at their own token and the loss shifts them by one: the first token of this item would be
-            # predicted from the last token of the item before, which is another document.
+            # Labels stand at their own token, and the loss predicts each token from the slot before it. For the first
+            # token of this item that slot holds another document, so it has no label.
             labels[at] = IGNORED
             segments[place] = segment
             at = place.stop
         return ids, labels, segments
 
     def _teaches(self, cache: Cache, places: np.ndarray) -> np.ndarray:
-        """Whether the tokens at these places of a cache are to be learned: those of the answers."""
+        """Whether the tokens at these places of a cache are learned: those of the answers are."""
         return cache.learn[places] > 0
 
     def _where(self, document: int) -> tuple[Cache, int]:
-        """A document's cache, and the place of its first token there."""
+        """The cache that a document is in, and the place of its first token there."""
         cache = self.caches[self.source[document]]
         return cache, cache.offsets[self.local[document]]
 
@@ -154,28 +159,30 @@ class PackedRows:
         rows, unit_of_slot = self._order(epoch)
         row = rows[index]
         units = unit_of_slot[self.row_offsets[row] : self.row_offsets[row + 1]]
+        # Unit u stands for items u * per_unit, ..., u * per_unit + per_unit - 1.
         return (units[:, None] * self.per_unit + np.arange(self.per_unit)).flatten()
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(row at each place of the epoch, unit in each slot): permutations drawn from (seed, epoch)."""
+        """(row at each place of the epoch, unit in each slot): two permutations, drawn from (seed, epoch)."""
         orders = self._epochs
         if epoch not in orders:
             n = len(self.unit_lengths)
             rng = np.random.default_rng([self.seed, epoch])
             rows = rng.permutation(len(self)) if self.training else np.arange(len(self))
             tie_break = rng.random(n) if self.training else np.arange(n)
-            # A slot takes only units of its own length. Sort the slots by length, and the units by length, in random
-            # order among equals: then the k-th unit fits the k-th slot.
+            # A slot takes only units of its own length. Sort the slots by length. Sort the units by length too, in
+            # random order among equals. Then the k-th unit fits into the k-th slot.
             unit_of_slot = np.empty(n, np.int64)
             unit_of_slot[np.argsort(self.slots, kind="stable")] = np.lexsort((tie_break, self.unit_lengths))
-            # A step may straddle two epochs, not three. A new dict: a thread that fetches rows may read the old one.
+            # Keep two epochs: a step may begin in one and end in the next. Make a new dict rather than change the old
+            # one, which the thread that assembles rows may be reading.
             orders = {e: orders[e] for e in sorted(orders)[-1:]} | {epoch: (rows, unit_of_slot)}
             self._epochs = orders
         return orders[epoch]
 
 
 class TextRows(PackedRows):
-    """Plain texts: every token is learned but a document's first, which nothing stands before."""
+    """Plain texts: every token is learned but the first of a document, which has no token before it."""
 
     def _packed(self, lengths):
         return pack_texts(lengths, self.seq_len, fill=self.training)
@@ -188,7 +195,7 @@ class TextRows(PackedRows):
 
 
 class ChatRows(PackedRows):
-    """Conversations: the answers are learned, by the cache's mask."""
+    """Conversations: the answers are learned; the cache has the mask."""
 
     def _packed(self, lengths):
         items = chat_items(lengths, self._messages, self.seq_len)
@@ -202,16 +209,17 @@ class ChatRows(PackedRows):
 
 
 class PairRows(PackedRows):
-    """Preference pairs: of two answers to one prompt, the last turns are learned.
+    """Preference pairs: two answers to one prompt. The loss compares the last turns, which are the learned tokens.
 
-    A pair's two documents are items 2i and 2i + 1 and stand next to each other in one row: odd segments are chosen,
-    even ones rejected.
+    Pair i is items 2i (chosen) and 2i + 1 (rejected). They stand side by side in one row, so in every row the odd
+    segments are chosen and the even ones rejected.
     """
 
     per_unit = 2
 
     def __init__(self, *args, **flags):
-        self.per_document: dict[str, np.ndarray] = {}  # numbers by document that go with a batch, by their names
+        # name -> a number for each document, which batch() adds for each segment (the reference's log-probabilities).
+        self.per_document: dict[str, np.ndarray] = {}
         super().__init__(*args, **flags)
 
     def _packed(self, lengths):
@@ -225,8 +233,9 @@ class PairRows(PackedRows):
         return text + (f", {self.answers_cut:,} of them in the answers too" if self.answers_cut else "")
 
     def _tensors(self, items_of_rows):
-        """As for the others, but count is the number of pairs; documents (B, S): the document of each segment, -1 where
-        a row has fewer segments than S; and the numbers of per_document, (B, S)."""
+        """As in PackedRows, with three differences: count is the number of pairs; documents (B, S) is the document of
+        each segment, numbered through all caches, -1 where a row has fewer than S segments; the numbers of per_document
+        are added as (B, S)."""
         documents = np.full((len(items_of_rows), max(2, *map(len, items_of_rows))), -1)
         for line, items in zip(documents, items_of_rows, strict=True):
             line[: len(items)] = self.documents[self.items.document[np.asarray(items, np.int64)]]
@@ -241,11 +250,13 @@ ROWS = {"text": TextRows, "chat": ChatRows, "pair": PairRows}
 
 
 def split_documents(caches: list[Cache], val_split: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the documents for training and for validation.
+    """(documents for training, documents for validation), numbered through all caches.
 
-    The hash of a document's text decides, so copies of a text fall on the same side, in whatever file they stand.
+    The hash of what a document says decides, so copies of a text are on the same side, in whatever file they stand.
     """
     hashes = np.concatenate([cache.hashes for cache in caches])
+    # The hashes are uniform below 2^64, so this holds out the share val_split. 2^64 - 2048 is the largest float that a
+    # uint64 can hold.
     held_out = hashes < np.uint64(min(val_split * 2.0**64, 2.0**64 - 2048))
     if val_split == 0:
         held_out[:] = False
@@ -253,10 +264,9 @@ def split_documents(caches: list[Cache], val_split: float) -> tuple[np.ndarray, 
 
 
 def packed_splits(caches, kind: str, seq_len: int, seed: int, val_split: float, val_caches=None):
-    """(training rows, validation rows) of the kind "text", "chat" or "pair"; the latter None where no document was held
-    out.
+    """(training rows, validation rows or None where no document was held out) of the kind "text", "chat" or "pair".
 
-    val_caches: validate on all of these and train on all of the others.
+    val_caches: validate on all of these, and train on all of `caches`.
     """
     train, val = split_documents(caches, 0 if val_caches else val_split)
     if len(train) == 0:
@@ -268,9 +278,10 @@ def packed_splits(caches, kind: str, seq_len: int, seed: int, val_split: float, 
 
 
 def token_bytes(tokenizer) -> torch.Tensor | None:
-    """UTF-8 bytes that each token stands for, (vocabulary,); markers and tags count none.
+    """UTF-8 bytes that each token stands for, (vocabulary,) int64; 0 for markers and tags.
 
-    A byte-level vocabulary spells every byte as one character. None for other kinds: no bits per byte are given then.
+    None unless the vocabulary is byte-level, where each character of an entry is one byte. No bits per byte are given
+    then.
     """
     if "ByteLevel" not in type(tokenizer.backend_tokenizer.decoder).__name__:
         return None
@@ -294,7 +305,7 @@ def load_rows(kind: str, files, tokenizer, args, world, val_files=None, think_sh
         skip = args.skip_bad_lines
         return [tokenised(file, kind, tokenizer, folder, skip, think_share=think_share) for file in files]
 
-    # The first process tokenises, the others find what it left.
+    # The first process tokenises, the others wait and then read its cache.
     train_caches = world.first_then_all(lambda: caches(files))
     val_caches = world.first_then_all(lambda: caches(val_files)) if val_files else None
     rows = packed_splits(train_caches, kind, args.seq_len, args.seed, args.val_split, val_caches)

@@ -13,12 +13,14 @@ C-Eval: Huang et al. 2023 (arXiv 2305.08322). ACLUE: Zhang & Li 2023 (arXiv 2310
 (arXiv 2306.09212). TMMLU+: Tam et al. 2024 (arXiv 2403.01858). OpenBookQA: Mihaylov et al. 2018 (arXiv 1809.02789).
 """
 
-import csv
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import UserError
+from data.reading import raw_rows
+from data.row_shapes import parse_record
 from model.tokenizer import encode_text
 
 LETTERS = "ABCD"
@@ -80,21 +82,20 @@ class Answer:
 def read_exam(folder, benchmark: str, split: str | None = None) -> list[Subject]:
     """The subjects of <folder>/<split>/*.csv (or *.jsonl), or of <folder>/*_<split>.csv.
 
-    Titles and groups are those of exam_subjects.json, unless the folder has a subject_mapping.json as C-Eval's authors
-    write it, {name: [English, Chinese, group]}; a subject that neither knows is called by its file's name.
-    Raises ValueError naming file and line of what is wrong.
+    Titles and groups are those of exam_subjects.json; a subject that is not in it is called by its file's name.
+    UserError with file and line of what is wrong.
     """
     folder, plan = Path(folder), BENCHMARKS[benchmark]
     split = split or plan.split
     files = _files(folder, split)
     if not files:
-        raise ValueError(f"no questions in {folder}: neither {split}/*.csv nor *_{split}.csv (or .jsonl)")
-    mapping = _mapping(folder / "subject_mapping.json", benchmark)
+        raise UserError(f"no questions in {folder}: neither {split}/*.csv nor *_{split}.csv (or .jsonl)")
+    known = json.loads(SUBJECTS.read_text(encoding="utf-8")).get(benchmark, {})
     examples = {_name(file, plan.shots_from): file for file in _files(folder, plan.shots_from)}
     subjects = []
     for file in files:
         name = _name(file, split)
-        title, group = mapping.get(name, (name, None))
+        title, group = known.get(name, (name, None))
         shots = read_questions(examples[name]) if name in examples and split != plan.shots_from else []
         subjects.append(Subject(name, title, group, read_questions(file), shots))
     return subjects
@@ -110,68 +111,48 @@ def _name(file: Path, split: str) -> str:
     return file.parent.name if file.stem == split else file.stem.removesuffix(f"_{split}")
 
 
-def _mapping(path: Path, benchmark: str) -> dict:
-    """{name: (title, group or None)}."""
-    if not path.exists():
-        return json.loads(SUBJECTS.read_text(encoding="utf-8")).get(benchmark, {})
-    try:
-        return {name: (title, group) for name, (_, title, group) in json.loads(path.read_text("utf-8")).items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} does not hold {{name: [English, Chinese, group]}}: {error}") from None
-
-
 def read_questions(path: Path) -> list[Question]:
     """Columns question, A, B, C, D, answer (any case, further ones ignored), or OpenBookQA's JSON lines."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            read = _json_questions if path.suffix == ".jsonl" else _csv_questions
-            questions = list(read(path, file))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from None
-    except csv.Error as error:
-        raise ValueError(f"{path} is not CSV: {error}") from None
+    questions = []
+    parts = _of_openbookqa if path.suffix == ".jsonl" else _of_columns
+    for line, raw in raw_rows(path):
+        try:
+            questions.append(_question(*parts(parse_record(raw))))
+        except ValueError as error:  # BadRow is one, too
+            raise UserError(f"{path}:{line}: {error}") from None
     if not questions:
-        raise ValueError(f"{path} has no questions")
+        raise UserError(f"{path} has no questions")
     return questions
 
 
-def _csv_questions(path, file):
-    reader = csv.DictReader(file, strict=True)  # else a quote that does not close hides the questions behind it
-    columns = {(name or "").strip().lower(): name for name in reader.fieldnames or []}
-    missing = [name for name in ("question", *LETTERS, "answer") if name.lower() not in columns]
+def _of_columns(row: dict):
+    """-> (text, options, answer)."""
+    row = {name.strip().lower(): value for name, value in row.items()}
+    missing = [name for name in ("question", *LETTERS, "answer") if name.lower() not in row]
     if missing:
-        raise ValueError(f"{path}:1: no column {', '.join(missing)} (found: {', '.join(reader.fieldnames or [])})")
-    for row in reader:
-        if None in row:  # where csv puts what is left over
-            raise ValueError(f"{path}:{reader.line_num}: more fields than columns: quote a field that holds a comma")
-        text, *options, answer = (row[columns[name.lower()]] for name in ("question", *LETTERS, "answer"))
-        yield _question(f"{path}:{reader.line_num}", text, options, answer)
+        raise ValueError(f"no column {', '.join(missing)} (found: {', '.join(row)})")
+    return row["question"], [row[letter.lower()] for letter in LETTERS], row["answer"]
 
 
-def _json_questions(path, file):
-    for number, line in enumerate(file, start=1):
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-            stem = row["question"] if isinstance(row.get("question"), dict) else row
-            choices = stem["choices"]
-            if isinstance(choices, list):  # OpenBookQA's own file; on the Hugging Face hub it is a dict of two lists
-                choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
-            options = dict(zip(choices["label"], choices["text"], strict=True))
-            text, answer = stem.get("stem") or stem["question_stem"], row["answerKey"]
-            options = [options[letter] for letter in LETTERS]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{where}: not a question of OpenBookQA: {type(error).__name__} {error}") from None
-        yield _question(where, text, options, answer)
+def _of_openbookqa(row: dict):
+    """-> (text, options, answer)."""
+    try:
+        stem = row["question"] if isinstance(row.get("question"), dict) else row
+        choices = stem["choices"]
+        if isinstance(choices, list):  # OpenBookQA's own file; on the Hugging Face hub it is a dict of two lists
+            choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
+        options = dict(zip(choices["label"], choices["text"], strict=True))
+        text = stem.get("stem") or stem["question_stem"]
+        return text, [options[letter] for letter in LETTERS], row["answerKey"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a question of OpenBookQA: {type(error).__name__} {error}") from None
 
 
-def _question(where: str, text, options, answer) -> Question:
-    if None in (text, *options, answer):
-        raise ValueError(f"{where}: the line is too short")
+def _question(text, options, answer) -> Question:
     if not all(isinstance(part, str) for part in (text, *options, answer)):
-        raise ValueError(f"{where}: question, options and answer must be texts")
+        raise ValueError("question, options and answer must be texts")
     if answer.strip() not in tuple(LETTERS):
-        raise ValueError(f"{where}: the answer is {answer!r}, not one of A, B, C, D")
+        raise ValueError(f"the answer is {answer!r}, not one of A, B, C, D")
     return Question(text, tuple(options), answer.strip())
 
 

@@ -30,8 +30,8 @@ class StaticCache:
     """Keys and values of R rows, up to C tokens each; C grows by doubling when `reserve` asks for more.
 
     Token j of a row stands at place j, whatever the other rows hold, so rows of unequal lengths lie side by side
-    without padding between their tokens. Before each forward pass `look` says which rows it is about and which
-    position each token has; the mask it returns hides all places a token must not see.
+    without padding between their tokens. Before each forward pass look() is told which rows take part and which
+    position each token has. The mask it returns hides every place that a token must not see.
     """
 
     def __init__(self, rows: int, capacity: int):
@@ -45,10 +45,10 @@ class StaticCache:
         self._not_padding: Tensor | None = None  # which of its B T tokens are written; None: all
 
     def reserve(self, tokens: int) -> None:
-        """Makes room for rows of so many tokens; what they hold stays."""
+        """Makes room for rows of so many tokens and keeps what they hold."""
         if tokens <= self.capacity:
             return
-        # Twice as much, not as much as is asked for: n tokens then cost O(n) of copying in all, not O(n^2).
+        # At least doubled: n tokens then cost O(n) of copying in all. One token more each time would cost O(n^2).
         self.capacity = max(tokens, 2 * self.capacity)
         for store in (self.keys, self.values):
             for i, old in enumerate(store):
@@ -75,10 +75,11 @@ class StaticCache:
         return self._mask(positions, dtype)
 
     def look_at_all(self, positions: Tensor, dtype=torch.float32) -> Tensor:
-        """`look` for one token (positions (R - 1, 1)) in every row but the last, which shapes never depend on.
+        """look() for a compiled step: one token in every row but the last, positions (R - 1, 1), -1 for an unused row.
 
-        A row at -1 has no token; what its pass writes goes to the last row, which no sequence is given. The mask is
-        (R - 1, 1, 1, C): all of the capacity is looked at, most of it hidden.
+        The shapes are the same in every step, because a compiled graph has fixed shapes. So an unused row takes part:
+        what it writes goes to the last row, which belongs to no sequence. And the mask (R - 1, 1, 1, C) covers the
+        whole capacity, most of it hidden.
         """
         spare, row = self.rows - 1, torch.arange(self.rows - 1, device=positions.device)
         place = torch.where(positions.flatten() < 0, spare * self.capacity, row * self.capacity + positions.flatten())
@@ -86,7 +87,7 @@ class StaticCache:
         return self._mask(positions, dtype)
 
     def _mask(self, positions: Tensor, dtype) -> Tensor:
-        # Padding is treated as position 0: a row of -inf alone would make its softmax NaN. Nobody reads the result.
+        # Padding is treated as position 0: with -inf in all places its softmax would be NaN. Its result is not used.
         hidden = torch.arange(self._span, device=positions.device) > positions.clamp(min=0).unsqueeze(-1)  # (B, T, S)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
         return mask.masked_fill_(hidden, float("-inf")).unsqueeze(1)
@@ -94,7 +95,7 @@ class StaticCache:
     def update(self, k: Tensor, v: Tensor, layer: int, *unused, **unused_too) -> tuple[Tensor, Tensor]:
         """k, v (B, G, T, h) of the new tokens -> keys and values (B, G, S, h) of all tokens so far.
 
-        transformers' own classes pass more, by place or by name, for caches of other kinds.
+        Called once a layer by attention. The other arguments are those that transformers' classes pass to other caches.
         """
         while len(self.keys) <= layer:
             # Made here, when the shapes are known, and each in its own type: under autocast k and v may differ.
@@ -105,7 +106,7 @@ class StaticCache:
     def _put(self, store: Tensor, x: Tensor) -> Tensor:
         new = x.transpose(1, 2).reshape(-1, store.shape[2] * store.shape[3])  # (B T, G h), token after token
         if self._not_padding is not None:
-            new = new[self._not_padding]
+            new = new[self._not_padding]  # padding has position -1: its place would be one of another row
         store.view(self.rows * self.capacity, -1).index_copy_(0, self._write, new)
         return store[self._rows, : self._span].transpose(1, 2)  # a view: with rows as a slice nothing is copied
 
@@ -121,10 +122,10 @@ class StaticCache:
 
 
 class Batch:
-    """Up to `slots` sequences over one cache. Not for use by two threads at once.
+    """Up to `slots` sequences over one cache. Two threads must not use it at the same time.
 
-    compiled: options of torch.compile, for a batch that lives long: decode steps then always have the same shapes
-    (every slot, the cache's whole capacity) and run as one compiled graph, see CompiledStep.
+    compiled: options of torch.compile, for the batch of a server. Decode steps then have the same shapes every time
+    (all slots, the cache's whole capacity) and run as one compiled graph, see CompiledStep.
     """
 
     def __init__(self, model, slots: int, capacity: int = 256, compiled: dict | None = None):
@@ -147,20 +148,21 @@ class Batch:
         return bool(self.decoding or self.joining)
 
     def join(self, samples: list[Sequence]) -> None:
-        """The samples of one prompt take part from the next step on; ValueError if there is no room."""
+        """Takes in the samples of one prompt; the next step reads it. ValueError if there is no room."""
         if len(samples) > self.free:
             raise ValueError(f"{len(samples)} sequences do not fit into {self.free} free places of {self.slots}")
         self.joining.append(samples)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, Piece]]:
-        """One token for every sequence that decodes, one pass over short prompts and one over a long one.
+        """At most three forward passes: a token for every sequence that decodes, short prompts, a part of a long one.
 
-        Returns the pieces with their sequences. Finished sequences have left the batch when this returns.
+        Returns the pieces with their sequences. Finished sequences have left the batch by then.
         """
         # Decoding comes first: a prompt read in this step joins self.decoding with its first token and must not get
         # a second one.
         gained = self._decode() if self.decoding else []
+        # One pass over prompts a step: those who decode wait for it, so it must stay short.
         short = self._short_prompts()
         if short:
             gained += self._read_short(short)
@@ -182,6 +184,7 @@ class Batch:
             self.decoding[row] = self.decoding[last]
             del self.decoding[last]
             return
+        # Its prompt has not been read. The other samples of the prompt, if any, still wait for that.
         for samples in self.joining:
             if sequence in samples and len(samples) > 1:
                 samples.remove(sequence)
@@ -250,9 +253,9 @@ class Batch:
         return self._start([samples], [row], logits)
 
     def _start(self, group: list[list[Sequence]], rows: list[int], logits: Tensor) -> list[tuple[Sequence, Piece]]:
-        """Prompts in `rows` are read, logits (prompts, V) predict their first tokens: their samples now decode.
+        """Lets the samples of prompts decode, once the prompts are in `rows`; logits (prompts, V): their last columns.
 
-        Every sample gets a copy of its prompt's row; the first samples of short prompts are in their places already.
+        Every sample gets a copy of its prompt's row. The first samples of short prompts are in their places already.
         """
         for samples in group:
             self.joining.remove(samples)

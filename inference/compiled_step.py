@@ -7,10 +7,12 @@ from model.compat import CACHE
 
 
 class CompiledStep:
-    """A decode step as one graph. On CUDA a small model's step is hundreds of kernels of a few microseconds, and
-    starting them takes longer than they do; torch.compile records them once (mode "reduce-overhead": CUDA graphs) and
-    replays them. A graph is made for one shape and fixed memory, hence the fixed shapes; the cache's growth to twice
-    its capacity makes a new one, half a minute each.
+    """A decode step as one graph.
+
+    On CUDA a step of a small model is hundreds of kernels of a few microseconds, and starting them takes longer than
+    running them. torch.compile records them once (mode "reduce-overhead": CUDA graphs) and replays them. A graph
+    belongs to fixed shapes and fixed memory. So the shapes are always the same, and each time the cache doubles its
+    capacity a new graph is compiled, which takes about half a minute.
     """
 
     def __init__(self, model, cache, options: dict):
@@ -27,7 +29,7 @@ class CompiledStep:
 
     def __call__(self, tokens: Tensor, positions: Tensor, span: int) -> Tensor:
         """tokens, positions (slots, 1), -1 where a slot is unused -> fp32 logits (slots, V)."""
-        self.cache.reserve(span)
+        self.cache.reserve(span)  # may move the cache to new tensors, which the graph has to be told below
         mask = self.cache.look_at_all(positions, self.cache.keys[0].dtype)
         if self._capacity != self.cache.capacity:
             self._capacity = self.cache.capacity

@@ -1,12 +1,12 @@
-"""A copy of a model that computes the same and waits less: weights laid out once for the CPU's matrix kernels.
+"""A copy of a model that computes the same faster: its weights are laid out once for the CPU's matrix kernels.
 
 Legend: M rows of an input (tokens of all sequences together), K its width, N width of the output.
 
-Generating a token reads every weight once, so its time is the time of reading them. The plain product x W' of a few
-rows reads W far below the memory's rate; oneDNN's kernels reach it once W is stored in their block order, which is
-what torch.compile does to frozen weights. Here the same two operators are called directly: no compilation to wait
-for. Their rows do not influence each other: from 4 rows on (measured on AVX-512, a test checks it) a row's result is
-the same to the last bit in any batch, so an answer does not depend on its neighbours.
+Generating a token reads every weight once, so it takes as long as reading them. The plain product x W' of a few rows
+reads W far more slowly than the memory could deliver it. oneDNN's kernels reach the memory's rate, once W is stored in
+their block order. torch.compile does that to frozen weights; here the same two operators are called directly, and there
+is no compilation to wait for. A row's result does not depend on the other rows: from 4 rows on it is the same to the
+last bit in any batch (measured on AVX-512, a test checks it). So an answer does not depend on what else is generated.
 """
 
 import copy
@@ -22,11 +22,11 @@ MIN_ROWS = 4  # below, the kernel is slower (1 row: 8.8 ms, 4 rows: 7.3 ms for a
 
 
 def prepacked(model: nn.Module) -> nn.Module:
-    """The model as the engine runs it: on a CPU in fp32 (and outside autocast) a copy with packed matrices, else
-    the model itself.
+    """The model as the engine runs it: on a CPU in fp32, outside autocast, a copy with packed matrices; elsewhere the
+    model itself.
 
-    Parameters that are no matrices of a linear map (norms, embedding) are shared with the original, not copied. The
-    packed matrices are copies: later changes of the original's weights do not reach them.
+    The copy shares the parameters that are no matrix of a linear layer (norms, embedding). Its packed matrices are its
+    own: when the original's weights change later, they do not.
     """
     plain = all(p.device.type == "cpu" and p.dtype == compute_dtype(p) == torch.float32 for p in model.parameters())
     if not plain or not has_packed():

@@ -47,9 +47,9 @@ class Speed:
 class Engine:
     """model: a decoder of ours or of transformers, in eval mode. tokenizer: needed for text in or out.
 
-    max_batch   sequences generated side by side; more prompts take turns
+    max_batch         sequences generated side by side; more prompts take turns
     enable_thinking   for chats, see model.tokenizer.render: None leaves it to the model
-    own_template   chats are written as the tokenizer's template says: for models of other projects
+    own_template      chats are written by the tokenizer's own template: for models of other projects
     """
 
     model: object
@@ -65,6 +65,7 @@ class Engine:
         config = self.model.config
         self.context = config.max_position_embeddings
         self.vocab_size = config.vocab_size
+        # transformers' configs have one end token or a list; the tokenizer may name another.
         ends = config.eos_token_id if isinstance(config.eos_token_id, list | tuple) else [config.eos_token_id]
         self.end_tokens = frozenset([*ends, getattr(self.tokenizer, "eos_token_id", None)]) - {None}
 
@@ -81,7 +82,7 @@ class Engine:
         ]
         if not requests:
             return []
-        # Prompts of like length are read together, which leaves little padding. Results go back by `requests`' order.
+        # Prompts of like length are read together, which leaves little padding. The answers keep `requests`' order.
         waiting = sorted(requests, key=lambda samples: len(samples[0].prompt))
         widest = max(map(len, requests))
         batch = self.batch(min(max(self.max_batch, widest), sum(map(len, requests))))
@@ -96,7 +97,7 @@ class Engine:
             yield piece
 
     def _run(self, batch: Batch, waiting: list[list[Sequence]]):
-        """Steps until all are done; requests join from the front of `waiting` as places become free."""
+        """Takes steps until all are done -> (sequence, piece). Requests join in order, as rows become free."""
         waiting = waiting[::-1]  # pop() takes from the end
         self.speed = Speed(prompt_tokens=sum(len(samples[0].prompt) for samples in waiting))
         while waiting or batch.busy:
@@ -122,8 +123,8 @@ class Engine:
     def score(self, prompts: list, continuations: list) -> list[Score]:
         """Log-probability (nats) of each continuation after its prompt; both as in `generate`, text or token ids.
 
-        A string as continuation is encoded on its own. Pairs of the same prompt, and prompts that begin alike, share
-        the work for what is common. Raises ValueError for empty ones and pairs longer than the context.
+        A string as continuation is encoded on its own, not together with its prompt. What prompts have in common is
+        computed once. Raises ValueError for empty ones and pairs longer than the context.
         """
         pairs = []
         for prompt, continuation in zip(prompts, continuations, strict=True):
@@ -137,10 +138,10 @@ class Engine:
         return score_sequences(self.model, pairs, max_batch=self.max_batch)
 
     def bits_per_byte(self, texts: Iterable[str], length: int = 512) -> tuple[float, int]:
-        """Of whole documents, end tokens counted, / UTF-8 bytes of their text -> (bits per byte, bytes).
+        """Bits that the model needs for whole documents, end tokens included, per UTF-8 byte -> (bits per byte, bytes).
 
-        Documents longer than `length` tokens are read in pieces, each of which begins with the last token of the one
-        before and sees nothing earlier: what a model trained on rows of that length can do. ValueError without a text.
+        Documents longer than `length` tokens are read in pieces, as in training on rows of that length: each piece
+        begins with the last token of the one before and sees nothing earlier. ValueError without a text.
         """
         if length < 1:
             raise ValueError(f"texts are read in pieces of at least 1 token, not {length}")
@@ -154,15 +155,15 @@ class Engine:
                 # Pieces overlap by one token, so that every token but a document's first is predicted exactly once.
                 pieces += [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
                 n_bytes += len(text.encode())
-            pairs = [(piece[:1], piece[1:]) for piece in pieces]
+            pairs = [(piece[:1], piece[1:]) for piece in pieces]  # the first token is given, the others are predicted
             nats -= sum(score.total for score in score_sequences(self.model, pairs, self.max_batch))
         if not n_bytes:
             raise ValueError("there is no text to measure")
         return nats / math.log(2) / n_bytes, n_bytes
 
     # ---------------------------------------------------------------------------------------------------- prompts
-    def encode(self, prompt) -> list[int]:
-        """Token ids of a prompt of any kind."""
+    def encode(self, prompt, tools: list[dict] | None = None, thinking: bool | None = None) -> list[int]:
+        """Token ids of a prompt of any kind. For a chat: tools it may call; thinking: in place of enable_thinking."""
         if isinstance(prompt, str):
             return encode_document(self.tokenizer, prompt)[:-1]  # the text goes on: no end token
         if isinstance(prompt, torch.Tensor):
@@ -170,7 +171,8 @@ class Engine:
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
             if self.own_template:
                 return self._by_template(prompt)
-            return render(self.tokenizer, prompt, add_generation_prompt=True, enable_thinking=self.enable_thinking)[0]
+            thinking = self.enable_thinking if thinking is None else thinking
+            return render(self.tokenizer, prompt, tools, add_generation_prompt=True, enable_thinking=thinking)[0]
         return self._checked(prompt)
 
     def _by_template(self, messages: list[dict]) -> list[int]:

@@ -3,8 +3,8 @@
 Legend: B rows in a forward pass, T tokens of it a row, P tokens of the common prefix, V vocabulary.
 
 An exam asks for four continuations of each of a thousand prompts, and all prompts of a subject begin with the same
-five worked examples. So prompts are sorted; neighbours that begin alike form a group; the group's common beginning is
-computed once and its keys and values are copied to the rows of the batch, which then add only their own tokens.
+five worked examples. So the prompts are sorted, and neighbours that begin alike form a group. The common beginning of a
+group is computed once. Its keys and values are copied to every row of the batch, and the rows add their own tokens.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from torch import Tensor
 from inference.batch import StaticCache
 from model.compat import CACHE
 
-MIN_PREFIX = 16  # tokens in common that are worth a pass of their own
-PASS_TOKENS = 1024  # tokens of one pass; more are no faster, they leave the processor's cache
-FULL_PASS = 256  # tokens from which on a pass takes no much longer row: padding all others would cost more
-CHUNK = 512
+MIN_PREFIX = 16  # fewer tokens in common are not worth a pass of their own
+PASS_TOKENS = 1024  # tokens of one pass; more do not fit into the processor's cache and are no faster
+FULL_PASS = 256  # a pass of so many tokens takes no row that is much longer: padding the others would cost more
+CHUNK = 512  # tokens of a common beginning in one pass
 
 
 @dataclass
@@ -32,10 +32,10 @@ class Score:
 
 @dataclass
 class _Row:
-    """One input of the model, and the continuations that are asked for at its end."""
+    """One input of the model, and the continuations whose scores are read from its last positions."""
 
     ids: tuple[int, ...]
-    asked: list[tuple[int, list[int]]]  # (number of the pair, its continuation)
+    asked: list[tuple[int, list[int]]]  # (index of the pair, its continuation)
 
     @property
     def first(self) -> int:
@@ -64,9 +64,9 @@ def score_sequences(model, pairs: list[tuple[list[int], list[int]]], max_batch: 
 
 
 def _groups(rows: list[_Row]) -> list[tuple[list[_Row], int]]:
-    """Sorted rows -> runs of neighbours and how many tokens each run has in common (0: nothing worth sharing).
+    """Sorted rows -> groups of neighbours, each with the number of tokens they have in common (0: too few to share).
 
-    A neighbour joins while the common beginning it leaves is at least half of the run's before.
+    A neighbour joins a group unless the common beginning would shrink below half of what it was.
     """
     groups: list[tuple[list[_Row], int]] = []
     alone: list[_Row] = []
@@ -83,7 +83,7 @@ def _groups(rows: list[_Row]) -> list[tuple[list[_Row], int]]:
             group.append(row)
             prefix = common
         i += len(group)
-        if len(group) == 1:
+        if len(group) == 1:  # those that share nothing are read together, without a prefix
             alone += group
         else:
             groups.append((group, prefix))
@@ -99,7 +99,7 @@ def _common(a: tuple, b: tuple, limit: int) -> int:
 
 
 def _read_prefix(model, cache: StaticCache, ids: tuple[int, ...], rows: int) -> None:
-    """Fills row 0 with the common beginning and copies it to the others, over what an earlier group left."""
+    """Reads the common beginning into row 0 and copies it to the others, over what the last group left there."""
     for start in range(0, len(ids), CHUNK):
         chunk = torch.tensor([ids[start : start + CHUNK]], device=model.device)
         positions = torch.arange(start, start + chunk.shape[1], device=model.device).unsqueeze(0)
@@ -133,6 +133,7 @@ def _suffix_logits(model, cache: StaticCache, batch: list[_Row], prefix: int) ->
     positions = torch.tensor(
         [[-1] * (T - len(ids)) + list(range(prefix, prefix + len(ids))) for ids in suffixes], device=model.device
     )
+    # The output layer runs for as many columns as the longest continuation needs; shorter ones drop the first of them.
     keep = max(len(row.ids) - row.first for row in batch)
     logits = _forward(model, cache, tokens, positions, T + prefix, keep)  # (B, keep, V)
     return [line[keep - (len(row.ids) - row.first) :] for row, line in zip(batch, logits, strict=True)]
@@ -148,7 +149,7 @@ def _forward(model, cache, tokens: Tensor, positions: Tensor, span: int, keep: i
 
 
 def _row_scores(row: _Row, logits: Tensor) -> dict[int, Score]:
-    """logits of the row's last positions -> the score of each pair that asked."""
+    """logits of the row's last positions -> {index of the pair: its score}."""
     log_p = logits.log_softmax(dim=-1)
     best = log_p.argmax(dim=-1).tolist()
     result = {}

@@ -1,6 +1,6 @@
-"""What the programs that talk have in common: flags, opening a model, prompts from files, printing as it comes.
+"""What all programs that generate have in common: flags for model and sampling, and opening a model.
 
-Mistakes of the user are ValueErrors with one sentence; the programs turn them into one line and exit code 2.
+A mistake of the user is a ValueError with one sentence; the programs turn it into one line and exit code 2.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def add_model_flags(parser) -> None:
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                    help="(auto: bfloat16 where a GPU has it, float16 on older ones, else float32)")  # fmt: skip
     g.add_argument("--rope_scaling", type=rope_scaling, default=None, metavar="none|linear:F|yarn:F",
-                   help="texts up to F times as long as those trained on (none)")  # fmt: skip
+                   help="for texts up to F times as long as those it was trained on (none)")  # fmt: skip
 
 
 def add_sampling_flags(parser, temperature: float | None, max_new_tokens: int) -> None:
@@ -58,7 +58,7 @@ def rope_scaling(text: str) -> tuple[str, float] | None:
 
 
 def sampling(args, temperature: float | None = None) -> SamplingParams:
-    """The sampling flags; `temperature` where the flag was not given."""
+    """SamplingParams of the flags. temperature: where its flag was not given."""
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens must be at least 1, not {args.max_new_tokens}")
     return SamplingParams(
@@ -87,7 +87,7 @@ def open_engine(args, path: Path, foreign: bool = False, **options) -> tuple[Eng
     try:
         model, tokenizer, record = load_model(path, args.preset)
     except NoCounterpart as error:
-        if not foreign or args.rope_scaling:
+        if not foreign or args.rope_scaling:  # other classes keep their rotary settings in other places
             raise
         model, tokenizer, record = *load_foreign(path, error), {}
         options["own_template"] = True
@@ -99,7 +99,7 @@ def open_engine(args, path: Path, foreign: bool = False, **options) -> tuple[Eng
         )
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries, {path} only {model.config.vocab_size}")
-    if args.rope_scaling:
+    if args.rope_scaling:  # before the engine copies the model and reads its context
         stretch(model.config, *args.rope_scaling, record.get("seq_len"))
     device = pick_device(args.device)
     model = model.to(device, pick_dtype(args.dtype, device))
@@ -107,9 +107,12 @@ def open_engine(args, path: Path, foreign: bool = False, **options) -> tuple[Eng
 
 
 def load_foreign(path: Path, fault: ValueError) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Any model that transformers has a class for, from a folder and without the folder's code; else raises `fault`."""
+    """Any model that transformers has a class for, from a folder, whose own code is not run. Raises ValueError.
+
+    fault: why none of our own classes holds it.
+    """
     try:
-        code = {"trust_remote_code": False}  # without the word transformers would ask whether to run it
+        code = {"trust_remote_code": False}  # left out, transformers would ask on the terminal whether to run it
         model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **code)
         tokenizer = AutoTokenizer.from_pretrained(path, **code)
     except (OSError, ValueError, KeyError) as error:

@@ -1,7 +1,7 @@
 """From logits to the next token: what a request may ask for, and the functions that do it.
 
 Legend: B rows (sequences generated side by side), V vocabulary. Every function takes and returns logits (B, V), and
-one number a row, so rows with different wishes share a batch.
+takes its parameter once for each row, so requests with different parameters share a batch.
 """
 
 import math
@@ -16,10 +16,10 @@ from common.device import upload
 
 @dataclass
 class SamplingParams:
-    """What one request asks for. Raises ValueError, in a sentence, for values that mean nothing.
+    """What one request asks for. Raises ValueError, in a sentence, for values out of range.
 
     max_tokens          tokens to generate at most; None: what fits into the context
-    temperature         logits are divided by it; 0: always the best token (greedy), the filters below then idle
+    temperature         logits are divided by it; 0: always the best token (greedy), top_k to min_p then do nothing
     top_k               only the k best tokens; 0: all
     top_p               only the best tokens that together hold this probability (nucleus, arXiv 1904.09751)
     min_p               only tokens at least this fraction as probable as the best (arXiv 2407.01082)
@@ -56,10 +56,11 @@ class SamplingParams:
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         self.top_k = self.top_k or 0
-        faults = []
+        faults = []  # all are reported together
 
         def check(name: str, what: str, holds) -> None:
             value = getattr(self, name)
+            # True is an int in Python, and NaN passes comparisons that it should not.
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not holds(value):
                 faults.append(f"{name} must be {what}, not {value!r}")
@@ -95,7 +96,7 @@ class SamplingParams:
 
 # ------------------------------------------------------------------------------------------------- on logits (B, V)
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """seen (B, V) bool, penalty (B, 1). Both signs move down: dividing a negative logit would raise it."""
+    """seen (B, V) bool, penalty (B, 1). Negative logits are multiplied: dividing would raise them."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -108,6 +109,7 @@ def keep_top_k(logits: Tensor, k: list[int]) -> Tensor:
     """All but the k best logits of each row become -inf; 0 keeps all. Ties with the k-th best are kept."""
     V = logits.shape[-1]
     k = [min(n, V) if n > 0 else V for n in k]
+    # One topk for the largest k; each row then looks up its own k-th best logit.
     best = logits.topk(max(k), dim=-1).values
     worst_kept = best.gather(-1, upload([[n - 1] for n in k], logits.device))  # (B, 1)
     return logits.masked_fill(logits < worst_kept, float("-inf"))
@@ -116,8 +118,8 @@ def keep_top_k(logits: Tensor, k: list[int]) -> Tensor:
 def keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
     """Keeps a token if those more probable than it hold less than p together; p (B, 1).
 
-    On a CPU the best 256 are looked at first, as the kept tokens are usually few: sorting a whole vocabulary of 6,400
-    takes several times longer. A GPU sorts faster than it could be asked whether 256 were enough.
+    On a CPU the best 256 are tried first, since few tokens are kept as a rule and sorting a whole vocabulary of 6,400
+    takes several times longer. A GPU sorts all at once: asking it whether 256 were enough would take longer.
     """
     # `total` is over the whole vocabulary, so probabilities of the best few are true ones however few are sorted.
     total, V = logits.logsumexp(dim=-1, keepdim=True), logits.shape[-1]
@@ -139,23 +141,26 @@ def keep_min_p(logits: Tensor, p: Tensor) -> Tensor:
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """One token a row from softmax(logits), by inverting the distribution function at `uniform` (B, 1) in [0, 1).
 
-    One random number a token: a row's draw depends on its own numbers alone, not on the shape of the batch.
+    It takes one random number a row. So a draw depends on the row's own numbers, not on the shape of the batch, as it
+    would with torch.multinomial.
     """
     # In double, so that summing thousands of small probabilities loses none of them.
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V), the last one 1 up to rounding
+    # The first token whose cumulative probability exceeds the random number. right=True passes over those of width 0.
     token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return token.clamp(max=logits.shape[-1] - 1).squeeze(-1)
 
 
 # --------------------------------------------------------------------------------------------------- a row's sampler
 class Sampler:
-    """The state one sequence's sampling needs: its random numbers, and which tokens it has had."""
+    """The state of one sequence's sampling: its random numbers, and which tokens it has had."""
 
     def __init__(self, params: SamplingParams, prompt: list[int], sample: int, vocab_size: int):
         self.params, self.vocab_size = params, vocab_size
         # The n samples of a prompt share a seed and must differ, so each seeds its generator with its number too.
         seed = None if params.seed is None else f"{params.seed}:{sample}"
         self.random = random.Random(seed)
+        # Kept only where a penalty needs them: seen also counts the prompt's tokens, counts only the answer's.
         self.seen = self.counts = None
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
@@ -174,7 +179,7 @@ def choose(logits: Tensor, samplers: list[Sampler]) -> list[int]:
     """The next token of each row of logits (B, V), fp32. A GPU is waited for once, for the tokens."""
     params = [sampler.params for sampler in samplers]
     logits = _adjust(logits, samplers)
-    tokens = logits.argmax(dim=-1)  # right for greedy rows; the others are overwritten below
+    tokens = logits.argmax(dim=-1)  # right for greedy rows; the others are overwritten at the end
     free = [i for i, p in enumerate(params) if p.temperature > 0]
     if not free:
         return tokens.tolist()
@@ -217,17 +222,17 @@ def _adjust(logits: Tensor, samplers: list[Sampler]) -> Tensor:
         penalties = column(rows, "presence_penalty"), column(rows, "frequency_penalty")
         logits = logits.index_copy(0, index, penalise_counts(logits.index_select(0, index), counts, *penalties))
     rows = [i for i, p in enumerate(params) if p.logit_bias]
-    logits = logits.clone() if rows else logits
+    logits = logits.clone() if rows else logits  # the caller's logits, whose log-probabilities are asked for, stay
     for i in rows:
         tokens, biases = zip(*params[i].logit_bias.items(), strict=True)
         logits[i].index_add_(0, there(tokens), there(biases, logits.dtype))
     return logits
 
 
-# ---------------------------------------------------------------------------------------------- what it was worth
+# ---------------------------------------------------------------------------------------------- log-probabilities
 @dataclass
 class TokenLogprob:
-    """Log-probability (nats) of a generated token, and the best tokens of its place with theirs."""
+    """Log-probability (nats) of a generated token, and the best tokens at its place with theirs."""
 
     token: int
     logprob: float
@@ -235,7 +240,7 @@ class TokenLogprob:
 
 
 def token_logprobs(logits: Tensor, tokens: list[int], wanted: list[int | None]) -> list[TokenLogprob | None]:
-    """logits (B, V): each chosen token's log-probability and the `wanted` best ones, None where not wanted."""
+    """logits (B, V) -> for each chosen token its log-probability and those of the `wanted` best; None: not wanted."""
     if all(n is None for n in wanted):
         return [None] * len(tokens)
     log_p = logits.log_softmax(dim=-1)

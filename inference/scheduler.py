@@ -4,15 +4,16 @@
         handle = scheduler.submit(engine.encode(messages), SamplingParams(max_tokens=100))
         for piece in handle: print(piece.text, end="")
 
-A request waits in the queue until a row of the cache is free, has its prompt read in the next step, and from then on
-gets a token in every step of the batch. No request waits for another to finish while there are rows; none is moved
-aside once it runs. (Orca, Yu et al. 2022, OSDI, calls this iteration-level scheduling.)
+A request waits in the queue until a row of the cache is free. The next step reads its prompt, and from then on it gets
+a token in every step of the batch. While rows are free no request waits for another to finish, and once it runs none
+has to make room. (Orca, Yu et al. 2022, OSDI, calls this iteration-level scheduling.)
 """
 
 import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 from inference.engine import Engine
 from inference.sampling import SamplingParams
@@ -24,21 +25,25 @@ class QueueFull(RuntimeError):
 
 
 class Closed(RuntimeError):
-    """The scheduler does not run any more."""
+    """The scheduler has been closed."""
 
 
 class Handle:
-    """A submitted request. Iterate over it, in one thread, for the pieces of its answers as they come."""
+    """A submitted request. Iterate over it, in one thread, for the pieces of its answers as they come.
 
-    def __init__(self, scheduler: "Scheduler", samples: list[Sequence]):
+    With `deliver` the pieces go there instead, see Scheduler.submit.
+    """
+
+    def __init__(self, scheduler: "Scheduler", samples: list[Sequence], deliver: Callable | None = None):
         self.scheduler, self.samples = scheduler, samples
         self.open = len(samples)  # samples that go on
         self.submitted = time.monotonic()
         self.first_token: float | None = None  # when it came, on the same clock; finished likewise
         self.finished: float | None = None
         self.cancelled = False
-        # What the worker hands over: pieces, then None at the end or the exception that ended it.
+        # What the worker delivers: pieces, then None at the end or the exception that ended it.
         self._pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
+        self.deliver = deliver or self._pieces.put
 
     def __iter__(self):
         while True:
@@ -50,13 +55,13 @@ class Handle:
             yield piece
 
     def result(self) -> list[Completion]:
-        """Waits for the end; the n samples. Of a cancelled request what there is, finish_reason "cancelled"."""
+        """Waits for the end -> the n samples. A cancelled request gives what it has, finish_reason "cancelled"."""
         for _ in self:
             pass
         return [sample.completion() for sample in self.samples]
 
     def cancel(self) -> None:
-        """Ends the request; its rows are free before the next step. Does nothing where it has ended."""
+        """Ends the request and frees its rows before the next step. Does nothing if it has ended already."""
         self.scheduler._cancel(self)
 
     @property
@@ -65,9 +70,10 @@ class Handle:
 
 
 class Scheduler:
-    """One worker thread, `slots` rows (a request of n samples takes n), at most `queue` requests that wait.
+    """One worker thread over one batch.
 
-    compile: decode steps as CUDA graphs, see Engine.batch.
+    slots: rows of the batch; a request of n samples takes n. queue: requests that may wait. compile: decode steps as
+    CUDA graphs, see Engine.batch.
     """
 
     def __init__(self, engine: Engine, slots: int = 8, queue: int = 64, compile: bool = False):
@@ -90,8 +96,14 @@ class Scheduler:
         self._thread.start()
 
     # ------------------------------------------------------------------------------------------- for the requesters
-    def submit(self, prompt: list[int], params: SamplingParams | None = None) -> Handle:
+    def submit(
+        self, prompt: list[int], params: SamplingParams | None = None,
+        deliver: Callable[[Piece | BaseException | None], None] | None = None,
+    ) -> Handle:  # fmt: skip
         """Any thread may call it; returns at once. prompt: token ids, see Engine.encode.
+
+        deliver: the worker calls it with each piece, then with None or with the exception that ended the request. All
+        requests wait while it runs, so it must return at once. Without it iterate over the handle.
 
         Raises ValueError for a prompt that cannot be answered or more samples than there are rows, QueueFull, Closed.
         """
@@ -99,7 +111,7 @@ class Scheduler:
         if params.n > self.slots:
             raise ValueError(f"n is {params.n}, but only {self.slots} answers are generated at once")
         # Outside the lock: checking the request and setting up its samplers need not hold up the others.
-        handle = Handle(self, sequences(self.engine, prompt, params))
+        handle = Handle(self, sequences(self.engine, prompt, params), deliver)
         for sample in handle.samples:
             sample.request = handle
         with self._wake:
@@ -125,7 +137,7 @@ class Scheduler:
         with self._wake:
             self.closed = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join()  # it ends the requests: only the worker may touch the batch
 
     def __enter__(self) -> "Scheduler":
         return self
@@ -159,6 +171,7 @@ class Scheduler:
             except Exception as error:  # out of memory, for one: the requests that ran end, the next get a new batch
                 self._fail(error)
                 continue
+            # While the step ran, some of these requests may have been cancelled: _hand_over() looks again.
             with self._wake:
                 self.counts["steps"] += 1
                 for sequence, piece in gained:
@@ -171,6 +184,7 @@ class Scheduler:
         """
         with self._wake:
             while True:
+                # Out before in: rows that become free now are given away in the same pause.
                 if self.closed:
                     self.leaving += [handle for handle in self.running if not handle.cancelled]
                 for handle in self.leaving:
@@ -192,17 +206,18 @@ class Scheduler:
                 self._wake.wait()
 
     def _hand_over(self, handle: Handle, piece: Piece) -> None:
+        """Delivers one piece, and the end of the request after the last piece of its last sample."""
         if handle.finished or handle.cancelled:
             return
         handle.first_token = handle.first_token or time.monotonic()
         self.counts["new_tokens"] += len(piece.token_ids)
-        handle._pieces.put(piece)
+        handle.deliver(piece)
         handle.open -= piece.finish_reason is not None
         if not handle.open:
             self._end(handle, "finished")
 
     def _end(self, handle: Handle, how: str, error: BaseException | None = None) -> None:
-        """Ends a handle: the last item in its queue is None or the error. `how`: the count it is added to."""
+        """Ends a handle: the last thing it is given is None or the error. `how`: the count it is added to."""
         if handle.finished:
             return
         handle.finished = time.monotonic()
@@ -210,11 +225,12 @@ class Scheduler:
         self.counts[how] += 1
         for sample in handle.samples:
             sample.finish_reason = sample.finish_reason or "cancelled"
-        handle._pieces.put(error)
+        handle.deliver(error)
 
     def _fail(self, error: Exception) -> None:
+        """Ends what ran and begins with a new batch: after half a step nobody knows what the old cache holds."""
         with self._wake:
             for handle in list(self.running):
                 self._end(handle, "failed", error)
-            self.leaving.clear()
+            self.leaving.clear()  # their rows went with the old batch
             self.batch = self.engine.batch(self.slots, self.compile)

@@ -1,8 +1,10 @@
-"""From generated tokens to text as it comes: whole characters only, an end at a stop string, and what its tags mean.
+"""From generated tokens to text while it is generated: whole characters, stop strings, thinking and tool calls.
 
-  Sequence      one answer in the making: takes a token a step, gives out a Piece
-  TextStream    tokens -> the text they make certain
+  Sequence      one answer while it is generated: takes a token a step, returns a Piece
+  TextStream    tokens -> text that later tokens cannot change
   AnswerReader  that text -> thinking, content and tool calls
+
+An answer with both kinds of tags:
 
 <think>\\n...\\n</think>\\n\\nLet me see.\\n<tool_call>\\n{"name": "add", "arguments": {"a": 1}}\\n</tool_call>
 """
@@ -19,23 +21,25 @@ CALL, CALL_END = "<tool_call>", "</tool_call>"
 
 # ------------------------------------------------------------------------------------------------------- tokens to text
 class TextStream:
-    """The text of a growing list of tokens, in pieces whose concatenation is the text of the whole list.
+    """The text of a growing list of tokens, in pieces. Joined they are the text of the whole list.
 
-    A token of byte-level BPE may hold a part of a character; what it says is held back until the rest arrives. So is
-    the end of the text where it could be the beginning of a stop string. Special tokens say nothing.
+    A token of byte-level BPE may hold only some bytes of a character. It is held back until the rest has come. So is
+    the end of the text while it could be the beginning of a stop string. Special tokens have no text.
     """
 
     def __init__(self, tokenizer, stop: list[str] = ()):
         self.backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self.stop = list(stop)
-        self.before: list[int] = []  # the tokens before `window`: some vocabularies write a blank by what came before
+        # Decoding all tokens at every step would cost n^2. Only the window is decoded, and before it the tokens of the
+        # window before: some vocabularies write a blank, or none, by what came before.
+        self.before: list[int] = []
         self.window: list[int] = []  # tokens since the text last ended with a whole character
-        self.said = 0  # characters of the window's text that are in `held` or given out
+        self.said = 0  # characters of the window's text that are in `held` or returned already
         self.held = ""  # whole characters that may belong to a stop string
         self.stopped = False
 
     def feed(self, token: int) -> str:
-        """The text that this token makes certain, "" where nothing is. After a stop string `stopped` is set."""
+        """The text that is certain with this token, perhaps "". After a stop string `stopped` is set."""
         self.window.append(token)
         text = self._window_text()
         # A replacement character at the end may be the first bytes of a character; any earlier one stays for good.
@@ -47,7 +51,7 @@ class TextStream:
         return self._release(final=False)
 
     def finish(self) -> str:
-        """What was held back, once no token will follow: bytes that are no character become U+FFFD."""
+        """What was held back, when no token follows any more. Bytes that make no character become U+FFFD."""
         if self.stopped:
             return ""
         self.held += self._window_text()[self.said :]
@@ -63,11 +67,12 @@ class TextStream:
         return self.backend.decode(tokens, skip_special_tokens=True)
 
     def _release(self, final: bool) -> str:
-        """Gives out of `held` what cannot be part of a stop string any more."""
+        """Takes from `held` what cannot be part of a stop string any more."""
         found = [(self.held.find(s) + len(s), self.held.find(s)) for s in self.stop if s in self.held]
         if found:
             self.stopped = True
-            piece, self.held = self.held[: min(found)[1]], ""  # the one complete first, however tokens cut the text
+            # Of several stop strings the one that ends first: then the text does not depend on how tokens cut it.
+            piece, self.held = self.held[: min(found)[1]], ""
             return piece
         keep = 0 if final else max((overlap(self.held, s) for s in self.stop), default=0)
         piece, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
@@ -88,7 +93,7 @@ class Piece:
 
 @dataclass
 class Completion:
-    """One answer. token_ids and logprobs include the token that ended it, text does not."""
+    """One finished answer. token_ids and logprobs include the token that ended it, text does not."""
 
     text: str
     token_ids: list[int]
@@ -101,7 +106,7 @@ class Completion:
 
 @dataclass(eq=False)
 class Sequence:
-    """One answer in the making. `request` is whatever the caller wants to find again."""
+    """One answer while it is generated. `request` is the caller's own mark on it."""
 
     request: object
     index: int
@@ -122,10 +127,11 @@ class Sequence:
         return len(self.prompt) + max(len(self.token_ids) - 1, 0)
 
     def accept(self, token: int, logprob: TokenLogprob | None) -> Piece:
-        """Takes the next token; returns what it says."""
+        """Takes the next token -> the piece of text it adds."""
         self.token_ids.append(token)
         self.sampler.accept(token)
         ended = token in self.end_tokens
+        # What ends the answer adds no text, even where it is an ordinary word (stop_token_ids).
         text = "" if ended else self.stream.feed(token)
         if ended or self.stream.stopped:
             self.finish_reason = "stop"
@@ -139,14 +145,14 @@ class Sequence:
         return Piece(text, [token], None if logprob is None else [logprob], self.finish_reason, self.index)
 
     def completion(self) -> Completion:
-        """What it comes to, once it has ended."""
+        """The finished answer; only after the end."""
         logprobs = self.logprobs if self.params.logprobs is not None else None
         return Completion(self.text, self.token_ids, self.finish_reason, len(self.prompt), len(self.token_ids),
                           logprobs, self.index)  # fmt: skip
 
 
 def sequences(engine, prompt: list[int], params: SamplingParams, request: object = None) -> list[Sequence]:
-    """The params.n samples of a prompt, ready to join a batch. engine: whose tokenizer, context and end tokens hold.
+    """The params.n samples of a prompt, ready to join a batch. engine: gives tokenizer, context and end tokens.
 
     Raises ValueError for a prompt that is empty or fills the context, and for a parameter that names no token.
     """
@@ -168,7 +174,7 @@ def sequences(engine, prompt: list[int], params: SamplingParams, request: object
 
 
 def text_with_markers(tokenizer, completion: Completion) -> str:
-    """All that was generated, special tokens spelled out, up to the token that ended it: what a strict check reads."""
+    """All that was generated before the token that ended it, special tokens included: for checks of the form."""
     ended = completion.finish_reason == "stop"
     ids = completion.token_ids[:-1] if ended else completion.token_ids
     return tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
@@ -183,27 +189,20 @@ def overlap(text: str, stop: str) -> int:
     return 0
 
 
-def split_thinking(text: str, thinking: bool = False) -> tuple[str | None, str]:
-    """A whole answer -> (what it thinks, what it says); None where it has no think block.
+class ThinkingStream:
+    """Tells thinking from what is said, in a text that comes in pieces, as (is it thought, text) pairs.
 
     thinking: the prompt has opened the block already. A block that never closes is all thought.
     """
-    if not thinking and not text.lstrip().startswith(THINK):
-        return None, text
-    thought, closed, said = text.lstrip().removeprefix(THINK).partition(THINK_END)
-    return thought.strip(), said.lstrip() if closed else ""
-
-
-class ThinkingStream:
-    """split_thinking for a text that comes in pieces, as (is it thought, text) pairs."""
 
     def __init__(self, thinking: bool = False):
         self.thinking, self.held, self.begun = thinking, "", thinking
 
     def feed(self, piece: str, final: bool = False) -> list[tuple[bool, str]]:
-        """What is certain now; `final`: no piece will follow."""
+        """What is certain now. final: no piece follows."""
         self.held += piece
         parts = []
+        # As long as the answer could still open with <think> (or is blank), nothing is certain.
         if not self.begun and self.held.lstrip().startswith(THINK):
             self.begun = self.thinking = True
             self.held = self.held.lstrip().removeprefix(THINK)
@@ -214,6 +213,7 @@ class ThinkingStream:
             parts.append((True, thought))
             self.thinking = False
         if self.begun:
+            # The last characters of a thought may be the first of </think>.
             keep = overlap(self.held, THINK_END) if self.thinking and not final else 0
             parts.append((self.thinking, self.held[: len(self.held) - keep]))
             self.held = self.held[len(self.held) - keep :]
@@ -227,18 +227,20 @@ class ToolCall:
 
 
 def begun_call(name: str | None) -> str:
-    """How an answer begins that must call a tool (this one, or any): put after the prompt, the model has to go on.
+    """The beginning of a call of this tool, or of any. Put after the prompt it forces the model to go on with a call.
 
-    It ends where a token ends in the texts the model has learned: no blank, no quotation mark that the next word takes.
+    It must end where a token ends in the texts that the model has learned from. A blank or a quotation mark is often
+    part of the token of the next word, so neither may come last.
     """
     return f'{CALL}\n{{"name": {to_json(name)}, "arguments":' if name else f'{CALL}\n{{"name":'
 
 
 def parse_call(text: str, names: set[str]) -> ToolCall | None:
-    """The call inside a tool_call block; None where it is none, or of a tool that was not offered."""
+    """The call inside a tool_call block; None where it is no valid call, or one of a tool that was not offered."""
     try:
         call = json.loads(text)
         name, arguments = call["name"], call.get("arguments") or {}
+        # Models write arguments as an object or as a string that holds one.
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         arguments_text = to_json(arguments)
         arguments_text.encode("utf-8")  # half a surrogate pair, written as an escape, cannot be sent
@@ -252,9 +254,11 @@ def parse_call(text: str, names: set[str]) -> ToolCall | None:
 class AnswerReader:
     """Turns the pieces of an answer into parts: ("reasoning", text), ("content", text), ("call", ToolCall).
 
-    thinking: the prompt has opened a think block. names: tools whose calls are told apart; none: no block is a call.
-    one_call: what follows the first call is dropped. An answer without tags comes out letter for letter; around
-    blocks, white space is dropped. A block that is no valid call, or never ends, stays text.
+    thinking: the prompt has opened a think block. names: the tools offered; with none no block is a call.
+    one_call: what follows the first call is dropped.
+
+    An answer without tags comes out letter for letter. White space around blocks is dropped. A block that is no valid
+    call, or that never ends, stays text.
     """
 
     def __init__(self, thinking: bool = False, names: set[str] = frozenset(), one_call: bool = False):
@@ -262,8 +266,9 @@ class AnswerReader:
         self.names, self.one_call = names, one_call
         self.called = False
         self.held = ""  # text that may turn out to be a block, or white space before one
-        self.trim = False  # content begins after a block: its first white space is dropped
-        self.thought, self.blank = False, ""  # of the thinking: whether it has begun, white space that may end it
+        self.trim = False  # a block has just ended: white space at the beginning of what follows is dropped
+        self.thought = False  # whether the thinking has had a first word
+        self.blank = ""  # white space of the thinking that is dropped if nothing follows
 
     def feed(self, text: str, final: bool = False) -> list[tuple[str, str | ToolCall]]:
         parts = []
@@ -284,13 +289,14 @@ class AnswerReader:
         if not self.names:
             return self._content(len(self.held))
         parts = []
+        # First the blocks that are complete,
         while CALL in self.held:
             begin = self.held.index(CALL)
             end = self.held.find(CALL_END, begin)
             if end < 0:
                 break
             call = parse_call(self.held[begin + len(CALL) : end], self.names)
-            if call is None:
+            if call is None:  # it stays text, tags and all
                 parts += self._content(end + len(CALL_END))
                 continue
             parts += self._content(len(self.held[:begin].rstrip()))
@@ -298,6 +304,8 @@ class AnswerReader:
                 parts.append(("call", call))
             self.held = self.held[self.held.index(CALL_END) + len(CALL_END) :]
             self.called = self.trim = True
+        # then the rest: at the end all of it, before the end what cannot belong to a block. White space waits, because
+        # it is dropped if a block follows.
         if final:
             return parts + self._content(len(self.held.rstrip() if self.called else self.held))
         begin = self.held.find(CALL)

@@ -1,4 +1,4 @@
-"""The shape of a model: every field that decides what is computed, the named presets, and the parameter counts.
+"""The shape of a model: all fields that decide what it computes, the presets, and the parameter counts.
 
 Field names are MiniMind's; transformers' names for the same things are accepted as aliases (`hidden_size` for `dim`
 and so on), so a config reads the same from either side. `python -m model.LMConfig` prints the presets.
@@ -8,16 +8,31 @@ import json
 
 from transformers import PretrainedConfig
 
+from common.flags import out_of_bounds
+
 _BASE_FIELDS = set(PretrainedConfig().to_dict()) | {
     "attn_implementation", "auto_map", "dtype", "name_or_path", "torch_dtype", "rope_scaling", "head_dim",
 }  # fmt: skip
-_REAL_NUMBERS = [
-    ("dropout", "in [0, 1)", lambda value: 0 <= value < 1),
-    ("aux_loss_alpha", "of at least 0", lambda value: value >= 0),
-    ("initializer_range", "above 0", lambda value: value > 0),
-    ("norm_eps", "above 0", lambda value: value > 0),
-    ("rope_theta", "above 1", lambda value: value > 1),
-]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float)
+
+
+# What values must be, see common.flags.out_of_bounds. None is allowed: it stands for a default computed from others.
+_COUNTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len",
+           "num_experts_per_tok", "n_routed_experts", "head_dim", "hidden_dim", "moe_hidden_dim")  # fmt: skip
+_COUNT_BOUNDS = [(_COUNTS, "be a whole number of at least 1", lambda x: type(x) is int and x >= 1)]
+_BOUNDS = [
+    (("n_shared_experts",), "be 0 or more", lambda x: isinstance(x, int) and x >= 0),
+    (("scoring_func",), 'be "softmax"', lambda x: x == "softmax"),
+    (("qk_norm", "use_moe", "norm_topk_prob", "seq_aux", "tie_word_embeddings"), "be True or False",
+     lambda x: x in (True, False)),
+    (("dropout",), "be a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
+    (("aux_loss_alpha",), "be a number of at least 0", lambda x: _is_number(x) and x >= 0),
+    (("initializer_range", "norm_eps"), "be a number above 0", lambda x: _is_number(x) and x > 0),
+    (("rope_theta",), "be a number above 1", lambda x: _is_number(x) and x > 1),
+]  # fmt: skip
 ROPE_KEYS = {  # what each kind of rotary positions reads besides its type and theta
     "default": set(),
     "linear": {"factor"},
@@ -120,7 +135,7 @@ class LMConfig(PretrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.dim // self.n_heads
         if self.hidden_dim is None:
-            # SwiGLU has three matrices where a plain block of width 4 dim has two: 2/3 of the width, equal parameters.
+            # SwiGLU has three matrices, a plain block of width 4 dim two: 2/3 of the width gives as many parameters.
             self.hidden_dim = self.multiple_of * -(-int(8 * self.dim / 3) // self.multiple_of)
         if self.moe_hidden_dim is None:
             self.moe_hidden_dim = self.hidden_dim
@@ -128,16 +143,10 @@ class LMConfig(PretrainedConfig):
         self._check_rope()
 
     def _check_numbers(self):
-        counts = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len",
-                  "num_experts_per_tok", "n_routed_experts", "head_dim", "hidden_dim", "moe_hidden_dim")  # fmt: skip
-        faults = []
-        for name in counts:
-            value = getattr(self, name)
-            optional = value is None and name in ("head_dim", "hidden_dim", "moe_hidden_dim")
-            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                faults.append(f"{name} must be a whole number of at least 1, not {value!r}")
-        if faults:  # what follows computes with these numbers
+        faults = out_of_bounds(self, _COUNT_BOUNDS, prefix="")
+        if faults:  # first: the checks below compute with these numbers
             raise ValueError("; ".join(faults))
+        faults = out_of_bounds(self, _BOUNDS, prefix="")
         if self.head_dim is None and self.dim % self.n_heads:
             faults.append(f"dim {self.dim} does not divide into {self.n_heads} heads")
         elif (self.head_dim or self.dim // self.n_heads) % 2:
@@ -146,17 +155,6 @@ class LMConfig(PretrainedConfig):
             faults.append(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
         if self.use_moe and self.num_experts_per_tok > self.n_routed_experts:
             faults.append(f"a token cannot go to {self.num_experts_per_tok} of {self.n_routed_experts} experts")
-        if not isinstance(self.n_shared_experts, int) or self.n_shared_experts < 0:
-            faults.append(f"n_shared_experts must be 0 or more, not {self.n_shared_experts!r}")
-        if self.scoring_func != "softmax":
-            faults.append(f'scoring_func must be "softmax", not {self.scoring_func!r}')
-        for name in ("qk_norm", "use_moe", "norm_topk_prob", "seq_aux", "tie_word_embeddings"):
-            if getattr(self, name) not in (True, False):
-                faults.append(f"{name} must be True or False, not {getattr(self, name)!r}")
-        for name, bounds, holds in _REAL_NUMBERS:
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not holds(value):
-                faults.append(f"{name} must be a number {bounds}, not {value!r}")
         if faults:
             raise ValueError("; ".join(faults))
 

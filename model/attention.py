@@ -1,4 +1,4 @@
-"""Attention: how a token reads the tokens before it. Norm, positions, heads, and what a query may not look at.
+"""Attention: how a token reads the tokens before it. RMSNorm, rotary positions, heads and masks.
 
 Legend: B rows, T tokens of a row, S tokens a query may look back on (cache included), H query heads, G key/value
 heads, h width of a head, D width of the model.
@@ -24,18 +24,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # Under autocast: computed in float32, the type of the weights, and rounded once at the end. Left in float32,
-        # each product that reads it would round it again, and keep a copy of its own for the backward pass.
+        # Under autocast: computed in float32, the type of the weights, and rounded once at the end. Were the result
+        # float32, each matrix product that reads it would make a rounded copy of its own and keep it for backward.
         normed = F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
         return normed.to(compute_dtype(x))
 
 
 # ------------------------------------------------------------------------------------------------ rotary positions
-# A head's h numbers are h/2 points in a plane. At position p the i-th point of each query and key is turned by the
-# angle p f_i. A query at p and a key at q then differ by (p - q) f_i, so their product depends on the distance p - q
-# alone. The f_i run from 1 radian a token (near neighbours) down to almost nothing (far ones).
+# A head's h numbers are taken as h/2 points in a plane. At position p the i-th point of each query and key is rotated
+# by the angle p f_i. The angles of a query at p and a key at q then differ by (p - q) f_i, so their dot product depends
+# on the distance p - q alone. The f_i fall from 1 radian a token (it tells near tokens apart) to almost 0 (far ones).
 def inverse_frequencies(config: LMConfig, device=None) -> tuple[Tensor, float]:
-    """f, the angle in radians by which each point turns per position (h/2,), and a factor on cos and sin.
+    """-> (f (h/2,): radians by which each point is rotated per position; a factor on cos and sin).
 
     RoFormer (Su et al. 2021, arXiv 2104.09864). For rows longer than those trained on: "linear" divides all angles
     (Chen et al. 2023, arXiv 2306.15595); "yarn" divides those of long wavelengths only and sharpens attention
@@ -49,9 +49,9 @@ def inverse_frequencies(config: LMConfig, device=None) -> tuple[Tensor, float]:
     if rope["rope_type"] == "linear":
         return frequency / factor, 1.0
 
-    # Yarn. A point that turned many times within the trained length has been seen at every angle: it needs no change,
-    # and dividing it would blur the order of near neighbours. A point that never got round would come to angles that
-    # were not trained: it is divided by the factor, as "linear" does. Between the two a ramp.
+    # Yarn. A point that makes many turns within the trained length was trained at every angle. It is left alone: if it
+    # were divided, near tokens would be harder to tell apart. A point that never completes a turn would reach untrained
+    # angles at new positions: it is divided by the factor, as "linear" does. Between the two there is a linear ramp.
     trained = rope.get("original_max_position_embeddings") or config.max_seq_len
 
     def point_that_turns(times: float) -> float:
@@ -62,7 +62,8 @@ def inverse_frequencies(config: LMConfig, device=None) -> tuple[Tensor, float]:
     high = min(math.ceil(point_that_turns(rope.get("beta_slow") or 1)), width - 1)
     ramp = (torch.arange(width // 2, dtype=torch.float32, device=device) - low) / (max(high - low, 0) or 0.001)
     ramp = ramp.clamp(0, 1)  # 0: left alone; 1: divided
-    # More tokens to attend to flatten the softmax. A factor on both q and k multiplies the scores by its square.
+    # The softmax over more tokens is flatter. A factor on both q and k multiplies the scores by its square and sharpens
+    # it again.
     scale = rope.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
     return frequency * (1 - ramp) + frequency / factor * ramp, scale
 
@@ -70,8 +71,8 @@ def inverse_frequencies(config: LMConfig, device=None) -> tuple[Tensor, float]:
 class RotaryEmbedding(nn.Module):
     """cos and sin of every position's angles.
 
-    Computed again at each forward rather than kept in a table: exact for any length, and nothing to save or to lose
-    (transformers builds models without memory and fills in saved tensors only).
+    Computed at each forward pass and not kept in a table: right for any length, and no buffer that loading could leave
+    empty (transformers builds models without memory and then fills in the saved tensors only).
     """
 
     def __init__(self, config: LMConfig):
@@ -87,11 +88,11 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the points of each head by their position's angle; x (B, H, T, h).
+    """Rotates the points of each head by their position's angle; x (B, H, T, h) -> the same shape.
 
-    Point i is (x_i, x_{i + h/2}): first half and second half, as in Llama's weights for transformers. RoFormer pairs
-    neighbours, (x_2i, x_2i+1). The two differ by the order of the rows of q_proj and k_proj: weights of the other kind
-    must be reordered (model/convert.py), or the model reads scrambled positions.
+    Point i is (x_i, x_{i + h/2}), one number from each half, as in Llama's weights for transformers. RoFormer pairs
+    neighbours, (x_2i, x_2i+1). The two differ in the order of the rows of q_proj and k_proj, so weights of the other
+    kind must be reordered before use (model/convert.py).
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -99,9 +100,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------- attention
 class Attention(nn.Module):
-    """Causal attention in which n_heads / n_kv_heads queries share a key (Ainslie et al. 2023, arXiv 2305.13245).
-
-    Fewer keys and values make the cache smaller, which is what bounds long answers and large batches.
+    """Grouped-query attention: n_heads / n_kv_heads query heads share a key/value head (Ainslie et al. 2023, arXiv
+    2305.13245). Fewer keys and values make the cache smaller, and the cache limits long answers and large batches.
     """
 
     def __init__(self, config: LMConfig, layer_idx: int):
@@ -125,11 +125,11 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, h), (B, G, T, h)
-        # Angles are float32, and so are the products with them. Under autocast the values are not, and neither the
-        # attention kernels nor the cache take two types.
+        # cos and sin may be float32 and so may be the products with them, while under autocast v is in half precision.
+        # Attention kernels and cache need one type for all three.
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is not None:
-            # Keys are kept rotated: a token's position never changes, so it is turned once.
+            # The cache holds keys after rotation: a token's position never changes, so each is rotated once.
             k, v = cache.update(k, v, self.layer_idx)  # (B, G, S, h)
         out = attend(q, k, v, mask)  # (B, H, T, h)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
@@ -145,19 +145,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
         return mask.attend(q, k, v)
     B, H, T, h = q.shape
     if T == 1 and (mask is None or mask.shape[1] == 1):
-        # One new token: the H / G queries that share a key are laid in the place of T, as if they were that many
-        # tokens, so no key is repeated (twice as fast on a CPU). The new token may look at all S: no causal mask.
+        # One new token. The H / G queries that share a key take the place of the T axis, as if they were H / G tokens,
+        # so no key is repeated (twice as fast on a CPU). The new token may look at all S: no causal mask is needed.
         out = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, h), k, v, attn_mask=mask)
         return out.view(B, H, 1, h)
     shared = k.shape[1] != H
     if shared and q.is_cuda:
-        # With enable_gqa CUDA has no kernel that takes a mask, and would write out all B x H x T x S scores.
+        # With enable_gqa CUDA has no fast kernel that takes a mask, and the slow one stores all B x H x T x S scores.
         k, v, shared = repeat_heads(k, H), repeat_heads(v, H), False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
 
 
 def repeat_heads(x: Tensor, H: int) -> Tensor:
-    """Keys or values (B, G, S, h) -> (B, H, S, h), each head as often as queries share it."""
+    """Keys or values (B, G, S, h) -> (B, H, S, h): each head is repeated for the H / G query heads that share it."""
     return x.repeat_interleave(H // x.shape[1], dim=1)
 
 
@@ -172,8 +172,8 @@ def repeat_heads(x: Tensor, H: int) -> Tensor:
 def packed_mask(segment_ids: Tensor) -> Tensor:
     """segment_ids (B, T) -> (B, 1, T, T), True where a query may look: its own document, up to itself.
 
-    Padding (0) looks at padding: a query that may look nowhere would make the softmax 0 / 0, and the NaN would spread
-    through the gradients.
+    Padding (0) may look at padding: for a query that may look nowhere the softmax would be 0 / 0, and its NaN would
+    spread through the gradients.
     """
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return same.tril()
@@ -183,16 +183,16 @@ def packed_positions(segment_ids: Tensor) -> Tensor:
     """segment_ids (B, T) -> position of each token in its document, (B, T)."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
     starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
-    # Where a document starts stands its index, else 0; the largest so far is the start of the current document.
+    # The index where a document starts and 0 elsewhere: the running maximum is the start of the current document.
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
 def document_ends(segment_ids: Tensor, size: int | None = None) -> Tensor:
-    """segment_ids (B, T) -> (size,) int32: where each document ends if the rows stand end to end, after a 0.
+    """segment_ids (B, T) -> (size,) int32: a 0, then where each document ends when the rows are laid end to end.
 
-    Padding counts as documents of its own. `size` repeats the last end, which adds empty documents: so batches of one
-    shape have ends of one shape, whatever documents they hold, and a compiled model is not compiled again. On a GPU
-    this waits for the values: compute it on the CPU.
+    Each run of padding counts as a document. Up to `size` the last end is repeated, which adds empty documents. So all
+    batches have ends of one shape, however many documents they hold, and a compiled model is not compiled again.
+    Compute this on the CPU: on a GPU it would have to wait for the values.
     """
     starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True).flatten()
     begin = starts.nonzero().flatten().to(torch.int32)
@@ -211,13 +211,13 @@ else:
 class DocumentLengths:
     """The documents of a packed batch as cumulative lengths, for torch's variable-length attention on a GPU.
 
-    With packed_mask attention computes all T x T scores of a row and throws away those between documents; this kernel
-    computes only those within them. It is flash attention: half precision, and compute capability 8 or more. Where
-    that is missing `of` returns None, and the mask is used.
+    With packed_mask, attention computes all T x T scores of a row and discards those between documents. This kernel
+    computes only the scores within documents. It is flash attention, which needs half precision and compute capability
+    8 or more. Elsewhere `of` returns None, and the mask is used.
     """
 
     def __init__(self, ends: Tensor, longest: int):
-        self.ends, self.longest = ends, longest  # the row's length: the kernel wants no more than an upper bound
+        self.ends, self.longest = ends, longest  # longest: an upper bound is enough for the kernel, so the row length
 
     @classmethod
     def of(cls, segment_ids: Tensor, ends: Tensor | None, dtype: torch.dtype, head_dim: int):
@@ -243,7 +243,7 @@ class DocumentLengths:
             more["enable_gqa"] = True
         elif k.shape[1] != H:  # torch 2.11
             k, v = repeat_heads(k, H), repeat_heads(v, H)
-        # The rows end to end: the kernel knows documents only, and none of them crosses the end of a row.
+        # The rows laid end to end: the kernel knows documents only, and no document crosses the end of a row.
         flat = [x.transpose(1, 2).reshape(B * T, -1, h) for x in (q, k, v)]
         look_back = (-1, 0)  # as far back as the document goes and not ahead: causal
         out = varlen_attn(*flat, self.ends, self.ends, self.longest, self.longest, window_size=look_back, **more)

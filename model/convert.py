@@ -1,6 +1,7 @@
-"""State dicts made elsewhere, renamed and reshaped into ours: MiniMind v1, v2, v3 and transformers' classes.
+"""Converts state dicts of other programs into ours: MiniMind v1, v2, v3 and transformers' classes.
 
-No number changes. Ours: Llama's names; the experts of a layer stacked into two tensors; shared experts as one block.
+Tensors are renamed and reshaped; no number changes. Our names are Llama's, the experts of a layer are stacked into two
+tensors, and its shared experts are one block.
 """
 
 import math
@@ -33,7 +34,7 @@ _ONLY = {  # settings of transformers' classes that change what is computed, and
 
 
 def state_dict_of(content, path) -> dict[str, Tensor]:
-    """The tensors of a loaded file by name, wrappers' prefixes and tables dropped; ValueError if it is none."""
+    """The tensors of a loaded file by name, without wrappers' prefixes and tables; ValueError if it has none."""
     if isinstance(content, dict) and isinstance(content.get("model"), dict):  # a resume file: {"model": ..., ...}
         content = content["model"]
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
@@ -49,15 +50,15 @@ def state_dict_of(content, path) -> dict[str, Tensor]:
 def from_minimind(state: dict[str, Tensor], preset: str | None = None) -> tuple[LMConfig, dict[str, Tensor]]:
     """A bare MiniMind state dict of any version -> (config, our state dict).
 
-    The number of heads cannot be read off the tensors, so they must have the shape of a preset, or `preset` names the
-    one with the same heads and rotation; width, layers and experts are then the tensors' own.
+    The shapes of tensors do not tell the number of heads. So they must be the shapes of a preset, or `preset` names one
+    with the same heads and rotation; width, layers and experts are then taken from the tensors.
     """
-    interleaved = "tok_embeddings.weight" in state  # MiniMind v1, in names and in how it pairs numbers to rotate
+    interleaved = "tok_embeddings.weight" in state  # MiniMind v1: other names, and it rotates neighbouring numbers
     if interleaved:
         state = {_v1_name(name): tensor for name, tensor in state.items()}
     if "model.embed_tokens.weight" not in state:
         raise ValueError(f"these are no MiniMind weights: no embedding among {', '.join(list(state)[:3])}, ...")
-    state = stack_experts(state)
+    state = stack_experts(state)  # before the shapes are read, which are those of stacked experts
     try:
         shape, kv_width = _seen_shape(state)
     except KeyError as missing:
@@ -77,7 +78,7 @@ def _config_of(shape: dict, kv_width: int, preset: str | None) -> LMConfig:
         if config.n_kv_heads * config.head_dim != kv_width:
             raise ValueError(f"weights of {shape} with keys of width {kv_width} have not the heads of {preset}")
         return config
-    for name in PRESETS:
+    for name in PRESETS:  # the first preset with these shapes; the vocabulary may have another size
         config = LMConfig.from_preset(name, vocab_size=shape["vocab_size"])
         same = all(getattr(config, field) == value for field, value in shape.items())
         if same and config.n_kv_heads * config.head_dim == kv_width:
@@ -100,7 +101,7 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
     for key, value in _ONLY.items():
         if raw.get(key) is not None and raw[key] != value:
             raise NoCounterpart(f"a model with {key} {raw[key]!r} has no counterpart here, only with {value!r}")
-    # What a config.json leaves out has the default of transformers' class, which is not always ours.
+    # A field that config.json leaves out has the default of transformers' class, which may differ from ours.
     fields = {key: value for key, value in raw.items() if value is not None}
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     if rope:
@@ -113,6 +114,7 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
         fields.setdefault("rope_theta", 10000.0)
     fields["qk_norm"] = any(name.endswith("q_norm.weight") for name in state)
     fields.setdefault("tie_word_embeddings", kind == "minimind")
+    # The kinds with experts name and count them in their own ways.
     if kind in ("qwen3_moe", "granitemoeshared"):
         fields["use_moe"] = True
     if kind == "qwen3_moe":
@@ -120,6 +122,7 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
         fields["norm_topk_prob"] = bool(raw.get("norm_topk_prob", False))
         fields["n_shared_experts"] = 0
     if kind == "granitemoeshared":
+        # Granite has free factors, which the export sets so that it computes what our model does.
         width = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         if not math.isclose(raw.get("attention_multiplier", 1), width**-0.5, rel_tol=1e-6):
             raise NoCounterpart(f"attention_multiplier must be {width}**-0.5, as everywhere but in Granite")
@@ -129,6 +132,7 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
     if kind == "minimind" and fields.get("use_moe") and "n_shared_experts" not in fields:
         fields["n_shared_experts"] = int(any(".shared_experts." in name for name in state))
     state = stack_experts(state)
+    # config.json has many other keys, such as token ids and versions, that do not change what is computed.
     known = {k: v for k, v in fields.items() if k in LMConfig.__annotations__ or k in LMConfig.attribute_map}
     return LMConfig(**known), state
 
@@ -145,11 +149,13 @@ def stack_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
             shared.setdefault(one_shared[1], {})[int(one_shared[2]), one_shared[3]] = tensor
         else:
             out[name] = tensor
+    # gate above up: one product computes both, see moe.Experts.
     for prefix, parts in experts.items():
         n = _whole(parts, f"{prefix}experts")
         gate_up = [torch.cat([parts[e, "gate"], parts[e, "up"]]) for e in range(n)]
         out[f"{prefix}experts.gate_up_proj"] = torch.stack(gate_up)  # (E, 2I, D)
         out[f"{prefix}experts.down_proj"] = torch.stack([parts[e, "down"] for e in range(n)])  # (E, D, I)
+    # n shared experts side by side are one block n times as wide: rows of gate and up, columns of down.
     for prefix, parts in shared.items():
         n = _whole(parts, f"{prefix}shared_experts")
         for which, axis in (("gate", 0), ("up", 0), ("down", 1)):
@@ -169,8 +175,9 @@ def _whole(parts: dict, name: str) -> int:
 def interleaved_to_halves(weight: Tensor, head_dim: int) -> Tensor:
     """Reorders the rows of a q or k projection from pairs (0,1), (2,3), ... to pairs (0, h/2), (1, h/2+1), ...
 
-    MiniMind v1 rotates neighbouring numbers, transformers' Llama numbers half a head apart. The pairs and their angles
-    are the same, only their places in the head differ; and as q and k change places alike, their product stays.
+    MiniMind v1 rotates neighbouring numbers as a pair, transformers' Llama numbers half a head apart. The pairs and
+    their angles are the same, only their places in the head differ. q and k are reordered alike, so their dot product
+    stays the same.
     """
     rows = weight.view(-1, head_dim // 2, 2, weight.shape[1])  # (heads, pair, which of the pair, D)
     return rows.transpose(1, 2).reshape(weight.shape)
@@ -199,7 +206,7 @@ def _from_granite(state):
 
 
 def _seen_shape(state) -> tuple[dict, int]:
-    """The fields of LMConfig that the tensors' shapes tell, and the width of all keys together."""
+    """-> (the fields of LMConfig that follow from the tensors' shapes, the width of all key heads together)."""
     numbers = [int(match[1]) for name in state if (match := re.match(r"model\.layers\.(\d+)\.", name))]
     vocab_size, dim = state["model.embed_tokens.weight"].shape
     first = "model.layers.0."

@@ -6,7 +6,7 @@
 Legend: N tokens, K experts a token is sent to, M = N K pairs of a token and one of its experts, sorted by expert; of
 one expert's pairs there are n. D width of the model, E experts, I width of an expert.
 
-All functions here take the same arguments: x (N, D); token (M,) the pair's row in x; weight (M,) its routing weight;
+All functions here take the same arguments: x (N, D); token (M,) each pair's row in x; weight (M,) its routing weight;
 counts (E,) pairs of each expert; gate_up (E, 2I, D) and down (E, D, I) the experts' matrices. They return (N, D).
 """
 
@@ -18,8 +18,8 @@ from common.device import compute_dtype
 
 
 def compute_experts(x: Tensor, token: Tensor, weight: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """For each token the weighted sum of its experts' outputs, in the faster way this device has."""
-    # Autocast changes the types of the operations on its list, and neither way is on it: the types are changed here.
+    """For each token the weighted sum of its experts' outputs, computed in the way that is faster on this device."""
+    # Autocast converts the inputs of the operations on its list only. Neither way below is on it, so convert here.
     dtype = compute_dtype(x)
     x, weight, gate_up, down = x.to(dtype), weight.to(dtype), gate_up.to(dtype), down.to(dtype)
     if experts_kind(x.device, x.dtype, gate_up.shape) == "grouped_mm":
@@ -30,8 +30,8 @@ def compute_experts(x: Tensor, token: Tensor, weight: Tensor, counts: Tensor, ga
 def experts_kind(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> str:
     """ "grouped_mm" on a GPU that has the kernel (bf16, compute capability 9 and up), else "loop".
 
-    On older GPUs torch's grouped_mm is a loop as well. It waits for the group sizes at each of its six products a layer
-    (two forward, four backward); ours waits once. shape: of gate_up, (E, 2I, D).
+    On older GPUs torch's grouped_mm is itself a loop, which waits for the group sizes in each of a layer's six products
+    (two forward, four backward); our loop waits once. shape: of gate_up, (E, 2I, D).
     """
     if device.type == "cuda" and hasattr(F, "grouped_mm") and dtype == torch.bfloat16:
         aligned = shape[1] % 16 == 0 and shape[2] % 8 == 0  # strides must be multiples of 16 bytes
@@ -42,10 +42,10 @@ def experts_kind(device: torch.device, dtype: torch.dtype, shape: tuple[int, int
 
 # ------------------------------------------------------------------------------------------- all experts at once
 def experts_together(x, token, weight, counts, gate_up, down) -> Tensor:
-    """A product for all gates and ups, a product for all downs: no loop, but tensors of M rows must be kept."""
+    """One product for all gates and ups, one for all downs. No loop, but tensors of M rows are kept for backward."""
     gate, up = grouped_linear(x[token], gate_up, counts).chunk(2, dim=-1)  # (M, I) each
-    # down is linear, so down(w a) = w down(a). Weighting the I inner numbers spares keeping the D outputs, which the
-    # gradient of the weight would need.
+    # down is linear, so down(w a) = w down(a). If the D outputs were weighted, they would have to be kept for the
+    # gradient of w; weighting the I inner numbers avoids that.
     routed = grouped_linear(F.silu(gate) * up * weight.unsqueeze(-1), down, counts)  # (M, D)
     return torch.zeros_like(x).index_add(0, token, routed)  # a token's K outputs are added up
 
@@ -75,12 +75,12 @@ class ExpertLoop(torch.autograd.Function):
                     dU = dA * silu(G)       dG = dA * U * silu'(G)
                     dX = [dG dU] Wgu        dWgu = [dG dU]' X
 
-    Automatic differentiation finds the same formulas. Two things make this faster. Only [G U] is kept for the backward
-    pass: X is gathered from x again, and A computed again, which is cheap. And dWgu, dWd of each expert are written
-    straight to their place in the gradient of the stack; automatic differentiation of `gate_up[e]` makes a whole stack
-    of zeros around each expert's gradient, and adds up E such stacks.
+    Automatic differentiation gives the same formulas. Two things make this faster. Only [G U] is kept for the backward
+    pass: X is gathered from x again and A is computed again, which is cheap. And dWgu, dWd of each expert are written
+    straight into their slice of the stack's gradient, while automatic differentiation of `gate_up[e]` would make a
+    whole stack of zeros around each expert's gradient and add up E such stacks.
 
-    Each expert is finished before the next begins, so what it works on stays in the processor's cache.
+    Each expert is finished before the next begins, so its numbers stay in the processor's cache.
     """
 
     @staticmethod
@@ -104,24 +104,24 @@ class ExpertLoop(torch.autograd.Function):
         x, token, weight, hidden, gate_up, down = ctx.saved_tensors
         learns = any(ctx.needs_input_grad[4:])  # experts that LoRA or distillation freezes need no gradient
         d_x, d_weight = torch.zeros_like(x), torch.empty_like(weight)
-        # Empty, not zero: each expert writes all of its slice, one without tokens the zeros of an empty product.
+        # Empty, not zero: every expert writes its whole slice; without tokens it writes the zeros of an empty product.
         d_gate_up, d_down = (torch.empty_like(gate_up), torch.empty_like(down)) if learns else (None, None)
         groups = zip(*(tensor.split(ctx.counts) for tensor in (token, weight, hidden, d_weight)), strict=True)
         for e, (rows, w, gu, d_w) in enumerate(groups):
+            # The names follow the formulas above: d_y is dY, silu is silu(G), inner is A.
             w, d_y = w.unsqueeze(-1), d_out.index_select(0, rows)  # (n, 1), (n, D)
             gate, up = gu.chunk(2, dim=-1)
             silu = F.silu(gate)
             inner = silu * up  # A (n, I)
             d_inner = d_y @ down[e]  # P (n, I)
             torch.sum(d_inner * inner, dim=-1, out=d_w)  # d_w is a view: this fills a part of d_weight
-            d_inner.mul_(w)  # from here on dA
+            d_inner.mul_(w)  # in place: P becomes dA = w P, and P is not needed again
             if learns:
                 torch.mm(d_y.t(), inner.mul_(w), out=d_down[e])
             d_gu = torch.empty_like(gu)  # [dG dU] (n, 2I)
             d_gate, d_up = d_gu.chunk(2, dim=-1)
             torch.mul(d_inner, silu, out=d_up)
-            # dA * U * silu'(G): torch's kernel multiplies by silu'(G) without writing it out. It comes last because it
-            # spends dA.
+            # dG = dA * U * silu'(G); torch's kernel does not store silu'(G). It comes last because it overwrites dA.
             torch.ops.aten.silu_backward(d_inner.mul_(up), gate, grad_input=d_gate)
             if learns:
                 torch.mm(d_gu.t(), x.index_select(0, rows), out=d_gate_up[e])

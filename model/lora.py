@@ -2,24 +2,24 @@
 
     y = W x + (alpha / rank) B A x        W (out, in) frozen, A (rank, in) random, B (out, rank) zero at the start
 
-What fine-tuning adds to W is close to a matrix of low rank, and one of rank r is a product B A of r (in + out) numbers
-instead of in * out. Only A and B are trained, so only they need gradients and an optimizer's state.
+What fine-tuning adds to W is close to a matrix of low rank, and a matrix of rank r is a product B A, which has r (in +
+out) numbers instead of in * out. Only A and B are trained, so only they need gradients and an optimizer's state.
 
     dL/dB = s dL/dW' A'      dL/dA = s B' dL/dW'      s = alpha / rank, W' = W + s B A
 
-B = 0 at the start, so the model begins as what it was; A must not be zero as well, or both gradients would be zero for
-good. Dividing by the rank keeps the size of the update when the rank is changed, so alpha and the learning rate stay.
-As W' is one matrix of W's shape, a trained adapter can be added to W for good: the model then costs what it did.
+B = 0 at the start, so the model's outputs do not change at first. A must not be zero too: then both gradients would be
+zero and stay zero. The division by the rank keeps the size of the update when the rank is changed, so alpha and
+learning rate need not change. W' has the shape of W, so a trained adapter can be added to W: then it costs nothing.
 
-A layer becomes its adapted twin in place: same module, same weight, same name, and beside them any number of adapters
-by name, one of which is active. Experts are stacks of matrices, and so are their adapters.
+A layer is adapted in place: it stays the same module with the same weight and name, and gets any number of adapters by
+name, one of which is active. Experts are stacks of matrices, and so are their adapters.
 
     add_lora(model, rank=8, alpha=16, dropout=0.05)     freeze the model, add an adapter to train
     save_lora(path, model)                              the adapter alone: a few hundred kilobytes
     load_lora(model, path, name="medical")              put a saved one beside those that are there
-    use_lora(model, "medical")                          switch; None: the model without any
-    remove_lora(model, "medical")                       forget it
-    merge_lora(model)                                   add the active one to the weights for good: a plain model again
+    use_lora(model, "medical")                          make it the active one; None: none is active
+    remove_lora(model, "medical")                       delete it
+    merge_lora(model)                                   add the active one to the weights: a plain model again
 """
 
 import fnmatch
@@ -92,7 +92,7 @@ class LoraLayer(nn.Module):
 
     @property
     def adapter(self) -> nn.ModuleDict | None:
-        """The one that computes."""
+        """The active adapter, None where none is active."""
         return None if self.active is None else self.adapters[self.active]
 
 
@@ -103,7 +103,7 @@ class LoraLinear(LoraLayer, nn.Linear):
 
 
 class LoraExperts(LoraLayer, Experts):
-    """An A and a B for each expert. The fast ways to compute experts know none, so the plain loop of moe.py serves."""
+    """An A and a B for each expert. The fast ways in expert_loop.py have no adapters, so the plain loop is used."""
 
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         """The arguments of Experts.forward."""
@@ -111,7 +111,7 @@ class LoraExperts(LoraLayer, Experts):
         return way(x, token, weight, counts)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
-        """What the plain loop asks for: x (n, D) -> (n, D)."""
+        """Expert e with its adapter, as the plain loop calls it: x (n, D) -> (n, D)."""
         gate_up, down = self.adapter["gate_up_proj"], self.adapter["down_proj"]
         gate, up = (F.linear(x, self.gate_up_proj[e]) + gate_up(x, e)).chunk(2, dim=-1)
         inner = F.silu(gate) * up  # (n, I)
@@ -132,7 +132,8 @@ def add_lora(model, rank=8, alpha=16.0, dropout=0.0, targets=PROJECTIONS, name="
     config = LoraConfig(rank, alpha, dropout, targets)
     if name in getattr(model, "lora_configs", {}) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"the adapter's name {name!r} is taken; give it another one")
-    base = getattr(model, "lora_base", None) or fingerprint(model)  # of the weights, which stay from here on
+    base = getattr(model, "lora_base", None) or fingerprint(model)  # of the weights, frozen from here on
+    # An update of rank r is useful only below the matrix's own largest rank, the smaller of its two sides.
     layers = targeted(model, config.targets)
     largest = max(min(p.shape[-2:]) for layer in layers.values() for p in layer.parameters() if p.ndim >= 2)
     if config.rank > largest:
@@ -148,7 +149,7 @@ def add_lora(model, rank=8, alpha=16.0, dropout=0.0, targets=PROJECTIONS, name="
 
 
 def _adapt(layer) -> LoraLayer:
-    """Changes the layer's class and not the layer: a wrapper around it would rename its weight in state dicts."""
+    """Changes the class of the layer object. A wrapper module around it would rename its weight in state dicts."""
     if type(layer) in ADAPTED:
         layer.__class__ = ADAPTED[type(layer)]
         layer.adapters, layer.active = nn.ModuleDict(), None
@@ -156,8 +157,8 @@ def _adapt(layer) -> LoraLayer:
 
 
 def matches(target: str, name: str) -> bool:
-    """Does `target` name this layer? The end of its dotted name ("q_proj", "self_attn.q_proj"), or with * or [...]
-    a pattern for the whole of it ("model.layers.[01].*_proj")."""
+    """Whether `target` names this layer: by the end of its dotted name ("q_proj", "self_attn.q_proj") or, with * or
+    [...], by a pattern for the whole name ("model.layers.[01].*_proj")."""
     return name == target or name.endswith(f".{target}") or (is_pattern(target) and fnmatch.fnmatchcase(name, target))
 
 
@@ -166,14 +167,14 @@ def is_pattern(target: str) -> bool:
 
 
 def targeted(model, targets) -> dict[str, nn.Module]:
-    """Layers by name; ValueError for a target that names none. Head and router are taken only where a target says
-    their very name, and the routed experts by the target "experts"."""
+    """The layers that the targets name, {name: module}; ValueError for a target that names none. Patterns leave out
+    head, router and routed experts: these must be named ("lm_head", "mlp.gate", "experts")."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Experts)}
     chosen = {}
     for target in targets:
         found = {name: m for name, m in layers.items() if matches(target, name)}
         if is_pattern(target):
-            # "*" means the projections: an adapted router would send tokens elsewhere, and a head is tied.
+            # An adapted router would change which experts a token is sent to; the head shares the embedding's matrix.
             found = {n: m for n, m in found.items() if not n.endswith(("lm_head", "mlp.gate", "experts"))}
         if not found and not (model.config.use_moe and target in PROJECTIONS):  # there without shared experts
             ends = sorted({name.rsplit(".", 1)[-1] for name in layers})
@@ -185,9 +186,10 @@ def targeted(model, targets) -> dict[str, nn.Module]:
 
 
 def use_lora(model, name: str | None):
-    """Makes the adapter called `name` the one that computes, and the only one that is trained; None: none."""
+    """Makes the adapter called `name` the active one and the only one that is trained; None: none is."""
     if name is not None and name not in getattr(model, "lora_configs", {}):
         raise ValueError(f"no adapter {name!r} is loaded; there are {', '.join(getattr(model, 'lora_configs', {}))}")
+    # Adapters may have different targets, so a layer may lack this one: then it computes without any.
     for layer in adapted_layers(model).values():
         layer.active = name if name in layer.adapters else None
         for key, adapter in layer.adapters.items():
@@ -196,7 +198,7 @@ def use_lora(model, name: str | None):
 
 
 def remove_lora(model, name: str):
-    """Takes an adapter out; where it was the active one, none is."""
+    """Deletes an adapter. If it was the active one, none is active afterwards."""
     for layer in adapted_layers(model).values():
         if layer.active == name:
             layer.active = None
@@ -218,17 +220,18 @@ def merge_lora(model):
     """
     head = model.lm_head
     if isinstance(head, LoraLinear) and model.config.tie_word_embeddings:
-        # The head shares the embedding's matrix, and the embedding has no adapter: merged into both it would change
-        # what is read, too.
+        # The head shares the embedding's matrix, which has no adapter. Merged into the shared matrix, the update would
+        # change the embeddings too: so the head gets a matrix of its own.
         head.weight = nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False
     for layer in adapted_layers(model).values():
         for key, adapter in (layer.adapter or {}).items():
-            getattr(layer, key).add_(adapter.delta())
+            getattr(layer, key).add_(adapter.delta())  # W becomes W' = W + s B A, in place
         del layer.adapters, layer.active
         layer.__class__ = PLAIN[type(layer)]
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    # The weights have changed: the fingerprint and the adapters' configs no longer describe this model.
     for attribute in ("lora_base", "lora_configs"):
         model.__dict__.pop(attribute, None)
     return model
@@ -280,6 +283,8 @@ def load_lora(model, path, name: str | None = None):
 
 def attach(model, content: dict, name: str, path):
     """Adds the adapter that an adapter file holds to the model it fits."""
+    # Another shape is an error. Other weights of the same shape are only a warning: an adapter may be tried on a model
+    # that was trained further.
     theirs, ours = content["config"], model.config.fields()
     wrong = [f"{key} {theirs.get(key)} (here: {ours.get(key)})" for key in sorted(theirs.keys() | ours.keys())
              if theirs.get(key) != ours.get(key) and key not in FREE_FIELDS]  # fmt: skip
@@ -296,6 +301,7 @@ def attach(model, content: dict, name: str, path):
 def fill(model, name: str, tensors: dict[str, Tensor], path):
     """Copies tensors, named as in adapter_parameters, into the adapter `name`; ValueError where they do not fit."""
     own = adapter_parameters(model, name)
+    # Names first, then shapes. The new adapter is removed again where they do not fit: the model stays as it was.
     odd = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
     if odd:
         remove_lora(model, name)

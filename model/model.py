@@ -33,7 +33,7 @@ LOSS_CHUNK_CPU, LOSS_CHUNK_GPU = 512, 2048  # tokens whose logits are computed t
 class DecoderLayer(GradientCheckpointingLayer):
     """Pre-norm residual layer: x + attention(norm(x)), then x + feed_forward(norm(x)).
 
-    The sum x itself is never normalised on its way up: the gradient comes down through it unchanged.
+    The sum x itself is never normalised between layers, so the gradient flows back through it unchanged.
     """
 
     def __init__(self, config: LMConfig, layer_idx: int):
@@ -45,7 +45,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.config = config
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask=None, cache=None, documents: Tensor | None = None):
-        # Dropout stands on what a block adds to x, never on x: the path from the head to the embedding stays whole.
+        # Dropout is applied to what a block adds to x and never to x itself: the residual path stays intact.
         dropout = self.config.dropout
         x = x + F.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache), dropout, self.training)
         normed, aux_loss = self.post_attention_layernorm(x), None
@@ -69,8 +69,8 @@ class MiniMindPreTrainedModel(PreTrainedModel):
         """N(0, 0.02); the projections that write into the residual stream smaller by sqrt(2 layers) (GPT-2).
 
         The stream is a sum of 2 n_layers such outputs. The variance of a sum of independent numbers is the sum of their
-        variances, so with the smaller std it does not grow with depth. These projections carry a mark,
-        `writes_residual`: transformers calls this for one module at a time and does not say where it stands.
+        variances, so with the smaller std it does not grow with depth. These projections have an attribute
+        `writes_residual`, because transformers calls this for one module at a time without its name.
         """
         std = self.config.initializer_range
         narrow = std / math.sqrt(2 * self.config.n_layers)
@@ -102,19 +102,20 @@ class MiniMindModel(MiniMindPreTrainedModel):
         check_keywords(kwargs)
         cache = past_key_values if cache is None else cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
-        # A cache by default outside training only: it would hold all keys and values, and nobody would read them.
+        # In training no cache by default: it would hold all keys and values, which are never used again there.
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and cache is None and segment_ids is None:
             cache = DynamicCache(config=self.config)
+        # Positions: in packed rows they restart with each document, else they count on from the cache.
         if position_ids is None and segment_ids is not None:
             position_ids = packed_positions(segment_ids)
         elif position_ids is None:
-            past = cache.get_seq_length() if cache is not None else 0  # new tokens count on from those in the cache
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0) + past
         mask = self._mask(x, attention_mask, position_ids, cache, segment_ids, document_ends)
         documents = self._documents(attention_mask, segment_ids) if self.config.use_moe and self.training else None
 
-        cos, sin = self.rotary_emb(position_ids, x.dtype)
+        cos, sin = self.rotary_emb(position_ids, x.dtype)  # once: the angles are the same in all layers
         aux_loss = None  # the experts' balance losses; each layer has a router of its own
         for layer in self.layers:
             x, layer_loss = layer(x, cos, sin, mask=mask, cache=cache, documents=documents)
@@ -125,20 +126,20 @@ class MiniMindModel(MiniMindPreTrainedModel):
         return out
 
     def _mask(self, x, attention_mask, position_ids, cache, segment_ids, document_ends):
-        """What `attend` takes, built once for all layers. A 4-D attention_mask is used as it is."""
+        """The mask for attention.attend, built once for all layers. A 4-D attention_mask is used as it is."""
         if segment_ids is not None:  # packed rows: lengths where a kernel takes them, else the mask
             lengths = DocumentLengths.of(segment_ids, document_ends, compute_dtype(x), self.config.head_dim)
             return packed_mask(segment_ids) if lengths is None else lengths
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
-        # None where plain causal attention is meant (no padding), which has faster kernels than a mask has.
+        # Without padding this is None: plain causal attention, for which there are faster kernels.
         return create_causal_mask(
             config=self.config, inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids,
             **{CACHE: cache},
         )  # fmt: skip
 
     def _documents(self, attention_mask, segment_ids):
-        """(B, T) number of each token's document within the batch, -1 for padding: for the balance loss."""
+        """(B, T): the number of each token's document within the batch, -1 for padding. The balance loss needs it."""
         if segment_ids is not None:
             T = segment_ids.shape[1]  # a row has at most T documents: row r has the numbers from r T on
             row = torch.arange(segment_ids.shape[0], device=segment_ids.device).unsqueeze(-1) * T
@@ -150,7 +151,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
 
 def recomputes(hidden: Tensor) -> bool:
-    """Whether the backward pass computes logits again: on a GPU, see below."""
+    """Whether the backward pass computes logits again: only on a GPU, see next_token_losses."""
     return hidden.is_cuda
 
 
@@ -214,16 +215,17 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             document_ends=document_ends, inputs_embeds=inputs_embeds, **kwargs,
         )  # fmt: skip
         loss, aux_loss = None, hidden["aux_loss"]
-        if reduction == "none":  # training: see next_token_losses
+        if reduction == "none":  # our own training loop: it divides the sums itself
             loss = next_token_losses(hidden.last_hidden_state, self.lm_head, labels)
             return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden.last_hidden_state[:, keep])
         if labels is not None:
-            items = num_items_in_batch  # of all micro-batches: this one adds its share of the mean
+            items = num_items_in_batch  # transformers' Trainer: learned targets of all micro-batches of the step
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=items)
             if aux_loss is not None:
-                # The balance loss is a mean over this micro-batch: it counts by the share of the step's targets.
+                # The balance loss is a mean over this micro-batch, so it is weighted by the micro-batch's share of the
+                # step's targets.
                 share = 1 if items is None else (labels[:, 1:] != -100).sum() / items
                 loss = loss + share * aux_loss
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **{CACHE: getattr(hidden, CACHE)})

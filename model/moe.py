@@ -2,8 +2,8 @@
 
     out = sum over the token's K best experts of (routing weight) expert(x)  +  shared experts(x)
 
-So a model has the parameters of all experts and pays for K of them a token. Read from the top: a block, the router, the
-experts, their sum, and the loss that keeps the router from sending all tokens to the same few.
+So a model has the parameters of all experts, but each token is computed by K of them only. From the top: a block, the
+router, the experts, their sum, and the loss that keeps the router from sending all tokens to the same few experts.
 
 Legend: N tokens of the batch laid end to end, D width of the model, E routed experts, K experts a token is sent to,
 M = N K pairs of a token and one of its experts, I width of an expert.
@@ -38,9 +38,8 @@ def route(scores: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tensor]:
     """scores (N, E), rows summing to 1 -> weights (N, K) and experts (N, K) of each token's top-k.
 
     The choice itself has no gradient: the router learns through the weights alone. With k = 1, normalised, the weight
-    is score / score = 1 whatever the score, and its gradient is zero: the router would never learn. Dividing by the
-    detached score leaves the value at 1 and gives the gradient of log(score): where more of the expert would lower the
-    loss, its score rises.
+    would be score / score = 1 with a gradient of zero, and the router would never learn. Dividing by the detached score
+    keeps the value 1 and gives the gradient of log(score): the score rises where more of this expert lowers the loss.
     """
     weight, chosen = scores.topk(k, dim=-1, sorted=False)
     if normalise and k == 1:
@@ -68,7 +67,7 @@ class Experts(nn.Module):
         return F.linear(F.silu(gate) * up, self.down_proj[e])
 
     def plain_loop(self, x: Tensor, token: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """One expert after the other. Serves experts with adapters (lora.py); the tests hold `forward` equal to it."""
+        """One expert after the other. Used for experts with adapters (lora.py); tests hold `forward` equal to it."""
         counts, out = counts.tolist(), torch.zeros_like(x)
         for e, (rows, w) in enumerate(zip(token.split(counts), weight.split(counts), strict=True)):
             y = self.expert(e, x[rows]) * w.unsqueeze(-1)  # (n, D)
@@ -76,7 +75,7 @@ class Experts(nn.Module):
         return out
 
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """The same, faster: see expert_loop.py."""
+        """The same result as plain_loop, computed faster: see expert_loop.py."""
         return compute_experts(x, token, weight, counts, self.gate_up_proj, self.down_proj)
 
 
@@ -100,13 +99,13 @@ class MoEFeedForward(nn.Module):
         one document a row.
         """
         B, T, D = x.shape
-        flat = x.reshape(-1, D)  # (N, D): which row a token stands in does not matter to a feed-forward block
+        flat = x.reshape(-1, D)  # (N, D): a feed-forward block treats each token alone, so rows do not matter
         scores = self._scores(flat)  # (N, E)
         weight, chosen = route(scores, self.config.num_experts_per_tok, self.config.norm_topk_prob)  # (N, K) each
 
-        # Tokens are gathered by expert, so that each expert is one matrix product and not one product a token.
+        # The pairs are sorted by expert, so that an expert computes all its tokens in one matrix product.
         pairs = chosen.flatten()  # (M,) the expert of each pair; pair i belongs to token i // K
-        # bincount would do, but on a GPU it waits for the largest value.
+        # Not bincount: on a GPU it waits for the largest value, to know the size of its result.
         counts = pairs.new_zeros(self.config.n_routed_experts).scatter_add_(0, pairs, torch.ones_like(pairs))  # (E,)
         order = pairs.argsort(stable=True)  # expert by expert, and in the order of the tokens within each
         token = order // chosen.shape[1]
@@ -135,19 +134,19 @@ class MoEFeedForward(nn.Module):
 
 
 def balance_loss(scores: Tensor, chosen: Tensor, documents: Tensor) -> Tensor:
-    """How unevenly the tokens of a document are spread over the experts, a mean over all real tokens.
+    """How unevenly the tokens of a document are spread over the experts, as a mean over all real tokens.
 
-    Of one document of L tokens: f_e = E / (L K) times the number of its tokens sent to e, and P_e = the mean of their
-    scores s_te. Its imbalance is sum_e f_e P_e: 1 where all experts get the same, up to E where one gets all. The f_e
-    are counts and have no gradient; the gradient lowers P_e of those experts whose f_e is large.
+    For one document of L tokens: f_e = E / (L K) times the number of its tokens sent to expert e, and P_e = the mean of
+    its tokens' scores s_te for e. Its imbalance is sum_e f_e P_e: 1 where all experts get equally many tokens, up to E
+    where one gets all. f_e is a count and has no gradient; the gradient lowers P_e for the experts with a large f_e.
 
-    scores (N, E), chosen (N, K), documents (N,) with negative numbers for padding. A document counts by its length, so
-    the mean over a step does not depend on how its rows were cut into micro-batches.
+    scores (N, E), chosen (N, K), documents (N,) with negative numbers for padding. A document is weighted by its
+    length, so the mean over a step does not depend on how its rows are split into micro-batches.
     """
     N, E = scores.shape
     real = documents >= 0
-    group = torch.where(real, documents, 0)  # an index must not be negative; what padding adds is multiplied by 0
-    # Documents are numbered below N. How many there are would have to be read from the GPU: a wait.
+    group = torch.where(real, documents, 0)  # an index must not be negative; padding is multiplied by 0 below
+    # Document numbers are below N. Their exact number is on the GPU, and reading it would wait for the GPU.
     n_groups = N if documents.numel() else 1
     assigned = torch.zeros(N, E, device=scores.device).scatter_add_(
         1, chosen, torch.ones_like(chosen, dtype=torch.float32)
@@ -156,6 +155,6 @@ def balance_loss(scores: Tensor, chosen: Tensor, documents: Tensor) -> Tensor:
     length = torch.zeros(n_groups, device=scores.device).index_add_(0, group, real.float())  # L of each document
     counts = torch.zeros(n_groups, E, device=scores.device).index_add_(0, group, assigned)
     f = counts * E / (length.clamp(min=1) * chosen.shape[1]).unsqueeze(-1)  # (documents, E)
-    # The mean weighted by length is sum over documents of L sum_e f_e P_e, and L P_e is the sum of s_te: so it is the
-    # sum over tokens and experts of f_e s_te, where f is that of the token's document.
+    # Weighted by length, the sum over documents is sum L sum_e f_e P_e. L P_e is the sum of s_te over the document's
+    # tokens, so the whole is the sum of f_e s_te over tokens and experts, with the f of the token's document.
     return (f[group] * scores * real.unsqueeze(-1)).sum() / length.sum().clamp(min=1)

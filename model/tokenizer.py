@@ -1,10 +1,10 @@
 r"""From text to token ids: plain texts, documents and conversations.
 
-Two ways lead from a conversation to token ids, and tests hold them equal:
-  CHAT_TEMPLATE  Jinja, travels with the vocabulary; any program that knows `transformers` templates can use it
-  render()       Python; the same ids, and a mask of what the assistant says. It is stricter: in text of the system,
-                 the user or a tool, a string that spells a special token stays text. The template cannot do that,
-                 because it produces one string in which markers and text look alike.
+A conversation can become token ids in two ways, which tests hold equal:
+  CHAT_TEMPLATE  Jinja, saved with the vocabulary; any program that knows `transformers` templates can use it
+  render()       Python; the same ids, and a mask of the assistant's text. It is stricter: in text of the system, the
+                 user or a tool, a string that spells a special token stays text. The template cannot do that, because
+                 it makes one string in which markers and text look alike.
 
     <|im_start|>user\n1+1=?<|im_end|>\n<|im_start|>assistant\n<think>\n...\n</think>\n\n2<|im_end|>\n
                                                              |------------ mask = 1 -----------|
@@ -26,10 +26,10 @@ from model.vocabulary import IM_END, IM_START, TAGS
 
 # ----------------------------------------------------------------------------------------------------- plain text
 class _Codec:
-    """What encoding needs: an encoder that knows no markers, and the markers' ids.
+    """An encoder for plain text that knows no markers, and the ids of the markers.
 
-    transformers' own encoder turns every "<|im_end|>" in a text into the token that ends a turn, so a user could type
-    one and speak for the assistant. Here text and markers are encoded apart and never mixed up.
+    transformers' own encoder turns every "<|im_end|>" in a text into the token that ends a turn. A user could type one
+    and then write the assistant's turn. Here text and markers are encoded separately, so that cannot happen.
     """
 
     def __init__(self, tokenizer):
@@ -52,11 +52,11 @@ class _Codec:
     def encode(self, texts: list[str]) -> list[list[int]]:
         try:
             return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
-        except TypeError:  # the library's answer to half of a surrogate pair, too
+        except TypeError:  # the library raises it for half of a surrogate pair, too
             raise ValueError("a text to encode must be a string of valid Unicode") from None
 
 
-# Built once for each tokenizer, and gone with it: nobody has to pass two objects around.
+# Built once for each tokenizer and freed with it, so that callers need to pass the tokenizer only.
 _codecs: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -100,8 +100,8 @@ def render(tokenizer, messages, tools=None, add_generation_prompt=False, enable_
 def render_spans(tokenizer, messages, tools=None, add_generation_prompt=False, enable_thinking=None):
     """As render, and `starts`: for each message the position of its first token.
 
-    What stands before starts[0] is the system turn that `tools` need where the conversation has none of its own.
-    Consecutive tool messages share one user turn; the second one's start is inside that turn.
+    Before starts[0] there may be a system turn: `tools` need one where the conversation has none. Consecutive tool
+    messages share one user turn; the second one's start is inside that turn.
     """
     messages, tools = normalise_conversation(messages, tools)
     transcript = _Transcript(_codec(tokenizer))
@@ -127,15 +127,15 @@ def render_spans(tokenizer, messages, tools=None, add_generation_prompt=False, e
 
 
 class _Transcript:
-    """A conversation being written: pieces, each a marker's id or a string, and for each whether it is a target.
+    """Collects a conversation as pieces, each a marker's id or a string, and for each whether it is a target.
 
-    Strings stay strings until the end, when all are encoded in one call: far faster than one at a time.
+    All strings are encoded at the end in one call, which is far faster than one at a time.
     """
 
     def __init__(self, codec: _Codec):
         self.codec = codec
         self.pieces: list[int | str] = []
-        self.targets: list[int] = []  # 1 where the model learns to say it
+        self.targets: list[int] = []  # for each piece: 1 where it is learned
         self.message_pieces: list[int] = []  # for each message the index of its first piece
 
     def begin_message(self):
@@ -147,10 +147,10 @@ class _Transcript:
         return self
 
     def text(self, text: str, target=0):
-        """Text in which nothing is a marker. Neighbours of one kind are joined.
+        """Adds text in which nothing is a marker. It is joined to a text before it that has the same target.
 
-        The template writes one string, so two line ends that meet are one token there, and must be one here. They are
-        not joined across the start of a message: its first token must be its own.
+        The template writes one string, in which two neighbouring line ends become one token: joining gives these ids.
+        Nothing is joined across the start of a message, which must begin with a token of its own.
         """
         joinable = self.pieces and isinstance(self.pieces[-1], str) and self.targets[-1] == target
         if joinable and len(self.pieces) not in self.message_pieces[-1:]:
@@ -161,7 +161,7 @@ class _Transcript:
         return self
 
     def tagged(self, text: str, target=1):
-        """Text in which the tags are tokens (where this vocabulary has them)."""
+        """Adds text in which the tags are tokens (where this vocabulary has them)."""
         for i, part in enumerate(self.codec.tag_pattern.split(text)):  # the odd parts are the tags
             self.marker(self.codec.tags[part], target) if i % 2 else self.text(part, target)
         return self
@@ -178,7 +178,7 @@ class _Transcript:
         self.marker(self.codec.end).text("\n")
 
     def tool_turn(self, text: str, first: bool, last: bool):
-        """Answers of tools come as a user's turn; several in a row share one, which `first` opens and `last` closes."""
+        """Adds a tool's answer. Several in a row share one user turn, which `first` opens and `last` closes."""
         if first:
             self.marker(self.codec.start).text("user\n")
         self.tagged(("" if first else "\n") + "<tool_response>", target=0).text("\n" + text + "\n")

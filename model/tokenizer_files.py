@@ -1,4 +1,4 @@
-"""Tokenizers as files: the folder that transformers reads, and the same texts inside a weights file."""
+"""Tokenizers as files: a folder that transformers can read, and the same texts inside a weights file."""
 
 import hashlib
 import json
@@ -31,9 +31,9 @@ def tokenizer_to_dict(tokenizer) -> dict[str, str]:
 def tokenizer_from_dict(files: dict[str, str]) -> PreTrainedTokenizerFast:
     """The inverse of tokenizer_to_dict; also takes the texts of another project's tokenizer files.
 
-    The vocabulary file alone decides how text is cut. (MiniMind v1's config says add_prefix_space, its vocabulary
-    says no; newer transformers follow the config, and the released weights then see other tokens.) Where the file puts
-    a start token before each text, that step is left out: here encode_document and render write the markers.
+    Only tokenizer.json decides how text is cut, not tokenizer_config.json. (MiniMind v1's two files contradict each
+    other on add_prefix_space. Newer transformers follow the config, which is not what the weights were trained with.)
+    A step that puts a start token before each text is left out: here encode_document and render write the markers.
     """
     if "tokenizer.json" not in files:
         raise ValueError(f"no tokenizer.json among the tokenizer's files ({', '.join(files) or 'none'})")
@@ -57,14 +57,14 @@ def tokenizer_from_dict(files: dict[str, str]) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **config)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a broken file gives a bare Exception, or a panic of the library's Rust code
+    except BaseException as error:  # a broken file raises a bare Exception, or a panic of the library's Rust code
         raise ValueError(f"tokenizer.json cannot be read: {error}") from None
 
 
 def save_tokenizer(tokenizer, folder) -> None:
     """Writes the tokenizer's files into `folder`, each whole or not at all; other files in it stay.
 
-    tokenizer.json comes last: a folder without it is no tokenizer, so one left half-written is not taken for one.
+    tokenizer.json comes last: a folder without it counts as no tokenizer, so a half-written one is not used.
     """
     for name, text in reversed(tokenizer_to_dict(tokenizer).items()):
         line_end = "\n" * (not text.endswith("\n") and name.endswith(".json"))
@@ -88,14 +88,15 @@ def load_tokenizer(path=None) -> PreTrainedTokenizerFast:
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
     try:
-        # A kind of vocabulary that transformers can convert. Without the word it asks whether to run the folder's code.
+        # Another kind of vocabulary, which transformers may convert. trust_remote_code=False: code in the folder is not
+        # run, and the user is not asked about it.
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer that can be read in {folder}: {error}") from None
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """16 hex digits that change whenever the ids of some text would: the key of a cache of token ids."""
+    """16 hex digits, the key of token caches: they differ whenever some text would get other ids."""
     key = [backend_json(tokenizer), tokenizer.bos_token, tokenizer.eos_token]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -106,5 +107,5 @@ def backend_json(tokenizer) -> dict:
     if backend is None:
         raise ValueError(f"{type(tokenizer).__name__} has no fast version; convert it to a tokenizer.json first")
     content = json.loads(backend.to_str())
-    content["truncation"] = content["padding"] = None  # left behind by the last call, no part of the vocabulary
+    content["truncation"] = content["padding"] = None  # settings of the last call, not part of the vocabulary
     return content

@@ -1,8 +1,8 @@
-"""Loads weights of every kind as a model, and writes our own.
+"""Loads weights files of every kind as a model, and writes our own kind.
 
 Ours is a single file, `out/pretrain_512.pth`: a dict of config, tokenizer, training record and state dict. It holds
-plain containers and tensors only, so it loads with `weights_only=True`, which refuses a file that would run code. Also
-read: transformers folders and MiniMind's releases (see convert.py). How files are read and found: weights_file.py.
+plain containers and tensors only, so it loads with `weights_only=True`, which refuses a file that would run code.
+Transformers folders and MiniMind's releases are read too (convert.py). weights_file.py reads and finds the files.
 """
 
 import json
@@ -22,9 +22,9 @@ from model.weights_file import FORMAT, LORA_FORMAT, describe, read_file, save_at
 def load_model(path, preset=None):
     """-> (model in eval mode, fp32, on the CPU; tokenizer or None; training record, {} where there is none).
 
-    path: one of our files, a transformers folder, or a MiniMind state dict (where it has no preset's shape, `preset`
-    names one with the same heads). The tokenizer is the one in the file or beside it. An adapter's file brings the
-    weights it was trained on, with the adapter merged into them.
+    path: one of our files, a transformers folder, or a MiniMind state dict. If its shape is no preset's, `preset` names
+    one with the same heads. The tokenizer is the one in the file or beside it. For an adapter's file the model is the
+    one it was trained on, with the adapter merged into it.
     Raises ValueError, in a sentence, for anything that cannot be read or does not fit.
     """
     path = Path(path)
@@ -51,9 +51,9 @@ def _load_file(path: Path, preset):
 
 def build_model(config: LMConfig, state: dict, path="these weights") -> MiniMindForCausalLM:
     """A model of this shape holding these weights; ValueError names what does not fit."""
-    if config.n_layers > len(state):  # a wrong number would fill the memory with layers before they are compared
+    if config.n_layers > len(state):  # a wrong number of layers could fill the memory before the names are compared
         raise ValueError(f"{path} does not fit a model of {describe(config)}: it holds {len(state)} tensors")
-    # On the device "meta" tensors have shapes and no memory: no time is spent on random weights that are thrown away.
+    # On the device "meta" tensors have shapes but no memory, so no random weights are drawn only to be replaced.
     with torch.device("meta"):
         model = MiniMindForCausalLM(config)
     if config.tie_word_embeddings:  # many files hold a shared matrix once
@@ -66,7 +66,7 @@ def build_model(config: LMConfig, state: dict, path="these weights") -> MiniMind
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise ValueError(f"{path} does not fit a model of {describe(config)}: {faults[0]}{more}")
-    model.load_state_dict(found, assign=True)  # the tensors themselves take the places of the empty ones
+    model.load_state_dict(found, assign=True)  # puts the tensors themselves in place of the empty ones
     model.tie_weights()  # and the head is the embedding's matrix again, not a copy of it
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -108,8 +108,8 @@ def _load_folder(folder: Path):
 
 
 def load_merged(path, content: dict) -> tuple[MiniMindForCausalLM, object, dict]:
-    """What load_model gives for an adapter file: the model it was trained on, from where it was then, with the
-    adapter merged in."""
+    """load_model for an adapter's file: loads the model it was trained on, from the path in its record, and merges the
+    adapter into it."""
     base = content["record"].get("came_from")
     if not base or not Path(base).exists():
         raise ValueError(

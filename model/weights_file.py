@@ -1,4 +1,4 @@
-"""Files of weights: how they are written, read, recognised and found. weights.py makes models of them."""
+"""Weights files: writing, reading, recognising and finding them. weights.py builds models from them."""
 
 import hashlib
 import zipfile
@@ -12,10 +12,10 @@ from common.files import replaced
 from model.convert import NoCounterpart
 from model.LMConfig import LMConfig
 
-OURS = "minimind-"  # how the formats of our files begin
+OURS = "minimind-"  # the "format" of all our files begins with it
 FORMAT = "minimind-weights-1"
 LORA_FORMAT = "minimind-lora-1"  # of an adapter's file, see model/lora.py
-# Fields that say how a model is trained and used, not what its weights mean: an adapter fits where these differ.
+# Fields that change how a model is trained and used but not what its weights mean: an adapter fits where they differ.
 FREE_FIELDS = ("dropout", "aux_loss_alpha", "seq_aux", "max_seq_len", "use_cache")
 STATE_SUFFIX = "_resume"  # <name>_resume.pth beside the weights holds what a resumed run needs
 
@@ -27,9 +27,9 @@ def describe(config: LMConfig) -> str:
 
 
 def fingerprint(model) -> str:
-    """16 hex digits that stand for a model's weights and the config fields that decide what they compute.
+    """16 hex digits: a hash of a model's weights and of the config fields that decide what they compute.
 
-    Adapters are left out: one keeps the fingerprint of the weights it was trained on, and is checked against it.
+    Adapters are left out: an adapter's file holds the fingerprint of the weights it belongs to.
     """
     fields = {key: value for key, value in model.config.fields().items() if key not in FREE_FIELDS}
     digest = hashlib.blake2b(repr(sorted(fields.items())).encode(), digest_size=8)
@@ -46,7 +46,7 @@ def save_atomically(content, path) -> None:
 
 
 def read_header(path) -> dict:
-    """What one of our files, or an adapter's, says besides its tensors, which are mapped and not read: it is fast."""
+    """The content of one of our files, or of an adapter's, without its tensors. Fast: the tensors are not read."""
     content = read_file(Path(path), mmap=True)
     if not isinstance(content, dict) or content.get("format") not in (FORMAT, LORA_FORMAT):
         raise ValueError(f"{path} is not one of our weights files")
@@ -73,7 +73,7 @@ def newest_weights(folder, want=None, unwanted=None) -> Path | None:
 
 
 def read_file(path: Path, mmap=False):
-    """The content of a weights file of any kind; ValueError where it cannot be read. mmap: tensors stay in the file."""
+    """The content of a weights file of any kind; ValueError where it cannot be read. mmap: do not read the tensors."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -87,8 +87,8 @@ def read_file(path: Path, mmap=False):
 
 
 def check_sums(path) -> None:
-    """ValueError where a bit of a file of ours has turned, on a disk or on its way: torch writes a checksum of every
-    tensor and reads none. (Other writers may leave them out.)"""
+    """ValueError where a bit of one of our files has flipped, on a disk or in transfer. torch writes a checksum of each
+    tensor but does not check it when it reads. (Files of other programs may have none.)"""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} in it is damaged, its checksum is another")
@@ -96,8 +96,7 @@ def check_sums(path) -> None:
 
 @contextmanager
 def told_of(path):
-    """Around what reads a file that anybody may have made: whatever is wrong with it becomes a ValueError that begins
-    with the path."""
+    """A context for reading a file that another program may have made: any error becomes a ValueError with the path."""
     try:
         yield
     except ValueError as error:

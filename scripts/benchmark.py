@@ -1,18 +1,18 @@
 """Measurements that are no tests. Each prints its figures and, last, one JSON object.
 
-  python scripts/benchmark.py              names them
-  python scripts/benchmark.py train --help  says what one measures, and its flags
+  python scripts/benchmark.py               names them
+  python scripts/benchmark.py gpu --help    says what one measures, and its flags
 
-Each is a module of benchmarks/ with add_flags(parser) and run(args) -> dict. What was measured once and is no gate
-stands in docs/ with the commit whose command it was. Speeds are ratios of things measured in
-turns in one process; those that want real text take it by --data_path, written $DATA in the documents.
+Each is a module of benchmarks/ with add_flags(parser) and run(args) -> dict. What was measured once, and is no gate, is
+in docs/ with the commit that has its command. Speeds are ratios of things that are measured in turns in one process.
+Real text comes by --data_path; the documents call its folder $DATA.
 """
 
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts; `--threads` where a measurement offers it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch starts; --threads of a measurement changes it later
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import importlib
@@ -22,9 +22,7 @@ from common.errors import UserError, run_main
 from common.flags import Parser
 
 MEASUREMENTS = {
-    "train": "each stage against transformers, trl and peft",
-    "memory": "the memory estimate against the measured peak",
-    "engine": "generating, beside transformers and llama.cpp",
+    "engine": "generating, beside transformers",
     "lora": "a new identity by an adapter",
     "dpo": "preferences on held-out pairs",
     "reason": "well-formed thinking and right answers",

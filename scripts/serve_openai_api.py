@@ -5,8 +5,8 @@
     curl http://127.0.0.1:8998/v1/chat/completions -H "Content-Type: application/json" \\
          -d '{"model": "minimind", "messages": [{"role": "user", "content": "你好"}]}'
 
-Requests share one running batch and join and leave it between tokens. Ctrl-C or SIGTERM ends the requests that run
-and then the server; a second Ctrl-C leaves at once. What is honoured and refused stands in serving/schema.py.
+Requests share one batch, which they join and leave between two tokens. Ctrl-C or SIGTERM ends the requests that run
+and then the server; a second Ctrl-C leaves at once. serving/schema.py says which fields are followed, which refused.
 """
 
 import sys
@@ -73,14 +73,14 @@ def parse(argv):
 
 
 def leave(number, frame) -> None:
-    """uvicorn shuts down at a signal and raises it again at its end, so the exit code says what ended the server."""
+    """Exits with the code of the signal. uvicorn catches a signal, shuts down, and raises it again at its end."""
     sys.exit(128 + number)
 
 
 def main(argv=None):
     args = parse(argv)
     with user_errors():
-        listener = listen(args.host, args.port)
+        listener = listen(args.host, args.port)  # before the model is loaded: a port in use shows at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     with user_errors():

@@ -2,9 +2,9 @@
 
     streamlit run scripts/web_demo.py          then open http://127.0.0.1:8501
 
-Streamlit runs this file from top to bottom whenever something on the page is touched; what must last is in
-st.session_state. So the stop button needs no code of its own: touching it starts the file anew, which ends the run
-that was generating between two of its pieces, and what had come by then is in the chat already.
+Streamlit runs this file from top to bottom whenever somebody uses a control of the page. What must last is kept in
+st.session_state. So the stop button needs no code of its own: pressing it starts the file again, which ends the run
+that was generating, between two pieces of the answer. What had come by then is in the chat already.
 """
 
 import sys
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import streamlit as st
 
-from chat import demo_tools, page
+from chat import demo_tools, sources
 from common.flags import Parser
 from inference import open_model
 from model.weights_file import all_weights
@@ -76,7 +76,7 @@ def main():
 
 # ----------------------------------------------------------------------------------------------------------- sidebar
 def sidebar():
-    """-> the words of the chosen language, a source or None, page.Settings."""
+    """-> the words of the chosen language, a source or None, sources.Settings."""
     chinese = (st.context.locale or "zh").startswith("zh")
     words = WORDS[st.radio("语言 / Language", list(WORDS), 0 if chinese else 1, horizontal=True, key="language")]
     place = st.radio(words["source"], ("here", "api"), format_func=words.get, horizontal=True, key="source")
@@ -98,7 +98,7 @@ def sidebar():
         seed = st.number_input(words["seed"], -1, 2**31 - 1, -1, key="seed")
     tools = tuple(tool for tool in demo_tools.SIGNATURES if tool["function"]["name"] in names)
     think = {"free": None, "on": True, "off": False}[thinking]
-    return words, source, page.Settings(system, history, think, tools, seed=None if seed < 0 else seed, **sampling)
+    return words, source, sources.Settings(system, history, think, tools, seed=None if seed < 0 else seed, **sampling)
 
 
 def local_source(words):
@@ -109,7 +109,7 @@ def local_source(words):
     path = st.selectbox(words["model"], found, format_func=str, key="weight")
     try:
         with st.spinner(words["loading"]):
-            return page.Local(engine_of(path, path.stat().st_mtime_ns))
+            return sources.Local(engine_of(path, path.stat().st_mtime_ns))
     except (ValueError, OSError) as error:
         st.error(str(error))
         return None
@@ -117,7 +117,7 @@ def local_source(words):
 
 @st.cache_resource(max_entries=2, show_spinner=False)
 def engine_of(path: Path, changed: int):
-    """All visitors share an engine. `changed`: when the file was written; a newer one is read again."""
+    """All visitors share an engine. changed: when the file was written, so that a newer file is loaded again."""
     parser = Parser()
     open_model.add_model_flags(parser)
     return open_model.open_engine(parser.parse_args([]), path)[0]
@@ -128,7 +128,7 @@ def remote_source(words):
     key = st.text_input(words["key"], type="password", key="api_key")
     try:
         names = model_names(address, key)
-        return page.Remote(address, key, st.selectbox(words["model"], names, key="remote_model")) if names else None
+        return sources.Remote(address, key, st.selectbox(words["model"], names, key="remote_model")) if names else None
     except ValueError as error:
         st.error(str(error))
         st.info(words["unserved"])
@@ -137,12 +137,12 @@ def remote_source(words):
 
 @st.cache_data(ttl=60, show_spinner=False)
 def model_names(address: str, key: str) -> list[str]:
-    return page.Remote(address, key).models()
+    return sources.Remote(address, key).models()
 
 
 # -------------------------------------------------------------------------------------------------------------- chat
 def drop_empty(messages: list[dict]) -> None:
-    """An answer that was stopped before its first word was none."""
+    """Removes an answer that was stopped before its first word."""
     if messages and messages[-1].get("stopped") and not messages[-1]["content"]:
         messages.pop()
 
@@ -167,8 +167,9 @@ def draw_calls(message: dict, words) -> None:
 
 
 def answer(source, settings, messages: list[dict], words) -> None:
-    """Answers, and answers again after the tools that were called have been run."""
+    """Answers, runs the tools that were called, and answers again, up to ROUNDS times."""
     for _ in range(ROUNDS):
+        # It counts as stopped until it is complete: after a press of the stop button no line of this run is executed.
         message = {"role": "assistant", "content": "", "stopped": True}
         asked = list(messages)
         messages.append(message)
@@ -192,20 +193,20 @@ def answer(source, settings, messages: list[dict], words) -> None:
 
 
 def grow(messages: list[dict], pairs, fold, text, words) -> list[dict]:
-    """Draws the last message as it comes, with the results of the tools it calls, which are appended and returned.
+    """Draws the last message as it comes, runs the tools it calls, appends their results and returns them.
 
-    What is drawn stands in `messages` before: drawing is where a run ends that has been stopped.
+    Text goes into `messages` before it is drawn: Streamlit ends a stopped run in a call that draws.
     """
     message, thought, calls, drawn = messages[-1], None, [], 0.0
     for kind, part in pairs:
         if kind == "call":
-            calls.append(page.as_message(part))
+            calls.append(sources.as_message(part))
             continue
         key = "reasoning_content" if kind == "reasoning" else "content"
         message[key] = message.get(key, "") + part
         if kind == "reasoning" and thought is None:
             thought = fold.expander(words["thought"]).empty()
-        if time.monotonic() - drawn > REDRAW:
+        if time.monotonic() - drawn > REDRAW:  # drawing costs more than a token of a small model
             drawn = time.monotonic()
             (thought if kind == "reasoning" else text).markdown(message[key] + " ▌")
     del message["stopped"]
@@ -226,7 +227,7 @@ def buttons(messages: list[dict], settings, words) -> None:
     again, clear, export = st.columns(3)
     again.button(words["again"], key="regenerate", icon=":material/refresh:", on_click=ask_again, args=(messages,))
     clear.button(words["clear"], key="clear", icon=":material/delete:", on_click=messages.clear)
-    export.download_button(words["export"], page.exported(messages, settings.system), "chat.json",
+    export.download_button(words["export"], sources.exported(messages, settings.system), "chat.json",
                            "application/json", key="export", on_click="ignore", icon=":material/download:")  # fmt: skip
 
 

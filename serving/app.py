@@ -1,19 +1,21 @@
-"""The server: its routes, and a request's way from the parsed body to the last byte.
+"""The server: its routes, and the way of a request from the parsed body to the last byte of the answer.
 
     app = create_app(scheduler, names=["full_sft_512"])       an ASGI application, for uvicorn
 
-A chat: chat() -> _encode_chat() (messages -> token ids) -> _submit() (to the scheduler) -> _respond() (pieces -> JSON
-or server-sent events). serving/schema.py has checked the body before, serving/middleware.py the key and the size.
+A chat: chat() -> _encode_chat() (messages -> token ids) -> _respond() -> _submit() (to the scheduler); its pieces come
+back through a RequestRun and become JSON or server-sent events. Before, serving/middleware.py has checked the key and
+the size, serving/schema.py the body.
 
 POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health, GET /metrics; anything else is a 404.
-The scheduler's owner closes it; requests that run are then ended.
+Whoever made the scheduler closes it, which ends the requests that still run.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -23,64 +25,65 @@ from starlette.concurrency import run_in_threadpool
 from inference.sampling import SamplingParams
 from inference.scheduler import Closed, Handle, QueueFull, Scheduler
 from inference.stream_text import CALL, AnswerReader, Piece, begun_call
-from model.tokenizer import encode_text, render
+from model.tokenizer import encode_text
 from serving import errors
-from serving.errors import ApiError, failed, timed_out
+from serving.errors import ApiError, failed, shutting_down, timed_out
 from serving.metrics import Metrics
-from serving.middleware import Gate, Limits
+from serving.middleware import Limits, RequestChecks
 from serving.responses import DONE, ApiResponse, ChatChoice, TextChoice, Tokens, event
-from serving.schema import ChatRequest, CompletionRequest, ErrorBody, NamedTool, Sampling
+from serving.schema import ChatRequest, CompletionRequest, NamedTool, Sampling
 
 log = logging.getLogger(__name__)
-CLIENT_GONE = 499  # nginx' number for it; nobody reads the response
-REFUSALS = {status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 429, 503, 504)}
+CLIENT_GONE = 499  # nginx' status for it; nobody reads the response
 
 
 class RequestRun:
-    """One HTTP request between the server's event loop and the scheduler's thread.
+    """One HTTP request between the scheduler's thread and the server's event loop.
 
-    Iterating over a handle blocks. So one thread a handle waits there and passes its pieces on to the event loop.
-    end() must be called whatever happens: it frees the slots.
+    The scheduler gives its pieces to arrive(), a response takes them from pieces(). end() must be called whatever
+    happens: it frees the rows.
     """
 
-    def __init__(self, handles: list[Handle], threads: ThreadPoolExecutor, timeout: float, ended: Callable):
+    def __init__(self, ended: Callable[[Handle], None]):
         """ended: is called with each handle once all is over."""
-        self.handles, self.ended, self.over = handles, ended, False
+        self.handles: list[Handle] = []  # one a prompt
+        self.ended, self.over = ended, False
         self.stopped: ApiError | None = None
         self.loop = asyncio.get_running_loop()
-        self.arrived: asyncio.Queue = asyncio.Queue()  # (which handle, piece); None for one that ends; ApiError
+        # (which handle, piece); in the place of a piece None where the handle has ended, an exception where it failed.
+        self.arrived: asyncio.Queue = asyncio.Queue()
         # Three things can end a run early: this timer, a client that leaves (watcher) and an error from the scheduler.
-        self.timer = self.loop.call_later(timeout, self._stop, timed_out(timeout))
+        self.timer: asyncio.TimerHandle | None = None
         self.watcher: asyncio.Task | None = None
-        for i, handle in enumerate(handles):
-            threads.submit(self._listen, i, handle)
 
-    def _listen(self, i: int, handle: Handle) -> None:
-        """In a thread of its own: waits for pieces."""
-        try:
-            for piece in handle:
-                # asyncio's queues belong to the loop's thread; this is the one way in from another.
-                self.loop.call_soon_threadsafe(self.arrived.put_nowait, (i, piece))
-            cut = any(sample.finish_reason == "cancelled" for sample in handle.samples)
-            end = ApiError(503, "the server is shutting down", "shutting_down") if cut else None
-        except Exception:  # a failed step of the batch, out of memory for one
-            log.exception("a request failed")
-            end = failed()
-        self.loop.call_soon_threadsafe(self.arrived.put_nowait, end)
+    def arrive(self, i: int, item: Piece | BaseException | None) -> None:
+        """Called in the scheduler's thread."""
+        # asyncio's queues belong to the loop's thread; this is the one way in from another.
+        with contextlib.suppress(RuntimeError):  # the loop is closed already: nobody waits for this answer
+            self.loop.call_soon_threadsafe(self.arrived.put_nowait, (i, item))
 
-    async def pieces(self, request: Request) -> AsyncIterator[tuple[int, Piece]]:
-        """(which handle, piece) as they come. Raises ApiError at the time limit, and if the client has gone."""
+    def begin(self, request: Request, timeout: float) -> None:
+        """From now on the client's leaving and the time limit (seconds) end the run."""
+        self.timer = self.loop.call_later(timeout, self._stop, timed_out(timeout))
         self.watcher = asyncio.create_task(self._watch(request))
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """(which handle, piece) as they come. Raises ApiError where the run ends early."""
         waiting = len(self.handles)
         while waiting:
-            item = await self.arrived.get()
-            # `stopped` first: pieces may still lie in the queue before the reason that was put behind them.
-            if self.stopped or isinstance(item, ApiError):
-                raise self.stopped or item
-            if item is None:
-                waiting -= 1
-            else:
-                yield item
+            i, item = await self.arrived.get()
+            # `stopped` first: pieces may still lie in the queue before the item that _stop() put behind them.
+            if self.stopped:
+                raise self.stopped
+            if isinstance(item, BaseException):  # a failed step of the batch, out of memory for one
+                log.error("a request failed", exc_info=item)
+                raise failed()
+            if item is not None:
+                yield i, item
+                continue
+            waiting -= 1
+            if any(sample.finish_reason == "cancelled" for sample in self.handles[i].samples):
+                raise shutting_down()
 
     async def _watch(self, request: Request) -> None:
         """Nothing but a disconnect can follow the body."""
@@ -91,30 +94,31 @@ class RequestRun:
     def _stop(self, reason: ApiError) -> None:
         """Ends the generation at once, even where a slow client keeps pieces() from being asked for the next item."""
         self.stopped = reason
-        self.arrived.put_nowait(reason)
+        self.arrived.put_nowait((0, None))  # wakes pieces()
         for handle in self.handles:
             handle.cancel()
 
     def end(self) -> None:
+        """Frees the rows; may be called twice."""
         if self.over:
             return
         self.over = True
         self.timer.cancel()
-        if self.watcher:
-            self.watcher.cancel()
+        self.watcher.cancel()
         for handle in self.handles:
             handle.cancel()
             self.ended(handle)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of a run, which ends with the response even if the client left before the first byte."""
+    """Server-sent events. The run ends with the response, even where the client left before the first byte."""
 
     def __init__(self, events: AsyncIterator[str], run: RequestRun):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.run = run
 
     async def __call__(self, scope, receive, send) -> None:
+        # Here and not in the generator of the events: one that was never started runs none of its `finally`.
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -129,14 +133,12 @@ class Service:
         self.engine = scheduler.engine
         self.tokens = Tokens(self.engine.tokenizer)
         self.metrics = Metrics(scheduler)
-        # A thread a request that runs or waits: fewer would let one request's pieces wait for another's end.
-        self.threads = ThreadPoolExecutor(scheduler.slots + scheduler.queue_limit, thread_name_prefix="answers")
         self.started = int(time.time())
 
     # --------------------------------------------------------------------------------------------------- addresses
     async def health(self) -> JSONResponse:
         if self.scheduler.closed:
-            raise ApiError(503, "the server is shutting down", "shutting_down")
+            raise shutting_down()
         return JSONResponse({"status": "ok"})
 
     async def show_metrics(self) -> Response:
@@ -154,20 +156,19 @@ class Service:
         if len(body.messages) > self.limits.messages:
             raise ApiError(400, f"{len(body.messages)} messages; at most {self.limits.messages}", param="messages")
         params = self._params(body)
-        # Rendering and the queue's lock take milliseconds: in a thread, or every stream would stutter meanwhile.
+        # Rendering takes milliseconds: in a thread, or every stream would stutter meanwhile.
         ids, begun = await run_in_threadpool(self._encode_chat, body)
-        (handle,) = await run_in_threadpool(self._submit, [ids], params)
         # A call that was begun in the prompt stands after the think block: the answer starts outside of it.
-        thinking = self.engine.enable_thinking if body.thinking is None else body.thinking
+        thinking = self._thinking(body) and not begun
         names = {tool.function.name for tool in self._offered(body)}
         choices = [
             ChatChoice(
                 i, self.tokens, self.engine.end_tokens,
-                AnswerReader(thinking is True and not begun, names, one_call=body.parallel_tool_calls is False), begun,
+                AnswerReader(thinking, names, one_call=body.parallel_tool_calls is False), begun,
             )
             for i in range(params.n)
         ]  # fmt: skip
-        return await self._respond(body, request, [handle], ApiResponse(body.model, choices, len(ids)))
+        return await self._respond(body, request, [ids], params, ApiResponse(body.model, choices, len(ids)))
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         self._check_model(body.model)
@@ -175,9 +176,9 @@ class Service:
             raise ApiError(400, f"{len(body.prompts)} prompts; at most {self.limits.prompts}", param="prompt")
         params = self._params(body)
         prompts = await run_in_threadpool(self._encode_prompts, body.prompts)
-        handles = await run_in_threadpool(self._submit, prompts, params)
         choices = [TextChoice(i, self.tokens, self.engine.end_tokens) for i in range(params.n * len(prompts))]
-        return await self._respond(body, request, handles, ApiResponse(body.model, choices, sum(map(len, prompts))))
+        answer = ApiResponse(body.model, choices, sum(map(len, prompts)))
+        return await self._respond(body, request, prompts, params, answer)
 
     # ------------------------------------------------------------------------------------------ from request to ids
     def _check_model(self, name: str) -> None:
@@ -198,21 +199,23 @@ class Service:
             raise ApiError(400, f"{len(params.stop)} stop strings; at most {self.limits.stops}", param="stop")
         return params
 
+    def _thinking(self, body: ChatRequest) -> bool:
+        """Whether the prompt opens a think block."""
+        return (self.engine.enable_thinking if body.thinking is None else body.thinking) is True
+
     def _offered(self, body: ChatRequest) -> list:
         return [] if body.tool_choice == "none" else body.tools or []
 
     def _encode_chat(self, body: ChatRequest) -> tuple[list[int], str]:
-        """-> (ids of the prompt, what of the answer stands in it already: the beginning of a forced tool call)."""
+        """-> (ids of the prompt, the beginning of a forced tool call, which the prompt ends with, or "")."""
         tools = [tool.model_dump(exclude_unset=True) for tool in self._offered(body)] or None
-        thinking = self.engine.enable_thinking if body.thinking is None else body.thinking
         must_call = tools and body.tool_choice not in (None, "auto")
-        thinking = False if must_call and thinking is True else thinking  # the call is begun, there is no thinking left
+        # A call that is begun in the prompt leaves no thinking to come: the think block is closed before it.
+        thinking = False if must_call and self._thinking(body) else body.thinking
         name = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
         begun = begun_call(name) if must_call else ""
-        tokenizer = self.engine.tokenizer
         try:
-            messages = [message.plain() for message in body.messages]
-            ids, _ = render(tokenizer, messages, tools, add_generation_prompt=True, enable_thinking=thinking)
+            ids = self.engine.encode([message.plain() for message in body.messages], tools, thinking)
             if begun:
                 ids += self._encode_begun(begun)
         except ValueError as error:
@@ -223,7 +226,7 @@ class Service:
 
     def _encode_begun(self, begun: str) -> list[int]:
         tag = self.engine.tokenizer.get_vocab().get(CALL)
-        if tag is None:  # a vocabulary to which the tags are plain text
+        if tag is None:  # a vocabulary in which the tag is no token of its own
             return encode_text(self.engine.tokenizer, begun)
         return [tag, *encode_text(self.engine.tokenizer, begun.removeprefix(CALL))]
 
@@ -239,47 +242,51 @@ class Service:
             raise ApiError(400, text, "context_length_exceeded", param=param)
         return ids
 
-    def _submit(self, prompts: list[list[int]], params: SamplingParams) -> list[Handle]:
-        """All prompts or none."""
-        handles = []
+    def _submit(self, run: RequestRun, prompts: list[list[int]], params: SamplingParams) -> None:
+        """Submits all prompts or none."""
         try:
-            for ids in prompts:
-                handles.append(self.scheduler.submit(ids, params))
-            return handles
+            for i, ids in enumerate(prompts):
+                run.handles.append(self.scheduler.submit(ids, params, partial(run.arrive, i)))
+            return
         except QueueFull as error:
             refusal = ApiError(429, f"{error}; try again soon", "queue_full", headers={"Retry-After": "1"})
         except Closed:
-            refusal = ApiError(503, "the server is shutting down", "shutting_down")
+            refusal = shutting_down()
         except ValueError as error:
             refusal = ApiError(400, str(error))
-        for handle in handles:
+        for handle in run.handles:  # of several prompts the first may have found room
             handle.cancel()
         raise refusal
 
     # ------------------------------------------------------------------------------------------- from ids to answer
-    async def _respond(self, body: Sampling, request: Request, handles: list[Handle], answer: ApiResponse) -> Response:
+    async def _respond(
+        self, body: Sampling, request: Request, prompts: list[list[int]], params: SamplingParams, answer: ApiResponse
+    ) -> Response:
+        run = RequestRun(self.metrics.observe)
+        await run_in_threadpool(self._submit, run, prompts, params)  # it waits for the scheduler's lock
         # From here on rows are taken: run.end() must be reached on every way out.
-        run = RequestRun(handles, self.threads, self.limits.timeout, self.metrics.observe)
+        run.begin(request, self.limits.timeout)
         if body.stream:
-            return EventStream(self._events(run, request, answer, body.include_usage, body.n or 1), run)
+            return EventStream(self._events(run, answer, body.include_usage, params.n), run)
         try:
-            async for i, piece in run.pieces(request):
-                answer.choices[i * (body.n or 1) + piece.index].feed(piece)
+            async for i, piece in run.pieces():
+                answer.choices[i * params.n + piece.index].feed(piece)
         finally:
             run.end()
         return JSONResponse(answer.whole())
 
-    async def _events(self, run: RequestRun, request: Request, answer: ApiResponse, include_usage: bool, n: int):
+    async def _events(self, run: RequestRun, answer: ApiResponse, include_usage: bool, n: int) -> AsyncIterator[str]:
+        # A choice of a chat opens with a chunk that names the role; clients wait for it.
         for choice in answer.choices:
             for part in choice.opening():
                 yield answer.chunk([part], include_usage)
         try:
-            async for i, piece in run.pieces(request):
+            async for i, piece in run.pieces():
                 for part in answer.choices[i * n + piece.index].feed(piece):
                     yield answer.chunk([part], include_usage)
             if include_usage:
                 yield answer.chunk([], include_usage, last=True)
-        except ApiError as refusal:
+        except ApiError as refusal:  # the status 200 has been sent: the error can only be an event
             if refusal.status == CLIENT_GONE:
                 return
             yield event(refusal.body())
@@ -295,12 +302,12 @@ def create_app(
     service = Service(scheduler, names, limits, defaults or {})
     app = FastAPI(title="MiniMind", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
-    app.post("/v1/chat/completions", responses=REFUSALS)(service.chat)
-    app.post("/v1/completions", responses=REFUSALS)(service.completions)
-    app.get("/v1/models", responses=REFUSALS)(service.models)
-    app.get("/v1/models/{name:path}", responses=REFUSALS)(service.model)
-    app.get("/health", responses=REFUSALS)(service.health)
-    app.get("/metrics", responses=REFUSALS)(service.show_metrics)
+    app.post("/v1/chat/completions")(service.chat)
+    app.post("/v1/completions")(service.completions)
+    app.get("/v1/models")(service.models)
+    app.get("/v1/models/{name:path}")(service.model)
+    app.get("/health")(service.health)
+    app.get("/metrics")(service.show_metrics)
     errors.add_handlers(app)
-    app.add_middleware(Gate, limits=limits, count=service.metrics.count, api_key=api_key)
+    app.add_middleware(RequestChecks, limits=limits, count=service.metrics.count, api_key=api_key)
     return app

@@ -10,11 +10,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 TYPES = {"str", "int", "float", "bool", "dict", "list"}
-LONGEST = 500  # characters of a message: it may quote what a request holds
+LONGEST = 500  # characters of a message, which may quote the request
 
 
 class ApiError(Exception):
-    """What ends a request. param: the field at fault; code: a word that programs can test."""
+    """A request ends without an answer. param: the field at fault; code: a word that programs can test."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None, headers=None):
         super().__init__(message)
@@ -33,18 +33,22 @@ class ApiError(Exception):
 
 
 def timed_out(seconds: float) -> ApiError:
-    """The client must not ask again by itself, as it does by default: the second try would take as long."""
+    """The header stops OpenAI's client from asking again by itself: the second try would take as long."""
     text = f"the answer took longer than {seconds:g} seconds; ask for fewer tokens"
     return ApiError(504, text, "timeout", headers={"x-should-retry": "false"})
 
 
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", "shutting_down")
+
+
 def failed() -> ApiError:
-    """A fault of ours: the log has the traceback, the client this."""
+    """For a fault of the server: the traceback is in the log, the client gets this sentence."""
     return ApiError(500, "the server failed; its log says why", "internal_error")
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Every way in which a request can fail ends in the one shape."""
+    """However a request fails, the client gets OpenAI's shape."""
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -57,8 +61,10 @@ async def _refused(request, error: ApiError) -> JSONResponse:
 
 async def _invalid(request, error: RequestValidationError) -> JSONResponse:
     """Wrong types and values, and bodies that are no JSON: FastAPI would answer 422, OpenAI's API answers 400."""
+    # Where a field may have several types, pydantic reports a fault for each it tried. The most telling one is a
+    # sentence of our own, else the fault deepest inside the body.
     faults = error.errors()
-    fault = max(faults, key=lambda fault: (fault["type"] == "value_error", len(fault["loc"])))  # the most telling one
+    fault = max(faults, key=lambda fault: (fault["type"] == "value_error", len(fault["loc"])))
     if fault["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {fault['ctx']['error']} at {fault['loc'][-1]}").response()
     if fault["loc"] == ("body",) and fault["type"] != "value_error":
@@ -69,7 +75,7 @@ async def _invalid(request, error: RequestValidationError) -> JSONResponse:
 
 
 def is_field(part: str | int) -> bool:
-    """Whether a part of pydantic's path is a field or a place in a list, and not the name of a type it tried."""
+    """Whether a part of pydantic's path is a field or an index, and not the name of a type that it tried."""
     return isinstance(part, int) or (part.replace("_", "").isalnum() and part.islower() and part not in TYPES)
 
 

@@ -1,4 +1,4 @@
-"""What /metrics shows, in Prometheus' text format: the scheduler's counts as they stand, latencies as histograms."""
+"""What /metrics shows, in Prometheus' text format: the scheduler's counts, and latencies as histograms."""
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -24,6 +24,8 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 
 
 class SchedulerCollector:
+    """Reads the scheduler's counts each time that /metrics is asked for, so nothing has to be counted twice."""
+
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
 
@@ -37,7 +39,7 @@ class SchedulerCollector:
 
 
 class Metrics:
-    """A registry of its own, so two servers in one process do not mix."""
+    """It has a registry of its own, so that the figures of two servers in one process do not mix."""
 
     def __init__(self, scheduler: Scheduler):
         self.registry = CollectorRegistry()
@@ -54,7 +56,7 @@ class Metrics:
         )
 
     def observe(self, handle: Handle) -> None:
-        """A request that has ended; a cancelled one counts in the scheduler's numbers only."""
+        """Notes the latencies of a request that has ended. A cancelled one shows in the scheduler's counts only."""
         if handle.cancelled or not handle.finished or not handle.first_token:
             return
         tokens = max(len(sample.token_ids) for sample in handle.samples)

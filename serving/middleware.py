@@ -1,4 +1,4 @@
-"""What stands before the routes: the key, how large a body may be and how slowly it may come."""
+"""What is checked before the routes see a request: the key, the size of the body, how long it takes to come."""
 
 import asyncio
 import hmac
@@ -12,29 +12,28 @@ MEGABYTE = 2**20
 
 @dataclass
 class Limits:
-    """body: bytes of a request, body_seconds: until it must be there; messages, prompts, stops: so many of each in one
-    request; max_tokens: of an answer (None: what fits into the context); timeout: seconds until it must be complete."""
+    """The most that a request may hold and take."""
 
-    body: int = MEGABYTE
-    body_seconds: float = 30.0
+    body: int = MEGABYTE  # bytes
+    body_seconds: float = 30.0  # until the body is complete
     messages: int = 1000
     prompts: int = 16
-    stops: int = 16
-    max_tokens: int | None = None
-    timeout: float = 600.0
+    stops: int = 16  # stop strings
+    max_tokens: int | None = None  # of an answer; None: what fits into the context
+    timeout: float = 600.0  # seconds until the answer is complete
 
 
-class Gate:
-    """ASGI middleware. With a key all addresses but /health want `Authorization: Bearer KEY`.
+class RequestChecks:
+    """The checks, as an ASGI middleware. With a key every address but /health needs `Authorization: Bearer KEY`.
 
-    A body is read whole before the routes see it; one that is too large is read to its end and thrown away (up to
-    DRAIN bytes), because a client that is still sending when the connection closes never sees the answer.
+    A body is read whole before the routes see it. One that is too large is read to its end and thrown away, up to DRAIN
+    bytes: a client that is still sending when the connection closes would never see the refusal.
     """
 
     DRAIN = 256 * MEGABYTE
 
     def __init__(self, app, limits: Limits, count: Callable[[int], None], api_key: str | None = None):
-        """count: is told the status of every response."""
+        """count: is called with the status of every response."""
         self.app, self.limits, self.count = app, limits, count
         self.expected = f"Bearer {api_key}".encode() if api_key else None
 
@@ -57,6 +56,7 @@ class Gate:
             return await refusal.response()(scope, receive, counted)
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
+        # The routes read the body from here; whatever they receive after it (a disconnect) comes from the client.
         async def replay():
             return messages.pop() if messages else await receive()
 
@@ -77,7 +77,7 @@ class Gate:
             if message["type"] == "http.disconnect":
                 raise ApiError(400, "the client left before its request was complete")
             part = message.get("body", b"")
-            size += len(part)
+            size += len(part)  # counted as it comes: the Content-Length header may be wrong or missing
             if size <= self.limits.body:
                 parts.append(part)
             if not message.get("more_body") or size > self.DRAIN:

@@ -1,4 +1,4 @@
-"""The server as a process: its port, and its end."""
+"""The server as a process: opening its port, and shutting down."""
 
 import socket
 
@@ -10,10 +10,11 @@ from inference.scheduler import Scheduler
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; taken before a model is loaded, so that a mistake shows at once. port 0: a free one.
+    """A listening socket. port 0: a free one. Raises ValueError.
 
-    It names its protocol: asyncio sends small packets at once (TCP_NODELAY) only where the socket says TCP, and a
-    streamed token otherwise waits for the receipt of the one before, 40 ms on Linux. Raises ValueError.
+    It is opened before the model is loaded, so that a mistake shows at once. It names its protocol, because asyncio
+    sends small packets at once (TCP_NODELAY) only on a socket that says TCP. Otherwise a streamed token would wait for
+    the receipt of the one before, 40 ms on Linux.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -28,7 +29,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Ends the running requests first: uvicorn on its own waits until they are done."""
+    """At shutdown it ends the running requests first. uvicorn alone would wait until they are done."""
 
     def __init__(self, app: FastAPI, scheduler: Scheduler):
         super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))

@@ -1,7 +1,7 @@
 """Answers in the forms of OpenAI's API, whole or as the events of a stream.
 
-Every sample has a Choice. It is fed the scheduler's pieces, returns what each adds to a stream (`feed`) and keeps the
-sum for an answer in one body (`whole`), so the two forms cannot differ.
+Every sample has a Choice. feed() takes a piece from the scheduler and returns what it adds to a stream. The Choice also
+keeps the sum, which whole() returns for an answer in one body. So the two forms cannot differ.
 """
 
 import json
@@ -21,7 +21,7 @@ def event(data: dict) -> str:
 
 
 class Tokens:
-    """Token ids as the API shows them: their text and, because a token may hold a part of a character, their bytes."""
+    """Token ids as the API shows them: with text, and with bytes, since a token may be only a part of a character."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -44,7 +44,7 @@ class Tokens:
 
 
 class Choice:
-    """What all kinds of answers share: end, and the tokens counted and shown."""
+    """What chats and completions share: how the answer ended, how many tokens it has, which of them are shown."""
 
     def __init__(self, index: int, tokens: Tokens, end_tokens: frozenset[int]):
         self.index, self.tokens, self.end_tokens = index, tokens, end_tokens
@@ -52,7 +52,7 @@ class Choice:
         self.completion_tokens = 0
 
     def _count(self, piece: Piece) -> list[TokenLogprob] | None:
-        """Counts a piece's tokens; returns the log-probabilities to show, but for the token that ends a turn."""
+        """Counts a piece's tokens -> the log-probabilities to show: not that of the token that ends the turn."""
         self.completion_tokens += len(piece.token_ids)
         self.finish_reason = piece.finish_reason
         if piece.logprobs is None:
@@ -64,7 +64,7 @@ class ChatChoice(Choice):
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def __init__(self, index: int, tokens: Tokens, end_tokens: frozenset[int], reader: AnswerReader, begun: str = ""):
-        """begun: text of the answer that stands in the prompt."""
+        """begun: the beginning of the answer that is part of the prompt, see begun_call()."""
         super().__init__(index, tokens, end_tokens)
         self.reader, self.begun = reader, begun
         self.content = self.reasoning = ""
@@ -75,8 +75,9 @@ class ChatChoice(Choice):
         return [self._chunk({"role": "assistant", "content": ""})]
 
     def feed(self, piece: Piece) -> list[dict]:
-        """The stream's choices that a piece means."""
+        """A piece -> the choices of the chunks to send."""
         shown = self._count(piece)
+        # The reader must see the beginning that stands in the prompt, once, or it would not know the call.
         text, self.begun = self.begun + piece.text, ""
         deltas = [self._add(kind, part) for kind, part in self.reader.feed(text, final=piece.finish_reason is not None)]
         logprobs = None
@@ -142,7 +143,7 @@ class TextChoice(Choice):
         return []
 
     def _logprobs(self, items: list[TokenLogprob]) -> dict[str, list]:
-        """Lists side by side, as the older API has it."""
+        """Four lists of equal length, as the older API has them."""
         result = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for item in items:
             entry = self.tokens.chat(item)
@@ -150,7 +151,7 @@ class TextChoice(Choice):
             result["token_logprobs"].append(item.logprob)
             result["top_logprobs"].append({top["token"]: top["logprob"] for top in entry["top_logprobs"]})
             result["text_offset"].append(self.offset)
-            self.offset += len(entry["token"])
+            self.offset += len(entry["token"])  # in characters of the text, where the token begins
         return result
 
     def _choice(self, text: str, logprobs: dict | None, finish_reason: str | None) -> dict:
@@ -161,7 +162,7 @@ class TextChoice(Choice):
 
 
 class ApiResponse:
-    """One response: its choices, prompt after prompt and sample after sample, under one id."""
+    """One response under one id. choices: the samples of the first prompt, then those of the second, and so on."""
 
     def __init__(self, model: str, choices: list[Choice], prompt_tokens: int):
         self.choices, self.prompt_tokens = choices, prompt_tokens
@@ -178,6 +179,6 @@ class ApiResponse:
         return self.head | {"object": self.kind.object, "choices": choices, "usage": self.usage()}
 
     def chunk(self, choices: list[dict], include_usage: bool, last: bool = False) -> str:
-        """last: the chunk after all choices, which has the usage and nothing else."""
+        """One event. last: the one after all choices, which holds nothing but the usage."""
         body = self.head | {"object": self.kind.chunk_object, "choices": choices}
         return event(body | ({"usage": self.usage() if last else None} if include_usage else {}))

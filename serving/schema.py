@@ -1,23 +1,31 @@
-"""What a request may hold: honoured, refused in words, or passed over because it changes nothing of the answer.
+"""The fields of a request. A field is followed, or refused in words, or ignored because it does not change the answer.
 
-Names and bounds are those of OpenAI's API (platform.openai.com/docs/api-reference), with the additions that vLLM and
-MiniMind have: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, chat_template_kwargs, open_thinking,
-reasoning_content.
+Names and bounds are those of OpenAI's API (platform.openai.com/docs/api-reference), with the additions of vLLM and
+MiniMind: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos, chat_template_kwargs, open_thinking,
+reasoning_content. fail_fast: of a million wrong items in a list only the first one is reported.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from inference.sampling import SamplingParams
 
+
+def not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("must be at least 1, or -1 for what fits into the context")
+    return value
+
+
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=1000)]
+MaxTokens = Annotated[int, Field(ge=-1), AfterValidator(not_zero)]  # -1 or absent: what fits into the context
 WITHOUT_GRAMMAR = "this server does not constrain what the model writes"
 
 
 class Loose(BaseModel):
-    """Unknown fields pass: clients send many that matter to other servers only (user, metadata, store, ...)."""
+    """Unknown fields are accepted: clients send many that concern other servers (user, metadata, store, ...)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -96,7 +104,7 @@ class StreamOptions(Loose):
 
 
 class TemplateArguments(BaseModel):
-    """enable_thinking is Qwen3's name for it, open_thinking MiniMind's."""
+    """Two names of one switch: enable_thinking is Qwen3's, open_thinking MiniMind's."""
 
     model_config = ConfigDict(extra="forbid")
     enable_thinking: bool | None = None
@@ -105,7 +113,7 @@ class TemplateArguments(BaseModel):
 
 # ----------------------------------------------------------------------------------------------------------- requests
 class Sampling(Loose):
-    """What chats and completions have in common. A field that is null is absent."""
+    """What chats and completions have in common. null means that the field is absent."""
 
     model: str
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
@@ -123,25 +131,22 @@ class Sampling(Loose):
     stop: Text | list[Text] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=100)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    max_tokens: Annotated[int, Field(ge=-1, description="-1 or absent: what fits into the context")] | None = None
+    max_tokens: MaxTokens | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
-
-    @field_validator("max_tokens")
-    @classmethod
-    def not_zero(cls, value):
-        if value == 0:
-            raise ValueError("must be at least 1, or -1 for what fits into the context")
-        return value
 
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def params(self, logprobs: int | None, wanted_tokens: int | None, most_tokens: int | None, defaults: dict):
-        """-> SamplingParams. wanted_tokens: of the request; most_tokens: the server's limit; None: what fits."""
+        """-> SamplingParams.
+
+        wanted_tokens: the request's max_tokens; most_tokens: the server's limit; None: what fits into the context.
+        defaults: the server's, for fields that the request leaves out.
+        """
         limits = [n for n in (wanted_tokens if wanted_tokens != -1 else None, most_tokens) if n is not None]
         names = (
             "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -150,7 +155,7 @@ class Sampling(Loose):
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         chosen = defaults | given
         if chosen.get("temperature", 1) < 1e-4:
-            chosen["temperature"] = 0  # logits divided by less overflow, and the best token is as good as certain
+            chosen["temperature"] = 0  # dividing logits by so little overflows, and the best token is certain anyway
         chosen["top_k"] = max(chosen.get("top_k", 0), 0)  # -1 means all in some clients
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         stop = [text for text in stop if text]  # clients send [""] for an empty input field
@@ -172,6 +177,7 @@ REFUSED_IN_COMPLETIONS = REFUSED | {
 
 
 def refuse(request: Loose, refused: dict[str, str]) -> None:
+    """Raises ValueError where a field is set that would change the answer and cannot be followed."""
     for name, reason in refused.items():
         if (request.model_extra or {}).get(name) not in (None, False, [], {}, ""):
             raise ValueError(f"{name} is not supported: {reason}")
@@ -179,7 +185,7 @@ def refuse(request: Loose, refused: dict[str, str]) -> None:
 
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(fail_fast=True), Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=-1)] | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True), Field(max_length=128)] | None = None
@@ -188,11 +194,6 @@ class ChatRequest(Sampling):
     modalities: list[str] | None = None
     chat_template_kwargs: TemplateArguments | None = None
     open_thinking: bool | None = None
-
-    @field_validator("max_completion_tokens")
-    @classmethod
-    def also_not_zero(cls, value):
-        return cls.not_zero(value)
 
     @model_validator(mode="after")
     def consistent(self):
@@ -252,17 +253,3 @@ class CompletionRequest(Sampling):
 
     def sampling_params(self, most_tokens: int | None, defaults: dict) -> SamplingParams:
         return self.params(self.logprobs, self.max_tokens, most_tokens, defaults)
-
-
-# ------------------------------------------------------------------------------------------------------------- errors
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """Every refusal, whatever its status."""
-
-    error: ErrorDetail

@@ -146,7 +146,7 @@ from stage import STAGES, load
 for script in (*STAGES.values(), "scripts/benchmark.py", "eval_ceval.py"):
     load(script)
 import benchmarks.gpu, benchmarks.fixed_answers
-for name in ("openai", "fastapi", "matplotlib", "zstandard", "datasketch", "pytest"):
+for name in ("openai", "fastapi", "matplotlib", "datasketch", "pytest"):
     try:
         __import__(name)
     except ImportError:

@@ -10,6 +10,7 @@ import random
 import resource
 import signal
 import tracemalloc
+from functools import partial
 
 import pyarrow
 import pytest
@@ -310,9 +311,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet")
-    import zstandard
-
-    (tmp_path / "f.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (tmp_path / "f.jsonl.zst").write_bytes(pyarrow.compress(lines, "zstd", asbytes=True))
     for path in sorted(tmp_path.iterdir()):
         found = [row.raw if isinstance(row.raw, dict) else json.loads(row.raw) for row in dirty_rows(path)]
         assert found == rows, path.name
@@ -427,8 +426,6 @@ def test_whole_files_that_cannot_be_read(tmp_path, capsys):
 
 @pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "parquet"])
 def test_a_damaged_file_is_named_and_what_it_holds_before_the_damage_is_kept(ending, tmp_path, capsys):
-    import zstandard
-
     rows, path = [{"text": f"{PROSE}第{i}遍。"} for i in range(600)], tmp_path / f"a.{ending}"
     lines = [json.dumps(row).encode() + b"\n" for row in rows]
     parts = [b"".join(lines[i : i + 200]) for i in (0, 200, 400)]
@@ -438,7 +435,7 @@ def test_a_damaged_file_is_named_and_what_it_holds_before_the_damage_is_kept(end
         last = data.rindex(b"\x28\xb5\x2f\xfd")  # where the last page's frame begins
         path.write_bytes(data[:last] + b"?" * 9 + data[last + 9 :])
     else:
-        compress = gzip.compress if ending == "jsonl.gz" else zstandard.compress
+        compress = gzip.compress if ending == "jsonl.gz" else partial(pyarrow.compress, codec="zstd", asbytes=True)
         path.write_bytes(b"".join(map(compress, parts))[:-40])
     settings = Settings(dedup="none", keep_dropped=True)
     summary = clean([path, write_rows(tmp_path / "z.jsonl", [{"text": PROSE}])], tmp_path / "out", settings)
@@ -509,9 +506,7 @@ def test_clean_writes_what_the_stages_read_and_says_what_it_dropped(tmp_path, ca
     assert dropped["exact copy"]["line"] == 11 and dropped["exact copy"]["detail"].endswith("raw.jsonl:4")
     assert json.loads(dropped["wrong shape"]["row"]) == {"x": 1}
 
-    again = run("clean", "--data_path", raw, *flags, capsys=capsys)
-    assert again[0] == 0 and json.loads(again[1])["kept"] == 10  # finished: the record is shown again
-    code, _, err = run("clean", "--data_path", raw, *flags, "--seed", 5, capsys=capsys)
+    code, _, err = run("clean", "--data_path", raw, *flags, capsys=capsys)
     assert code == 2 and "--overwrite" in err
     code, last, _ = run("clean", "--data_path", raw, *flags, "--seed", 1, "--overwrite", capsys=capsys)
     assert code == 0 and json.loads(last)["seed"] == 1
@@ -604,7 +599,7 @@ def test_overwrite_replaces_nothing_that_this_command_did_not_write(tmp_path, ca
     raw, out = write_rows(tmp_path / "raw.jsonl", [{"text": PROSE}]), tmp_path / "out"
     flags = ("clean", "--data_path", raw, "--out_dir", out, "--overwrite", "--workers", 1)
     out.mkdir()
-    for text in ("no JSON", "[]", '{"loss": 1}', '{"stage": "clean"}'):
+    for text in ("no JSON", "[]", '{"loss": 1}', '{"stage": "full_sft"}'):
         (out / "summary.json").write_text(text, encoding="utf-8")
         code, _, err = run(*flags, capsys=capsys)
         assert code == 2 and "was not written by this command" in err and err.count("\n") == 1
@@ -621,8 +616,6 @@ def test_overwrite_replaces_nothing_that_this_command_did_not_write(tmp_path, ca
     (building / "thesis.txt").write_text("mine", encoding="utf-8")
     code, _, err = run(*flags, capsys=capsys)
     assert code == 2 and "holds thesis.txt" in err and (building / "thesis.txt").exists()
-    flags = tuple(flag for flag in flags if flag != "--overwrite")
-    assert run(*flags, capsys=capsys)[0] == 0 and (building / "thesis.txt").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------- fill

@@ -64,5 +64,5 @@ def test_the_time_left_is_that_of_the_steps_since_the_clock_was_set(monkeypatch,
         log.step(step, 10, loss=1.0, lr=0.1)
         if step == 8:
             log.validation(step, val_loss=1.0)
-    assert "left 1h40m" in capsys.readouterr().out
+    assert "left 1:40:00" in capsys.readouterr().out
     log.close()

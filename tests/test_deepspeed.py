@@ -50,11 +50,12 @@ def test_auto_values_come_from_the_flags():
 @pytest.mark.parametrize(("changes", "flags", "words"), [
     ({"train_micro_batch_size_per_gpu": 4}, [], ["train_micro_batch_size_per_gpu is 4", "--batch_size is 8"]),
     ({"gradient_accumulation_steps": 3}, [], ["gradient_accumulation_steps is 3", "--accumulation_steps is 4"]),
-    ({"train_batch_size": 64}, [], ["train_batch_size is 64", "--batch_size is 8"]),
+    ({"train_batch_size": 64}, [], ["train_batch_size is 64", "processes is 32"]),
     ({"gradient_clipping": 2}, [], ["gradient_clipping is 2", "--grad_clip is 1"]),
     ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, [], ["lr is 0.0001", "--learning_rate is 0.001"]),
     ({"optimizer": {"type": "Lamb"}}, [], ["type is Lamb", "--optimizer"]),
-    ({"bf16": {"enabled": True}}, [], ["bf16 is enabled with bfloat16", "--dtype is float32"]),
+    ({"optimizer": {"params": {"betas": [0.8, 0.999]}}}, [], ["betas is [0.8, 0.999]", "[0.9, 0.95]"]),
+    ({"bf16": {"enabled": True}}, [], ["bf16 enabled", "--dtype is float32"]),
     ({"torch_autocast": {"enabled": False}}, ["--dtype", "bfloat16"], ["none of bf16", "--dtype is bfloat16"]),
     ({"scheduler": {"type": "WarmupLR"}}, [], ["scheduler", "--schedule"]),
     ({"zero_optimization": {"stage": 2, "overlap_com": True}}, [], ["ds.json: ", "overlap_com"]),
@@ -75,8 +76,8 @@ def test_files_that_are_no_config(tmp_path):
     (tmp_path / "bad.json").write_text("{stage: 2}")
     (tmp_path / "list.json").write_text("[2]")
     for path, words in (
-        (tmp_path / "bad.json", "is not JSON"),
-        (tmp_path / "list.json", "the file must be"),
+        (tmp_path / "bad.json", "cannot be read as JSON"),
+        (tmp_path / "list.json", "must hold a JSON object"),
         (tmp_path / "no.json", "cannot be read"),
     ):
         with pytest.raises(UserError, match=words):

@@ -211,9 +211,9 @@ def test_another_vocabulary_is_refused(tmp_path):
     [
         (["--teacher", "nowhere/big.pth"], "no weights at nowhere/big.pth"),
         (["--teacher", "grpo"], "--teacher grpo: no such file, and no grpo_"),
-        (["--alpha", 1.5], "--alpha must lie between 0 and 1"),
+        (["--alpha", 1.5], r"--alpha must lie in \[0, 1\]"),
         (["--temperature", 0], "--temperature must be above 0"),
-        (["--skew", 1], "--skew must lie between 0 and 1"),
+        (["--skew", 1], r"--skew must lie in \(0, 1\)"),
     ],
 )
 def test_wrong_flags(flags, message, tmp_path):

@@ -8,10 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from cleaning.distill import distill, read_prompts
+from cleaning.distill import distill
 from common.chat_api import ChatApi
 from common.errors import RunFailed, UserError
 from data.reading import iter_rows
+from data_process import main
 
 
 class Stub(ThreadingHTTPServer):
@@ -114,12 +115,10 @@ def test_rows_come_in_the_order_of_the_prompts_after_retries(prompts, tmp_path):
 
 
 def test_the_command(prompts, tmp_path, monkeypatch, capsys):
-    import data_process
-
     stub, out = Stub(), tmp_path / "out.jsonl"
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     prompts.write_text("一\u2028二\r\n三\n", encoding="utf-8")
-    data_process.main(["distill", str(prompts), "--out", str(out), "--base_url", stub.teacher().base_url,
+    main(["distill", str(prompts), "--out", str(out), "--base_url", stub.teacher().base_url,
                        "--model", "m", "--max_tokens", "9"])  # fmt: skip
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == 2
     assert answers(out) == ["答：一\u2028二", "答：三"]
@@ -204,21 +203,23 @@ def test_what_no_retry_can_mend_is_one_line(prompts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "limits", "message"),
+    ("flags", "message"),
     [
-        (("localhost:1/v1", "x"), {}, "write it as http://HOST:PORT/v1"),
-        (("http://127.0.0.1:8998x/v1", "x"), {}, "write it as http://HOST:PORT/v1"),
-        (("http://h/v1", "x", "sk-abc\n"), {}, "--api_key"),
-        (("http://h/v1", "x", "", 1024, float("nan")), {}, "--temperature"),
-        (("http://h/v1", "x", "", 1024, 0.7, 0), {}, "--timeout must be above 0"),
-        (("http://h/v1", "x", "", 1024, 0.7, 1, -1), {}, "--retries must not be negative"),
-        (("http://h/v1", "x"), {"max_requests": -1}, "--max_requests must be above 0"),
-        (("http://h/v1", "x"), {"in_flight": 0}, "--in_flight must be above 0"),
+        (("--base_url", "localhost:1/v1"), "write it as http://HOST:PORT/v1"),
+        (("--base_url", "http://127.0.0.1:8998x/v1"), "write it as http://HOST:PORT/v1"),
+        (("--api_key", "sk-abc\n"), "--api_key"),
+        (("--temperature", "nan"), "--temperature must be at least 0"),
+        (("--timeout", "0"), "--timeout must be at least 0.1"),
+        (("--timeout", "inf"), "--timeout must be at least 0.1"),
+        (("--retries", "-1"), "--retries must be at least 0"),
+        (("--max_requests", "-1"), "--max_requests must be at least 1"),
+        (("--in_flight", "0"), "--in_flight must be from 1"),
     ],
 )
-def test_what_no_request_can_be_made_of(teacher, limits, message, prompts, tmp_path):
+def test_what_no_request_can_be_made_of(flags, message, prompts, tmp_path):
+    out = str(tmp_path / "out.jsonl")
     with pytest.raises(UserError, match=message):
-        distill(prompts, tmp_path / "out.jsonl", ChatApi(*teacher), **limits)
+        main(["distill", str(prompts), "--out", out, "--model", "x", "--base_url", "http://h/v1", *flags])
     assert not list(tmp_path.glob("out*"))
 
 
@@ -230,28 +231,8 @@ def test_prompts_are_not_written_over(tmp_path):
     assert len(path.read_text().splitlines()) == 2
 
 
-def test_half_a_surrogate_pair_is_no_prompt(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "x \\ud83d y"}\n')
-    with pytest.raises(UserError, match=r"p\.jsonl:1"):
-        read_prompts(path)
-
-
-def test_prompts_of_every_shape(tmp_path):
-    path = tmp_path / "a.jsonl"
-    user, reply = {"role": "user", "content": "问"}, {"role": "assistant", "content": "旧"}
-    rows = [{"prompt": "甲"}, {"question": "乙", "answer": "x"}, {"conversations": [user, reply, user, reply]}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert read_prompts(path) == [[user | {"content": "甲"}], [user | {"content": "乙"}], [user, reply, user]]
-    path.write_text('{"text": "x"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match="a.jsonl:1"):
-        read_prompts(path)
-
-
-def test_a_system_text_beside_a_conversation_is_asked_with_and_tools_are_refused(tmp_path):
+def test_a_conversation_with_tools_is_refused(tmp_path):
     user, path = {"role": "user", "content": "甲"}, tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"conversations": [user], "system": "短"}) + "\n")
-    assert read_prompts(path) == [[{"role": "system", "content": "短"}, user]]
     called = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
     for row, key in (
         ({"messages": [user], "tools": [{"name": "f"}]}, "tools"),
@@ -259,4 +240,4 @@ def test_a_system_text_beside_a_conversation_is_asked_with_and_tools_are_refused
     ):
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=f'p.jsonl:1: "{key}" in the conversation'):
-            read_prompts(path)
+            distill(path, tmp_path / "out.jsonl", ChatApi("http://x", "x"))

@@ -177,7 +177,7 @@ def test_float16_passes_over_a_step_lowers_its_scale_and_counts():
     """The scaler is a CPU's here; the arithmetic stays float32, as a CPU has none of float16."""
     model = small()
     engine = TrainingEngine(model, stage_args("--optimizer", "muon"), World(0, 1, CPU, torch.float16))
-    engine.autocast = lambda: torch.autocast("cpu", enabled=False)
+    engine.world.autocast = lambda: torch.autocast("cpu", enabled=False)
     broken = [True]
     model.model.norm.weight.register_hook(lambda gradient: gradient * float("nan") if broken[0] else gradient)
     before = [p.clone() for p in model.parameters()]

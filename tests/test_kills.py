@@ -73,7 +73,7 @@ def test_two_kills_between_the_same_saves_lose_no_step_of_the_log(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [0.05 + 0.1 * i for i in range(10)])
+@pytest.mark.parametrize("part", [0.15, 0.5, 0.85])
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_any_moment(stage, part, whole):
     """`part` of the time the run takes: in its start, its cache, its steps, its saves, its end."""
@@ -83,8 +83,8 @@ def test_killed_at_any_moment(stage, part, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sign", "delay"), [
-    *((".*.tmp", 0.001 * i) for i in range(10)),  # inside a save
-    *(("cache/*.building-*", 0.002 * i) for i in range(10)),  # inside the cache's build
+    (".*.tmp", 0), (".*.tmp", 0.005),  # inside a save
+    ("cache/*.building-*", 0), ("cache/*.building-*", 0.01),  # inside the cache's build
 ])  # fmt: skip
 @pytest.mark.parametrize("stage", BASE)
 def test_killed_while_a_file_is_written(stage, sign, delay, whole):

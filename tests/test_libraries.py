@@ -1,4 +1,4 @@
-"""Other people's trainers on our model as it is: transformers' Trainer, trl's SFT and DPO, peft's LoRA.
+"""Other people's trainers on our model as it is: transformers' Trainer, trl's SFT (its DPO: test_dpo.py), peft's LoRA.
 
 The balance loss of the experts: `forward` adds it to the loss it returns when it is given labels, in training. The
 Trainer learns from that loss, so nothing is lost. trl computes its own loss from the logits (SFT) or from
@@ -6,8 +6,6 @@ log-probabilities (DPO) and throws the model's away; it adds a balance loss of i
 router's logits with `output_router_logits` in their config. Ours does not: under trl the experts are trained without
 a balance loss. For a few steps of fine-tuning that is harmless; for long runs use this project's own stages.
 """
-
-import copy
 
 import pytest
 import torch
@@ -96,25 +94,6 @@ def test_trl_sft(kind, tmp_path):
     assert len(losses) == 3 and losses[2] < losses[0]
     # ln 6400 = 8.76 nats at random weights. The model's own loss would stand 2 layers x 0.5 above that.
     assert losses[0] == pytest.approx(8.76, abs=0.2)
-    assert changed(model, before) == set(before)
-
-
-@pytest.mark.slow  # trl takes longer to import than to run
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is:FutureWarning")  # by trl 1.16
-@pytest.mark.parametrize("kind", KINDS)
-def test_trl_dpo(kind, tmp_path):
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    model, tokenizer = small(kind), load_tokenizer()
-    before = state_of(model)
-    arguments = trl.DPOConfig(tmp_path, per_device_train_batch_size=4, max_length=64, **CPU)
-    wrong = [{"role": "assistant", "content": "不知道。"}]
-    data = {"prompt": [chat[:1] for chat in CHATS], "chosen": [chat[1:] for chat in CHATS], "rejected": [wrong] * 12}
-    trainer = trl.DPOTrainer(model, ref_model=copy.deepcopy(model), args=arguments, processing_class=tokenizer,
-                             train_dataset=datasets.Dataset.from_dict(data))  # fmt: skip
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # ln 2: policy and reference are still the same
-    assert len(losses) == 3 and losses[2] < losses[0]
     assert changed(model, before) == set(before)
 
 

@@ -317,7 +317,7 @@ def test_a_stopped_run_keeps_the_adapter_its_optimizer_and_no_more(tmp_path):
         (["--peft_dir", "/dev/null/p"], "cannot write the folder"),
         (["--targets", "c_attn"], "no layer is called 'c_attn'"),
         (["--targets", "lm_head", "--peft_dir", "p"], "cannot hold an adapter of the head"),
-        (["--save_weight", "绿" * 60], "绿 is too long a name"),
+        (["--save_weight", "绿" * 80], "File name too long"),
         (["--from_weight", "nowhere/full_sft_512.pth"], "no weights at nowhere/full_sft_512.pth"),
     ],
 )

@@ -76,7 +76,7 @@ def test_data_that_may_not_be_read(place, refused):
     said = refused(
         data_process.main, ["distill", text, "--out", place / "x.jsonl", "--base_url", "http://h/", "--model", "m"]
     )
-    assert said == f"error: {text}: Permission denied\n"
+    assert said == f"error: {text} cannot be read: Permission denied\n"
 
 
 def test_a_folder_that_may_not_be_read_is_not_passed_over_by_cleaning(place, refused):

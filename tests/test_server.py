@@ -3,14 +3,14 @@
 import json
 import math
 import threading
-from argparse import Namespace
 
 import httpx2 as httpx
 import openai
 import pytest
 from serve import ADD, CALLS, HELLO, learned_model, serve, user, wait_until
-from stage import load
 
+from chat.sources import Remote, Settings
+from chat.terminal import print_answer
 from inference.engine import Engine
 from inference.sampling import SamplingParams
 from inference.stream_text import AnswerReader, begun_call
@@ -189,10 +189,10 @@ def test_a_call_that_must_be_made(client):
     assert begun_call("add") == '<tool_call>\n{"name": "add", "arguments":'
 
 
-def test_the_terminal_client_prints_thinking_apart(client, capsys):
-    program = load("scripts/chat_openai_api.py")
-    wishes = Namespace(model="tiny", max_tokens=50, temperature=0)
-    assert program.answer(client, wishes, user("1+2")) == "It is 3."  # what goes into the history
+def test_the_terminal_client_prints_thinking_apart(live, capsys):
+    settings = Settings(max_tokens=50, temperature=0, top_p=None)
+    said = print_answer(Remote(live.url, "any", "tiny").stream(user("1+2"), settings))
+    assert said == "It is 3."  # what goes into the history
     assert capsys.readouterr().out == "[thinks] One and two. [/thinks]\nIt is 3.\n"
 
 

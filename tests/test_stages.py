@@ -87,7 +87,7 @@ def weights_of_another_shape(path, vocab_size=6400, **fields):
         (["--warmup", "nan"], "--warmup must be a number, not nan"),
         (["--save_minutes", "inf"], "--save_minutes must be a number, not inf"),
         (["--dropout", "1"], "--dropout must lie in [0, 1)"),
-        (["--seed", "9" * 20], "--seed must be below 2^63"),
+        (["--seed", "9" * 20], "--seed must lie in [0, 2^63)"),
     ],
 )
 def test_wrong_arguments(flags, message, texts, tmp_path):

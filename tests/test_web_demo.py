@@ -16,7 +16,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 from stub_api import StubApi
 
-from chat import demo_tools, page
+from chat import demo_tools, sources
 from chat.demo_tools import calculate
 from data.row_shapes import as_chat
 from inference.engine import Engine
@@ -102,9 +102,9 @@ class Scripted(torch.nn.Module):
 def said_by(text, **settings):
     """The pairs of Local.stream for a model that says `text`, neighbours of one kind joined."""
     tokenizer = load_tokenizer()
-    settings = page.Settings(temperature=0, **settings)
+    settings = sources.Settings(temperature=0, **settings)
     prompt, _ = render(tokenizer, ASK, list(settings.tools), True, settings.thinking)
-    source = page.Local(Engine(Scripted(tokenizer, text, len(prompt)), tokenizer))
+    source = sources.Local(Engine(Scripted(tokenizer, text, len(prompt)), tokenizer))
     return joined(source.stream(ASK, settings))
 
 
@@ -143,48 +143,50 @@ def test_what_a_model_here_says_is_told_apart(text, settings, pairs):
 def test_history_is_cut_by_the_setting_and_by_the_context():
     chat = [m for i in range(9) for m in ({"role": "user", "content": f"问{i}" * 5}, {"role": "assistant",
             "content": f"答{i}" * 5, "reasoning_content": "想", "stopped": True})] + ASK  # fmt: skip
-    sent = page.visible(chat, page.Settings(system="简短", history=2))
+    sent = sources.visible(chat, sources.Settings(system="简短", history=2))
     assert [m["role"] for m in sent] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert sent[1]["content"] == "问7" * 5 and sent[-1] == ASK[0] and set(sent[2]) == {"role", "content"}
-    assert page.visible(chat, page.Settings(history=0)) == ASK
+    assert sources.visible(chat, sources.Settings(history=0)) == ASK
     engine = Engine(Scripted(load_tokenizer(), "x", 0), load_tokenizer())
     engine.context = 200
-    ids = page.Local(engine).prompt(chat, page.Settings(history=9, max_tokens=100))
+    ids = sources.Local(engine).prompt(chat, sources.Settings(history=9, max_tokens=100))
     assert len(ids) + 100 <= 200 and encode_text(engine.tokenizer, "你好")[0] in ids and len(ids) > 50
 
 
 def test_an_api_is_asked_and_heard():
-    call = page.as_message(ToolCall("calculator", '{"expression": "1<2"}'))
+    call = sources.as_message(ToolCall("calculator", '{"expression": "1<2"}'))
 
     def reply(request):
         return {"content": "<think>嗯</think>好", "reasoning_content": None} if "tools" not in request else {
             "reasoning_content": "先算", "content": "算：", "tool_calls": [call]}  # fmt: skip
 
     with StubApi(reply) as stub:
-        source = page.Remote(stub.address, "secret", "stub")
+        source = sources.Remote(stub.address, "secret", "stub")
         assert source.models() == ["stub"]
-        assert joined(source.stream(ASK, page.Settings())) == [("reasoning", "嗯"), ("content", "好")]
-        settings = page.Settings(system="s", tools=TOOLS, top_k=5, thinking=False, seed=3, repetition_penalty=1.1)
+        assert joined(source.stream(ASK, sources.Settings())) == [("reasoning", "嗯"), ("content", "好")]
+        settings = sources.Settings(system="s", tools=TOOLS, top_k=5, thinking=False, seed=3, repetition_penalty=1.1)
         assert joined(source.stream(ASK, settings)) == [
             ("reasoning", "先算"), ("content", "算："), ("call", ("calculator", {"expression": "1<2"}))]  # fmt: skip
         plain, full = stub.requests
         assert "top_k" not in plain and "seed" not in plain and stub.keys == ["Bearer secret"] * 2
         assert (full["top_k"], full["seed"], full["repetition_penalty"]) == (5, 3, 1.1)
-        assert full["chat_template_kwargs"] == {"enable_thinking": False} and full["tools"] == list(TOOLS)
+        assert full["chat_template_kwargs"] == {"enable_thinking": False, "open_thinking": False} and full[
+            "tools"
+        ] == list(TOOLS)
 
 
 @pytest.mark.parametrize(("reply", "message"), [(401, "stub refuses"), ({"content": "abc", "breaks": True}, "broke")])
 def test_an_api_that_fails_says_so_in_one_line(reply, message):
     with StubApi(lambda request: reply) as stub, pytest.raises(ValueError, match=message) as caught:
-        list(page.Remote(stub.address, "", "stub").stream(ASK, page.Settings()))
+        list(sources.Remote(stub.address, "", "stub").stream(ASK, sources.Settings()))
     assert "\n" not in str(caught.value)
 
 
 def test_a_web_page_is_no_api():
     with StubApi(lambda request: b"<html>hello</html>") as stub:
         stub.models = b"<html>hello</html>"
-        source = page.Remote(stub.address, "", "stub")
-        for asked in (source.models, lambda: list(source.stream(ASK, page.Settings()))):
+        source = sources.Remote(stub.address, "", "stub")
+        for asked in (source.models, lambda: list(source.stream(ASK, sources.Settings()))):
             with pytest.raises(ValueError, match="does not answer as OpenAI's API does"):
                 asked()
 
@@ -194,7 +196,7 @@ def test_a_web_page_is_no_api():
 )
 def test_an_address_where_nobody_answers(address):
     with pytest.raises(ValueError, match=re.escape(f"{address}: ")) as caught:
-        page.Remote(address, "").models()
+        sources.Remote(address, "").models()
     assert "\n" not in str(caught.value)
 
 
@@ -230,7 +232,7 @@ def test_a_chat_on_the_page(here):
     assert asked == "你好" and answer and "▌" not in answer
     app.button("regenerate").click().run()
     assert shown(app) == [("user", "你好"), ("assistant", answer)]  # the same seed
-    learned = as_chat(json.loads(page.exported(app.session_state["messages"], "s")))
+    learned = as_chat(json.loads(sources.exported(app.session_state["messages"], "s")))
     assert [m["role"] for m in learned] == ["system", "user", "assistant"] and render(load_tokenizer(), learned)
     app.radio("thinking").set_value("off").run()
     app.radio("language").set_value("中文").run()
@@ -246,7 +248,7 @@ def test_tools_are_called_in_sight(here):
     def reply(request):
         if request["messages"][-1]["role"] == "tool":
             return f"等于{request['messages'][-1]['content']}"
-        call = page.as_message(ToolCall("calculator", '{"expression": "12*12"}'))
+        call = sources.as_message(ToolCall("calculator", '{"expression": "12*12"}'))
         return {"reasoning_content": "要算", "content": "", "tool_calls": [call]}
 
     with StubApi(reply) as stub:
@@ -264,7 +266,7 @@ def test_tools_are_called_in_sight(here):
 
 
 def test_a_model_that_calls_for_ever_is_ended(here):
-    call = page.as_message(ToolCall("clock", "{}"))
+    call = sources.as_message(ToolCall("clock", "{}"))
     with StubApi(lambda request: {"tool_calls": [call]}) as stub:
         app = open_page(radio__source="api", text_input__address=stub.address, radio__language="English")
         app.chat_input[0].set_value("x").run()

@@ -1,4 +1,4 @@
-"""What a run says before it begins, and the command that resumes it."""
+"""What a run prints before it starts, and the command that resumes it."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from trainer.plan import Plan
 
 
 def announce(run, plan: Plan, rows: list[tuple[str, str]], world) -> None:
-    """Says what is about to be done, before anything is; rows: the data in words, a line each."""
+    """Prints the settings of the run, before its first step. rows: (name, text) of the lines about the data."""
     args, config = run.args, run.model.config
     total, active = config.parameter_count(), config.active_parameter_count()
     learned = learned_parameters(run)
@@ -49,7 +49,7 @@ def announce(run, plan: Plan, rows: list[tuple[str, str]], world) -> None:
 
 
 def in_words(rows) -> list[tuple[str, str]]:
-    """The rows (training, validation), for the run's first lines."""
+    """The rows (training, validation or None) in words, for `announce`."""
     texts = [
         f"{len(part):,} rows of {part.seq_len} tokens, {part.real_token_share():.1%} of them real{part.what_was_cut()}"
         if part is not None
@@ -64,8 +64,10 @@ def learned_parameters(run) -> int:
 
 
 def resume_command() -> str:
-    """The command that started this process, with --resume; of several machines' launchers only the name."""
+    """The command that started this process, with --resume. With several machines only the launcher's name is shown,
+    since each machine has a command of its own."""
     words = without_flags(sys.argv, ("--resume", "--overwrite", "--local_rank"))
+    # The launcher is known by the environment variables that it sets.
     launcher, size = "python", os.environ.get("WORLD_SIZE")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = f"torchrun --nproc_per_node {size}" if size == os.environ["LOCAL_WORLD_SIZE"] else "torchrun ..."
@@ -75,10 +77,11 @@ def resume_command() -> str:
 
 
 def without_flags(words: list[str], flags) -> list[str]:
-    """A command's words without these flags, in any of the forms --flag, --flag 0, --flag=0."""
+    """The words of a command without these flags, which may be written --flag, --flag 0 or --flag=0."""
     kept, value_may_follow = [], False
     for word in words:
         name, _, value = word.partition("=")
+        # A word such as "1" after a removed flag is the flag's value, and is removed too.
         if name not in flags and not (value_may_follow and word.lower() in BOOLEANS):
             kept.append(word)
         value_may_follow = name in flags and not value
@@ -86,6 +89,7 @@ def without_flags(words: list[str], flags) -> list[str]:
 
 
 def finish_here(result: dict) -> dict:
+    """Prints the result, the last line of the program, on the first process; returns it."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result), flush=True)
     return result

@@ -1,14 +1,13 @@
-"""What a run writes: its weights, and beside them the state from which it can be resumed.
+"""The files of a run: its weights, and beside them the state from which it can be resumed.
 
 `out/pretrain_512.pth` is for use, `out/pretrain_512_resume.pth` for resuming. The state holds its own copy of the
-weights, so a crash between writing the two files cannot leave a pair that does not belong together. The state is
-removed when the run is finished; the weights' record then holds the result. What is not trained is in neither file: a
-LoRA run writes its adapter alone.
+weights, so a crash between writing the two files does no harm. When the run is finished the state is removed, and the
+record in the weights' file holds the result. Neither file holds what is not trained: a LoRA run writes its adapter.
 
-A resumed run equals the run that was never stopped, bit for bit. Its state therefore holds all that the next step
-depends on and that is not a function of the step itself: the weights in float32, the optimizer's moments, float16's
-scaler, the random numbers of each process (dropout), the step and the counters. Learning rate and data order are not in
-it: they are functions of the step, and of the recipe, which must be the same.
+A resumed run equals the run that was never stopped, bit for bit. So the state holds everything that the next step
+depends on: the weights in float32, the optimizer's moments, float16's scaler, the random number state of each process
+(for dropout), the step and the counters. Learning rate and data order are not in it: they follow from the step and the
+recipe, and a run is resumed with the same recipe only.
 """
 
 import os
@@ -28,19 +27,19 @@ FORMAT = "minimind-resume-1"
 
 
 class Files:
-    """The paths of one run's files, and what may be done to them.
+    """The paths of one run's files, the checks before it writes them, and the writing.
 
-    first_part: of the files' names, what --save_weight says or stands for.
+    first_part: the first part of the files' names, --save_weight or its default.
     """
 
     def __init__(self, args, first_part: str, config):
         self.folder = Path(args.out_dir) / args.subfolder
-        # A file that is there already is replaced without --overwrite only if it has the same configuration.
+        # An existing file is replaced without --overwrite only if its configuration is the same.
         self.configuration = {"config": config.fields()}
         self.name = name = f"{first_part}_{config.dim}{'_moe' if config.use_moe else ''}"
         self.weights = self.folder / f"{name}.pth"
         self.state = self.folder / f"{name}{STATE_SUFFIX}.pth"
-        self.shards = self.folder / f"{name}{STATE_SUFFIX}"  # a folder, if the engine's processes write on their own
+        self.shards = self.folder / f"{name}{STATE_SUFFIX}"  # a folder: DeepSpeed's processes each write a part
         self.log = self.folder / f"{name}.jsonl"
         self.curve = self.folder / f"{name}.png"
 
@@ -48,29 +47,29 @@ class Files:
         """Raises UserError where nothing can be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # The process's number in the name, as the run's other processes try the same at the same time. No file of
-            # the run has a longer name, so one that the disk refuses is refused here.
+            # The process id is in the name because the run's other processes do the same at the same time. No file of
+            # the run has a longer name, so a name that is too long for the disk is refused here.
             probe = self.folder / f".{self.state.name}.{os.getpid()}.probe"
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise UserError(f"cannot write to --out_dir {self.folder}: {error.strerror}") from None
+            raise UserError(f"cannot write to --out_dir {self.folder} as {self.name}: {error.strerror}") from None
 
     def lock(self) -> None:
-        """Keeps other runs away from these files until this process ends; UserError where one is at work on them."""
-        # Only the first process of the run writes, so only it holds the lock.
+        """Keeps other runs from writing these files until this process ends; UserError where one is writing them."""
+        # Only the first process writes, so only it needs the lock. Kept in an attribute: closing the file would unlock.
         if int(os.environ.get("RANK", 0)) == 0:
             taken = f"another run is at work on {self.weights}; wait for it, or use --save_weight NAME, or --out_dir"
             self.held = lock(self.folder / f".{self.name}.lock", taken)
 
     def check_apart(self, path) -> None:
-        """Raises UserError where the run would write over weights that it needs. path: theirs, or words such as
-        "random", which name no file."""
+        """Raises UserError where the run would overwrite the weights it starts from. path: theirs, or words such as
+        "random (from nothing)", which equal no path."""
         if Path(path).resolve() == self.weights.resolve():
             raise UserError(f"this run needs {path} and would write over it; use --save_weight NAME, or --out_dir")
 
     def check_free(self, args) -> None:
-        """Raises UserError where this run would destroy what another one left."""
+        """Raises UserError where this run would overwrite the work of another one."""
         if args.resume or args.overwrite:
             return
         if self.state.exists():
@@ -97,7 +96,7 @@ class Files:
             return None
         result = record.get("result")
         if result and not result.get("stopped"):
-            # No step is left to take, so it does not matter if other processes or flags would make a step larger.
+            # No step is left, so the size of a step (which depends on the number of processes) need not be the same.
             global_batch = {"rows_per_step": record["recipe"]["rows_per_step"]}
             check_recipe(record["recipe"], recipe | global_batch, self.weights)
             return result
@@ -106,7 +105,7 @@ class Files:
     def save(self, engine, tokenizer, record: dict, step: int, counters: dict) -> None:
         """Writes the state and the weights; all processes call it, the first one writes."""
         check_finite(engine.module, step)
-        # All processes: under ZeRO each holds a part of the state and of the weights.
+        # Called by all processes: under ZeRO each holds a part of the state and of the weights.
         with named(self.shards):
             state = engine.state(self.shards)
         model = engine.whole_model()
@@ -117,8 +116,8 @@ class Files:
             "config": model.config.fields(), "tokenizer": tokenizer_to_dict(tokenizer),
             "model": state.pop("model"), "engine": state,
         }  # fmt: skip
-        # The old state is whole until the new one takes its place; only then are the parts removed that the old one
-        # needs. The weights for use come last: nothing depends on them.
+        # The order matters. Until the new state has replaced the old one, the old one needs its shards: they are
+        # removed after that. The weights for use come last, since resuming does not need them.
         save_atomically(content, self.state)
         self._remove_shards(but=state.get("shards"))
         self.write(model, tokenizer, record)
@@ -127,16 +126,17 @@ class Files:
         """Writes the weights with their result, then removes the state."""
         model = engine.whole_model()
         if engine.world.first:
-            # In this order: after a crash between the two the state is resumed, takes no step, and ends here again.
+            # Weights first: after a crash between the two lines, --resume loads the state, has no step left and comes
+            # here again.
             self.write(model, tokenizer, record)
             self.state.unlink(missing_ok=True)
             self._remove_shards()
-            for file in (self.weights, self.state):  # what saves that were killed have left
+            for file in (self.weights, self.state):  # temporary files of saves that were killed
                 for part in self.folder.glob(f".{file.name}.*.tmp"):
                     part.unlink(missing_ok=True)
 
     def _remove_shards(self, but=None) -> None:
-        """Removes the parts of all saved states but the one named `but`, and of saves that a crash cut short."""
+        """Removes the shards of all saved states except `but`, those of interrupted saves too."""
         for folder in self.shards.iterdir() if self.shards.exists() else ():
             if folder.name != but:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -144,12 +144,12 @@ class Files:
             shutil.rmtree(self.shards, ignore_errors=True)
 
     def write(self, model, tokenizer, record: dict) -> None:
-        """The file for use."""
+        """Writes the file for use."""
         save_weights(self.weights, model, tokenizer, record)
 
 
 class AdapterFiles(Files):
-    """Those of a run that trains the adapter "default" of a frozen model."""
+    """The files of a run that trains an adapter, called "default", of a frozen model."""
 
     def __init__(self, args, first_part: str, model):
         super().__init__(args, first_part, model.config)
@@ -160,8 +160,8 @@ class AdapterFiles(Files):
 
 
 def check_finite(model, step: int) -> None:
-    """Raises RunFailed where a step has ruined the weights, as a finite gradient at too high a rate can. Called before
-    a save, so that the good file of before is not replaced."""
+    """Raises RunFailed where weights are not finite: too high a learning rate can cause that with finite gradients.
+    Called before a save, so that the last good file is kept."""
     for name, tensor in model.named_parameters():
         if tensor.requires_grad and not tensor.isfinite().all():
             raise RunFailed(
@@ -171,7 +171,7 @@ def check_finite(model, step: int) -> None:
 
 
 def read_state(path, mmap=False) -> dict:
-    """The content of a state file; UserError where it cannot be read. mmap: its tensors stay in the file."""
+    """The content of a state file; UserError where it cannot be read. mmap: do not read its tensors into memory."""
     try:
         state = read_file(path, mmap)
     except ValueError as error:
@@ -182,14 +182,14 @@ def read_state(path, mmap=False) -> dict:
 
 
 def find_states(args, first_part: str) -> list[Path]:
-    """State files in --out_dir whose names begin so: pretrain_512_resume.pth, pretrain_640_moe_resume.pth."""
+    """State files in --out_dir with this first part, such as pretrain_512_resume.pth, pretrain_640_moe_resume.pth."""
     pattern = re.compile(rf"{re.escape(first_part)}_(\d+)(_moe)?{STATE_SUFFIX}\.pth")
     folder = Path(args.out_dir) / args.subfolder
     return [path for path in sorted(folder.glob("*.pth")) if pattern.fullmatch(path.name)]
 
 
 def check_recipe(saved: dict, mine: dict, path) -> None:
-    """Raises UserError naming the settings in which a run to be resumed differs from the one that is asked for."""
+    """Raises UserError naming the settings that differ between the saved run and this one."""
     changed = [f"{key} was {saved.get(key)}, is now {mine.get(key)}" for key in sorted(saved.keys() | mine.keys())
                if saved.get(key) != mine.get(key)]  # fmt: skip
     if changed:

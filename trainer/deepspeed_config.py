@@ -1,7 +1,8 @@
 """The file that --deepspeed names, with the flags laid over it.
 
-The flags say what a run is: they fill what is "auto" in the file, and a value that contradicts them is a mistake, found
-before any process begins to work. What else is wrong with the file DeepSpeed says itself, in one line.
+The flags decide precision, batch sizes, clipping, optimizer and schedule, as they do without DeepSpeed. Their values
+replace "auto" in the file; another value there is refused. All other keys are DeepSpeed's: it checks them itself, and
+its complaint becomes one line. All this happens before any process begins to work.
 """
 
 import copy
@@ -16,7 +17,7 @@ from common.device import device_and_dtype
 from common.errors import UserError
 
 AUTO = "auto"
-SECTIONS = ("optimizer", "zero_optimization", "bf16", "fp16", "torch_autocast")  # those that are read here
+PRECISIONS = ("torch_autocast", "bf16", "fp16")  # sections that set the precision, the preferred one first
 
 
 def checked_config(args) -> dict:
@@ -31,7 +32,7 @@ def checked_config(args) -> dict:
     import_deepspeed(device)
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    try:  # without the global batch, which it holds against a number of processes that it does not know yet
+    try:  # without the global batch: DeepSpeed does not know yet how many processes there are, and would refuse it
         DeepSpeedConfig({key: value for key, value in filled.items() if key != "train_batch_size"})
     except Exception as error:  # a dozen types, pydantic's over several lines
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
@@ -47,7 +48,7 @@ def import_deepspeed(device: torch.device):
         import deepspeed.ops
     except ImportError as error:
         raise UserError(f"--deepspeed needs the package deepspeed: pip install deepspeed ({error})") from None
-    # Of torch 2.13, about a function of its own that DeepSpeed calls at each gathering of weights.
+    # torch 2.13 warns of a function that DeepSpeed calls at each gathering of weights; a user can do nothing about it.
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning, "torch.distributed")
     # An optional speed-up of sums between processes on CPUs; without a compiler the start would fail for it.
     if device.type == "cpu":
@@ -59,14 +60,13 @@ def read_config(path) -> dict:
     """The file's content, a JSON object."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--deepspeed {path} cannot be read: {error}") from None
-    except ValueError as error:
-        raise UserError(f"--deepspeed {path} is not JSON: {error}") from None
-    sections = {name: config.get(name, {}) for name in SECTIONS} if isinstance(config, dict) else {}
-    for name, value in {"the file": config, **sections}.items():
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: {name} must be a JSON object, not {json.dumps(value)}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed {path} cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed {path} must hold a JSON object")
+    for name in ("optimizer", "zero_optimization", *PRECISIONS):  # those that are read here
+        if not isinstance(config.get(name, {}), dict):
+            raise UserError(f"{path}: {name} must be a JSON object, not {json.dumps(config[name])}")
     return config
 
 
@@ -74,52 +74,48 @@ def fill(config: dict, args, size: int, dtype: torch.dtype) -> dict:
     """A copy with every "auto" replaced by what the flags say, or left to DeepSpeed where they say nothing; UserError
     where another value than the flags' stands there. size: processes."""
     config, path = copy.deepcopy(config), args.deepspeed
-    params = config.setdefault("optimizer", {}).setdefault("params", {})
-    global_batch = args.batch_size * args.accumulation_steps * size
-    rows, steps = f"--batch_size is {args.batch_size}", f"--accumulation_steps is {args.accumulation_steps}"
-    flags = [  # (section, key, what the flags say, the flags in words)
-        (config, "train_micro_batch_size_per_gpu", args.batch_size, rows),
-        (config, "gradient_accumulation_steps", args.accumulation_steps, steps),
-        (config, "train_batch_size", global_batch, f"{rows}, {steps}, of {size} processes"),
-        (config, "gradient_clipping", args.grad_clip, f"--grad_clip is {args.grad_clip:g}"),
-        (config["optimizer"], "type", "AdamW", "--optimizer with --deepspeed can only be adamw"),
-        (params, "lr", args.learning_rate, f"--learning_rate is {args.learning_rate:g}"),
-        (params, "weight_decay", args.weight_decay, f"--weight_decay is {args.weight_decay:g}"),
-    ]
     if "scheduler" in config:
         raise UserError(f"{path}: leave `scheduler` out; --schedule and --warmup set the rate of each step")
-    for section, key, value, words in flags:
+    optimizer = config.setdefault("optimizer", {})
+    params = optimizer.setdefault("params", {})
+    global_batch = args.batch_size * args.accumulation_steps * size
+    for section, key, flag, value in (
+        (config, "train_micro_batch_size_per_gpu", "--batch_size", args.batch_size),
+        (config, "gradient_accumulation_steps", "--accumulation_steps", args.accumulation_steps),
+        (config, "train_batch_size", "--batch_size x --accumulation_steps x processes", global_batch),
+        (config, "gradient_clipping", "--grad_clip", args.grad_clip),
+        (optimizer, "type", "the --optimizer", "AdamW"),
+        (params, "lr", "--learning_rate", args.learning_rate),
+        (params, "weight_decay", "--weight_decay", args.weight_decay),
+        (params, "betas", "the value without --deepspeed", [0.9, 0.95]),
+        (params, "eps", "the value without --deepspeed", 1e-8),
+    ):
         there = section.get(key, AUTO)
-        # A resumed run takes as many micro-batches as keep its global batch, whatever flags and file say.
-        follows = args.resume and key in ("gradient_accumulation_steps", "train_batch_size")
-        if there not in (AUTO, value) and not follows:
-            raise UserError(f'{path}: {key} is {there}, but {words}; write "auto" there, or give the same flag')
+        if there not in (AUTO, value):
+            raise UserError(f'{path}: {key} is {there}, but {flag} is {value}; write "auto" there, or give equal ones')
         section[key] = value
-    for key, value in (("betas", [0.9, 0.95]), ("eps", 1e-8)):  # as without DeepSpeed
-        params[key] = value if params.get(key, AUTO) == AUTO else params[key]
-    fill_precision(config, str(dtype).removeprefix("torch."), path)
+    set_precision(config, str(dtype).removeprefix("torch."), path)
     return without_auto(config)
 
 
-def fill_precision(config: dict, dtype: str, path) -> None:
-    """Turns on what computes in `dtype`. bf16 and fp16 keep the weights in it too, beside float32 ones; torch_autocast
-    keeps them in float32 alone, as a run without DeepSpeed does, and so it is preferred."""
-    computes = {"torch_autocast": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}
-    if "torch_autocast" in config:
-        there = config["torch_autocast"].get("dtype", AUTO)
-        computes["torch_autocast"] = "bfloat16" if there == AUTO else there.removeprefix("torch.")
-        config["torch_autocast"]["dtype"] = computes["torch_autocast"]
-    enabled = {name: config[name].get("enabled", AUTO) for name in computes if name in config}
-    for name, value in enabled.items():
-        if value is True and computes[name] != dtype:
-            raise UserError(f"{path}: {name} is enabled with {computes[name]}, but --dtype is {dtype}; make them equal")
-    fitting = [name for name, value in enabled.items() if value is not False and computes[name] == dtype]
-    said = [name for name in fitting if enabled[name] is True]
-    if len(said) > 1 or (dtype != "float32" and not fitting):
-        found = " and ".join(said) or "none of bf16, fp16 and torch_autocast"
-        raise UserError(f"{path}: {found} enabled, but --dtype is {dtype}; enable one of them")
-    for name, value in enabled.items():
-        config[name]["enabled"] = name in (said or fitting[:1]) if value == AUTO else value
+def set_precision(config: dict, dtype: str, path) -> None:
+    """Turns on the one section that computes in `dtype`, none for float32.
+
+    bf16 and fp16 keep the weights in half precision too, beside float32 ones. torch_autocast keeps them in float32
+    alone, as a run without DeepSpeed does, and so it is preferred where the file leaves the choice.
+    """
+    autocast = config.get("torch_autocast", {})
+    if autocast.get("dtype", AUTO) == AUTO:
+        autocast["dtype"] = "bfloat16"
+    computes = {"torch_autocast": autocast["dtype"].removeprefix("torch."), "bf16": "bfloat16", "fp16": "float16"}
+    said = {name: config[name].get("enabled", AUTO) for name in PRECISIONS if name in config}
+    fitting = [name for name, value in said.items() if value is not False and computes[name] == dtype]
+    on = [name for name, value in said.items() if value is True] or fitting[:1]
+    if [computes[name] for name in on] != [dtype] * (dtype != "float32"):
+        found = " and ".join(on) or "none of bf16, fp16 and torch_autocast"
+        raise UserError(f"{path}: {found} enabled, but --dtype is {dtype}; enable the one that computes in it")
+    for name in said:
+        config[name]["enabled"] = name in on
 
 
 def without_auto(config: dict) -> dict:

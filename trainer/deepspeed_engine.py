@@ -1,4 +1,4 @@
-"""DeepSpeed in the place of TrainingEngine: the optimizer's state, and more by ZeRO's stage, split over processes.
+"""DeepSpeed in place of TrainingEngine: ZeRO splits the optimizer's state, and more, over the processes.
 
 ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) gives each of N processes a part of the optimizer's moments and of the
 float32 weights they move (stage 1), of the gradients (stage 2), of the weights themselves (stage 3). Mathematics,
@@ -24,7 +24,7 @@ from trainer.world import World, restore_rng, rng_states
 
 
 class DeepSpeedEngine:
-    """The interface of trainer.engine.TrainingEngine."""
+    """Has the methods of trainer.engine.TrainingEngine."""
 
     def __init__(self, model, args, world: World):
         deepspeed = import_deepspeed(world.device)
@@ -34,7 +34,7 @@ class DeepSpeedEngine:
         self.stage = config.get("zero_optimization", {}).get("stage", 0)
         self.half = config.get("fp16", {}).get("enabled", False)
         low = self.half or config.get("bf16", {}).get("enabled", False)
-        # What DeepSpeed splits or rounds must be put together again in float32 to be written.
+        # Where DeepSpeed splits the weights or rounds them, they are gathered in float32 into this copy to be written.
         self.whole = copy.deepcopy(model) if self.stage == 3 or low else None
         model = model.to(world.device).train()
         if args.gradient_checkpointing:
@@ -42,16 +42,13 @@ class DeepSpeedEngine:
         groups = parameter_groups(model, args.weight_decay)
         try:
             self.model, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
-        except (TypeError, ValueError, AssertionError) as error:  # of keys that its optimizer does not know, for one
+        except (TypeError, ValueError, AssertionError) as error:  # such as keys that its optimizer does not know
             raise UserError(f"{args.deepspeed}: {' '.join(str(error).split())}") from None
         self.module = self.model.module
 
-    def autocast(self):
-        return self.world.autocast()
-
     @contextlib.contextmanager
     def micro_batch(self, last: bool):
-        """Around forward and backward of one micro-batch."""
+        """A context for forward and backward of one micro-batch; DeepSpeed needs to know the step's last one."""
         self.model.set_gradient_accumulation_boundary(last)
         yield
 
@@ -60,7 +57,7 @@ class DeepSpeedEngine:
         self.model.backward(loss * self.world.size, scale_wrt_gas=False)  # it averages over processes, as DDP does
 
     def gradient_norm(self) -> torch.Tensor:
-        """Not known before the step, in which ZeRO brings the parts of the gradient together: zero."""
+        """Zero: the norm is not known before the step, in which ZeRO gathers the parts of the gradient."""
         return torch.zeros((), device=self.world.device)
 
     def step(self, factor: float, norm: float) -> float:
@@ -74,15 +71,16 @@ class DeepSpeedEngine:
         return float(whole if norm is None else norm)
 
     def forgives(self) -> bool:
-        """With float16 DeepSpeed scales the loss and passes over what was too large, as TrainingEngine does."""
+        """With float16 DeepSpeed scales the loss and skips steps that overflow, as TrainingEngine does."""
         return self.half
 
     def numbers(self) -> dict[str, int]:
-        """What the log says of the engine at a step: with float16 how many steps were passed over so far."""
+        """What the engine adds to the log at a step: with float16 the number of skipped steps so far."""
         return {"passed_over": self.model.skipped_steps} if self.half else {}
 
     def state(self, shards) -> dict:
-        """Writes each process's part into a new folder in `shards` and returns what finds it again."""
+        """Writes each process's part into a new folder in `shards`; returns the folder's name with the rest of the
+        state."""
         name = self.world.gather(uuid.uuid4().hex[:12])[0]
         with contextlib.redirect_stdout(sys.stderr):
             self.model.save_checkpoint(str(shards), tag=name, save_latest=False)
@@ -100,6 +98,7 @@ class DeepSpeedEngine:
         if state["zero"] != self.stage and {state["zero"], self.stage} != {1, 2}:
             raise UserError(f"{shards}.pth was saved under ZeRO stage {state['zero']}, {self.args.deepspeed} has "
                             f"{self.stage}; resume it with the same stage, or use --overwrite")  # fmt: skip
+        # Parts of another number of processes or another stage fit only by way of DeepSpeed's universal checkpoint.
         name = state["shards"]
         universal = state["zero"] > 0 and (state["zero"], state["processes"]) != (self.stage, self.world.size)
         if universal:
@@ -115,7 +114,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def whole_model(self):
-        """The model as it is to be written: on the first process whole and in float32. All processes must call it."""
+        """The model to be written: on the first process whole and in float32. All processes must call it."""
         if self.whole is None:
             return self.module
         from deepspeed.runtime.zero import GatheredParameters

@@ -1,4 +1,4 @@
-"""A model with its optimizers: backward, step and state. The loop does not know whether one process runs or several."""
+"""A model with its optimizers: backward, step and state. The loop calls it the same way for one process or several."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from model.compat import checkpoint_activations
 from trainer.optimizers import make_optimizers
 from trainer.world import World, restore_rng, rng_states
 
-MOST_IN_A_ROW = 30  # steps passed over: by then the scaler's factor, halved each time, has gone from 2^16 to 2^-14
+MOST_IN_A_ROW = 30  # skipped steps: the scaler's factor, halved each time, has then gone from 2^16 to 2^-14
 
 
 class TrainingEngine:
@@ -23,42 +23,41 @@ class TrainingEngine:
         if args.gradient_checkpointing:
             checkpoint_activations(self.module)
         self.optimizers = make_optimizers(self.module, args.optimizer, args.learning_rate, args.weight_decay)
-        self.passed_over = self.in_a_row = 0  # steps whose gradient was not finite: in all, and in a row by now
+        self.passed_over = self.in_a_row = 0  # skipped steps (gradient not finite): in all, and since the last good one
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+        # self.model is what the loss calls: compiled, and with DDP's exchange of gradients. self.module is the same
+        # network without these, for validation and for saving; the parameters are shared.
         self.model = torch.compile(self.module) if args.compile else self.module
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.model, device_ids=ids)
 
-    def autocast(self):
-        return self.world.autocast()
-
     @contextlib.contextmanager
     def micro_batch(self, last: bool):
-        """Around forward and backward of one micro-batch: only a step's last one exchanges gradients."""
+        """A context for forward and backward of one micro-batch: DDP exchanges gradients in a step's last one only."""
         wait = self.world.size > 1 and not last
         with self.model.no_sync() if wait else contextlib.nullcontext():
             yield
 
     def backward(self, loss) -> None:
         """Adds the gradient of `loss`, which is this process's part of the step's loss."""
-        # DistributedDataParallel averages over processes what should be summed
+        # DistributedDataParallel averages gradients over the processes; they should be summed: hence the factor.
         self.scaler.scale(loss * self.world.size).backward()
 
     def gradient_norm(self) -> torch.Tensor:
-        """The gradient's norm, before it is clipped to --grad_clip, which is done here; on the device."""
-        for optimizer in self.optimizers:  # first: the limit is one on the gradient, not on float16's scaled one
+        """Clips the gradient to --grad_clip and returns its norm before clipping, a tensor on the device."""
+        for optimizer in self.optimizers:  # first: --grad_clip limits the gradient, not float16's scaled one
             self.scaler.unscale_(optimizer)
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         return torch.nn.utils.clip_grad_norm_(parameters, self.args.grad_clip or float("inf"))
 
     def step(self, factor: float, norm: float) -> float:
-        """Moves the weights, at `factor` times the peak rate, and clears the gradients; their norm is finite, and
-        returned."""
+        """Moves the weights, at `factor` times the peak rate, and clears the gradients. norm: theirs, finite; returned,
+        since DeepSpeed's engine learns it only here."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            optimizer.step()  # not the scaler's step: that would ask the GPU once more whether all is finite
+            optimizer.step()  # not scaler.step(optimizer): that would wait for the GPU again to test for overflow
         self._end_step()
         self.in_a_row = 0
         return norm
@@ -70,24 +69,26 @@ class TrainingEngine:
         self.in_a_row += 1
 
     def _end_step(self) -> None:
-        self.scaler.update()
+        self.scaler.update()  # a smaller factor after an overflow, a larger one after many good steps
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def forgives(self) -> bool:
-        """Whether a gradient that is not finite may be passed over. float16 ends at 65504, and the scaler finds the
-        largest factor for the loss by trying: it halves the factor after each overflow. After many in a row the factor
-        is not what is wrong."""
+        """Whether a step whose gradient is not finite may be skipped.
+
+        float16 ends at 65504, and the scaler finds the largest factor for the loss by trial: it halves the factor after
+        each overflow. After many overflows in a row the factor is not the cause.
+        """
         return self.scaler.is_enabled() and self.in_a_row < MOST_IN_A_ROW
 
     def numbers(self) -> dict[str, int]:
-        """What the log says of the engine at a step: with float16 how many steps were passed over so far."""
+        """What the engine adds to the log at a step: with float16 the number of skipped steps so far."""
         return {"passed_over": self.passed_over} if self.scaler.is_enabled() else {}
 
     def state(self, shards) -> dict:
         """Everything that the next step depends on; "model": what is learned. All processes must call it.
 
-        shards: a folder for what each process would have to write for itself; here the first one has it all.
+        shards: a folder where DeepSpeed's processes write their own parts. Not used here: each process has all of it.
         """
         return {
             "model": {name: tensor.detach().cpu() for name, tensor in learned_state(self.module).items()},
@@ -98,6 +99,7 @@ class TrainingEngine:
         }
 
     def load_state(self, state: dict, shards) -> None:
+        """Restores what state() returned. shards: named in the error message only."""
         if "shards" in state:
             raise UserError(f"{shards}.pth was saved with --deepspeed; resume it with the flag, or use --overwrite")
         load_learned(self.module, state["model"])
@@ -136,13 +138,13 @@ def engine_in_words(args, world: World) -> str:
 
 
 def learned_state(model) -> dict[str, torch.Tensor]:
-    """What of a model's state is trained: all of it, or the adapters of a frozen model."""
+    """The trained part of a model's state: all of it, or the adapters of a frozen model."""
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.requires_grad}
 
 
 @torch.no_grad()
 def load_learned(model, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts back what learned_state gave."""
+    """Copies the tensors of learned_state back into the model."""
     own = learned_state(model)
     if own.keys() != tensors.keys():
         raise RuntimeError(f"the saved state does not fit: {sorted(own.keys() ^ tensors.keys())[:3]}")

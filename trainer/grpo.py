@@ -1,10 +1,9 @@
-"""Reinforcement learning (GRPO): sample answers, check them, make what was better than its group likelier.
+"""Reinforcement learning (GRPO): sample answers, check them, raise the probability of those better than their group.
 
-A step takes `batch_size` x `accumulation_steps` x processes answers, `group` of them to each question. The answers are
-sampled by a function the stage hands in; here they are judged, compared within their group, and learned from
-`inner_steps` times. Which question, and with which random numbers, depends on an answer's place in the run alone: not
-on the process that gives it, nor on what was asked beside it. So a run that is killed and resumed is the run that was
-not, and the groups may be dealt out over processes in any way.
+A step takes `batch_size` x `accumulation_steps` x processes answers, `group` of them to each question. The stage's
+rollout samples them; here they are judged, compared in their group, and learned from `inner_steps` times. An answer's
+question and random seed depend only on its index in the run, not on the process that samples it or on the rest of the
+batch. So a run that is killed and resumed equals one that was not, and answers may be split over processes in any way.
 """
 
 from collections import Counter
@@ -22,15 +21,15 @@ from trainer.preference import paired_bootstrap
 from trainer.prefetch import amounts, ready_for, to_device
 from trainer.rewards import answer_block, exact_match, reward
 
-LENGTHS = 64  # rows are a multiple of it long: few shapes for --compile, and for a GPU's kernels
+LENGTHS = 64  # row lengths are multiples of it: few different shapes for --compile and for a GPU's kernels
 CURVES = (("reward", "reward of sampled answers"), ("exact_match", "exact match, held out"))
 
 
 @dataclass
 class SampledAnswer:
-    """One sampled answer. tokens include the one that ended it; an answer cut off by the limit is worth nothing."""
+    """One sampled answer. tokens include the end token; an answer cut off by the length limit has reward 0."""
 
-    index: int  # its place in the run
+    index: int  # counted over the whole run
     prompt: list[int]
     tokens: list[int]
     reward: float
@@ -44,13 +43,14 @@ class SampledAnswer:
 
 
 def train(run, problems, held_out, reference, rollout, world) -> dict:
-    """Trains run.model by GRPO, as run.args say, and returns the result that is printed as JSON.
+    """Trains run.model by GRPO and returns the result that is printed as JSON.
 
     problems: trainer.problems.Problems; held_out: a list of Problem, maybe empty. reference: the frozen model, on
-    world.device; None with --kl 0. rollout(model, prompts, seeds, temperature) -> for each prompt (token ids) an object
-    with token_ids, text (all that was generated before the token that ended it, special tokens too) and finish_reason
-    ("stop" where the answer came to its end), sampled from softmax(logits / temperature) by a generator of that seed;
-    temperature 0: the best token. Raises RunFailed (NaN, full disk); exits 130 or 143 when told to stop.
+    world.device; None with --kl 0.
+    rollout(model, prompts, seeds, temperature) -> for each prompt (token ids) an object with token_ids, text (all that
+    was generated before the end token, special tokens too) and finish_reason ("stop" where there was an end token).
+    Tokens are sampled from softmax(logits / temperature) with a generator of that seed; temperature 0: the best token.
+    Raises RunFailed (NaN, full disk); exits 130 or 143 when stopped.
     """
     args = run.args
     plan = Plan(run, problems, world, args.group)
@@ -68,7 +68,7 @@ def train(run, problems, held_out, reference, rollout, world) -> dict:
 
     session = Session(run, plan, recipe, world, validate, slots=0, learned=0, before=None)
     engine, counters = session.engine, session.counters
-    # What was right before training is compared with what is right at the end, so it is part of the saved state.
+    # Which questions were right before training is needed at the end, for the gain: it is part of the saved state.
     if counters["before"] is None:
         counters["before"], validation = evaluate(engine, rollout, held_out)
         session.log.validation(0, **validation)
@@ -87,13 +87,15 @@ def train(run, problems, held_out, reference, rollout, world) -> dict:
 
 
 def step_indices(plan: Plan, step: int) -> list[int]:
-    """Places in the run of the answers that this process gives in a step."""
+    """Indices of the answers that this process samples in a step."""
     return [i for micro in range(plan.accumulation_steps) for i in plan.rows(step, micro) if i >= 0]
 
 
 def take_grpo_step(engine: TrainingEngine, rollout, problems, reference, plan: Plan, factor: float, step: int):
-    """Answers, judged and learned from inner_steps times -> (numbers for the log, amounts of tokens of all processes:
-    real ones, slots of the rows, learned ones)."""
+    """Samples answers, judges them, and learns from them inner_steps times.
+
+    -> (numbers for the log; over all processes, how many real tokens, row slots and learned tokens there were).
+    """
     args, world = engine.args, engine.world
     answers = sample(engine, rollout, problems, step_indices(plan, step), args)
     numbers = Counter(compare(answers, args.group, world))
@@ -102,8 +104,8 @@ def take_grpo_step(engine: TrainingEngine, rollout, problems, reference, plan: P
     count, tokens, slots = world.sum(*amounts(micro_batches), slots)
     add_log_probs(engine, micro_batches, reference, args)
     loss_fn = policy_loss(args)
-    # The first update is that of the policy which sampled: all ratios are 1. From the second on the policy has moved,
-    # and the clip bounds how much one sampling may move it. The printed numbers are means over the updates.
+    # At the first update the policy is the one that sampled, and all ratios are 1. From the second on it has moved, and
+    # the clip bounds how far it may move on the same answers. The printed numbers are means over the updates.
     for _ in range(args.inner_steps):
         sums = add_gradients(engine, micro_batches, loss_fn, count, tokens)
         learned, _ = move_weights(engine, sums, count, factor, step)
@@ -113,9 +115,9 @@ def take_grpo_step(engine: TrainingEngine, rollout, problems, reference, plan: P
 
 # ------------------------------------------------------------------------------------------------- what was sampled
 def sample(engine: TrainingEngine, rollout, problems, indices: list[int], args) -> list[SampledAnswer]:
-    """This process's answers of a step, judged."""
+    """Samples and judges this process's answers of a step."""
     asked = [problems[i] for i in indices]
-    # A seed for each answer by its place in the run: the same answer whichever process gives it, in whatever batch.
+    # A seed for each index: the same answer whichever process samples it, and in whatever batch.
     seeds = [args.seed * 2**40 + i for i in indices]
     completions = roll_out(engine, rollout, [q.prompt for q in asked], seeds, args.temperature)
     answers = []
@@ -130,23 +132,23 @@ def sample(engine: TrainingEngine, rollout, problems, indices: list[int], args) 
 def roll_out(engine: TrainingEngine, rollout, prompts, seeds, temperature: float) -> list:
     """rollout with the model as it is now, in eval mode and the run's precision."""
     engine.module.eval()
-    with engine.autocast():
+    with engine.world.autocast():
         completions = rollout(engine.module, prompts, seeds, temperature)
     engine.module.train()
     return completions
 
 
 def complete_text(completion) -> str:
-    """What an answer says; "" for one that was cut off, which then is neither well-formed nor right."""
+    """The text of an answer; "" for one that was cut off, which is then neither well-formed nor right."""
     return completion.text if completion.finish_reason == "stop" else ""
 
 
 def compare(answers: list[SampledAnswer], group: int, world) -> dict[str, float]:
-    """Sets each answer's advantage over its group, whoever sampled the rest of it -> what the step's answers were like.
+    """Sets each answer's advantage over its group -> {name: mean over the answers of all processes}.
 
-    Means over the answers of all processes; learning_groups: share of the groups whose rewards differ.
+    learning_groups: share of the groups whose rewards differ; from the others nothing is learned.
     """
-    # A group may be spread over processes, so all of them see all rewards.
+    # The answers of a group may be on several processes, so each process gets all rewards.
     own = [(a.index, a.reward, a.well_formed, a.right, a.truncated, len(a.tokens)) for a in answers]
     everyone = sorted(row for part in world.gather(own) for row in part)
     table = torch.tensor([row[1:] for row in everyone], dtype=torch.float64)  # (Q * G, 5)
@@ -162,16 +164,17 @@ def compare(answers: list[SampledAnswer], group: int, world) -> dict[str, float]
 
 # ---------------------------------------------------------------------------------------------------- what is learned
 def deal(answers: list[SampledAnswer], batch_size: int, micro_batches: int, device) -> list[dict[str, torch.Tensor]]:
-    """A process's answers as micro-batches on its device, which stay there for all inner steps; answers of like length
-    stand together, which saves padding."""
+    """A process's answers as micro-batches on its device, where they stay for all inner steps. Answers are sorted by
+    length, so that a micro-batch needs little padding."""
     in_order = sorted(answers, key=len)
-    # As many micro-batches on every process, some of them empty: each takes part in the exchange of gradients.
+    # Every process needs the same number of micro-batches, even empty ones: with a different number the exchange of
+    # gradients would hang.
     parts = [in_order[i * batch_size : (i + 1) * batch_size] for i in range(micro_batches)]
     return [to_device(ready_for(device, as_tensors(part), most_documents=1), device) for part in parts]
 
 
 def as_tensors(answers: list[SampledAnswer]) -> dict[str, torch.Tensor]:
-    """Rows of prompt and answer, padded on the right to one of few lengths; no answer at all: one empty row.
+    """Rows of prompt and answer, padded on the right to a multiple of LENGTHS; without any answer one empty row.
 
     input_ids, labels, segment_ids (B, T) as in data/rows.py, advantage (B,), count: tokens of the answers.
     """
@@ -194,36 +197,36 @@ def as_tensors(answers: list[SampledAnswer]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def add_log_probs(engine: TrainingEngine, micro_batches, reference, args) -> None:
-    """Adds to each micro-batch what does not change while it is learned from, (B, T - 1) each: "old", its tokens'
-    log-probabilities under the policy that sampled them, and "reference", those under the frozen model.
+    """Adds to each micro-batch its tokens' log-probabilities, (B, T - 1): "old", under the policy that sampled them,
+    and "reference", under the frozen model. Both stay the same during the inner steps.
 
-    With one inner step the policy of the loss still is the one that sampled, and nothing needs to be computed twice.
+    With one inner step "old" is left out: the loss computes the same numbers.
     """
     models = {"old": engine.module if args.inner_steps > 1 else None, "reference": reference}
     for batch in micro_batches:
         for name, model in models.items():
             if model is not None:
-                with engine.autocast():
+                with engine.world.autocast():
                     batch[name] = log_probs(model, batch, args.temperature)[1]
 
 
 def log_probs(model, batch, temperature: float):
     """-> (output of the forward pass, token_log_probs (B, T - 1)) at the temperature of the sampling.
 
-    The ratios and the KL are of the distributions that were sampled from; at temperature T those are
-    softmax(logits / T), since nothing else (top_k, top_p, penalties) bends them here.
+    Ratios and KL must be of the distribution that was sampled from. At temperature T that is softmax(logits / T), as
+    no top_k, top_p or penalty is used here.
     """
     out = model(**inputs(batch))
     return out, token_log_probs(out.logits, batch["labels"], temperature)
 
 
 def policy_loss(args):
-    """The loss function: sums over the answers' tokens."""
+    """The loss function for trainer.loop.add_gradients: sums over the answers' tokens."""
 
     def loss_fn(model, batch):
         out, policy = log_probs(model, batch, args.temperature)
-        # With one inner step there is no "old": the policy is the one that sampled, and its ratio to itself is 1, with
-        # the gradient of log p.
+        # With one inner step there is no "old": the policy is the one that sampled. policy / policy.detach() is 1 and
+        # has the gradient of log p, the plain policy gradient.
         old, reference = batch.get("old", policy.detach()), batch.get("reference")
         mask = batch["labels"][:, 1:] != IGNORED
         loss, count, numbers = grpo_loss(policy, old, reference, batch["advantage"], mask, args.clip, args.kl)
@@ -234,7 +237,7 @@ def policy_loss(args):
 
 # ------------------------------------------------------------------------------------------------------- validation
 def evaluate(engine: TrainingEngine, rollout, held_out) -> tuple[list[bool], dict]:
-    """Greedy answers to the held-out questions: (right or not, one by one; shares of right and of well-formed)."""
+    """Greedy answers to the held-out questions -> (for each whether it is right, {name: share})."""
     if not held_out:
         return [], {"exact_match": None, "well_formed": None}
     world = engine.world
@@ -242,7 +245,8 @@ def evaluate(engine: TrainingEngine, rollout, held_out) -> tuple[list[bool], dic
     completions = roll_out(engine, rollout, [q.prompt for q in own], [0] * len(own), 0.0)
     texts = [complete_text(completion) for completion in completions]
     found = [(exact_match(t, q.answer), answer_block(t) is not None) for t, q in zip(texts, own, strict=True)]
-    # Rank r had questions r, r + size, ...: back into their order, for the comparison of each with itself.
+    # Rank r answered questions r, r + size, ... Back in the order of the questions: what_was_gained compares each
+    # question before and after.
     parts = world.gather(found)
     right, well_formed = zip(*(parts[i % world.size][i // world.size] for i in range(len(held_out))), strict=True)
     n = len(held_out)
@@ -250,7 +254,7 @@ def evaluate(engine: TrainingEngine, rollout, held_out) -> tuple[list[bool], dic
 
 
 def what_was_gained(before: list[bool], after: list[bool]) -> dict:
-    """Exact match on the held-out questions before and after; the gain's 95% interval is a paired bootstrap's."""
+    """Exact match on the held-out questions before and after training, and a 95% bootstrap interval of the gain."""
     if not after:
         return {"exact_match_before": None, "exact_match_after": None, "exact_match_gain_interval": None}
     shares = [torch.tensor(right, dtype=torch.float64) for right in (before, after)]
@@ -262,7 +266,7 @@ def what_was_gained(before: list[bool], after: list[bool]) -> dict:
 
 
 def in_words(problems, held_out, args) -> list[tuple[str, str]]:
-    """What is asked, for the run's first lines."""
+    """The questions in words, for the lines printed at the start."""
     asked = f"{len(problems.problems):,} questions, each answered {args.group} times an epoch"
     sampling = f"temperature {args.temperature:g}, at most {args.max_new_tokens} new tokens"
     checked = f"{len(held_out):,} questions" if held_out else "none: no validation figure (see --val_split)"

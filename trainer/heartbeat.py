@@ -1,9 +1,9 @@
-"""Ends a process that would wait for another one which is gone, and names the one that is lost or never came.
+"""Ends a process that waits for a dead one, and names the rank that is lost or never started.
 
-torchrun ends the processes of its own machine. But a collective hangs when a process on another machine has died, on
-some backends for half an hour, and its error does not say which. So every process raises a counter once a second, in
-the store through which they found each other, and reads the others' counters. That also allows a long timeout for the
-collectives themselves: while the first process tokenises a large corpus, the others wait for hours.
+torchrun ends the processes of its own machine. But when a process on another machine has died, a collective hangs, on
+some backends for half an hour, and its error does not name the rank. So every process raises a counter once a second in
+the store through which the processes connected, and reads the counters of the others. This also allows a long timeout
+for the collectives themselves: the others may wait for hours while the first process tokenises a large corpus.
 """
 
 import os
@@ -25,8 +25,8 @@ GRACE = 3.0  # seconds for the main thread to leave by itself
 
 
 class Heartbeat:
-    """A context around the work of one of several processes: the loss of another one raises RunFailed, or ends this
-    process where its main thread hangs in a collective."""
+    """A context around the work of one of several processes. If another process is lost it raises RunFailed; if the
+    main thread hangs in a collective, it ends the process."""
 
     def __init__(self, rank: int, size: int):
         self.rank, self.others = rank, [r for r in range(size) if r != rank]
@@ -42,20 +42,20 @@ class Heartbeat:
     def __exit__(self, kind, error, trace):
         try:
             if error is None or isinstance(error, SystemExit):
-                torch_dist.barrier()  # one that leaves early would count as lost
+                torch_dist.barrier()  # a process that left before the others would count as lost
             elif _is_broken_connection(error):
-                self.silence = SUSPECT  # soon the listening thread knows whose counter stands still
+                self.silence = SUSPECT  # give the listening thread time to see whose counter stands still
                 if self.lost.wait(2 * SUSPECT):
                     raise RunFailed(self.words) from None
         finally:
             self.done.set()
 
     def _listen(self) -> None:
-        # Each one's last count, and for how long it has not changed: measured in this process's own counts, because by
-        # the clock a process that was itself stopped (Ctrl-Z, a laptop asleep) would take all others for lost.
+        # rank -> (last count, seconds without a change). The seconds are counted in this process's own beats and not by
+        # the clock: after Ctrl-Z or a laptop's sleep the clock would show all others as lost.
         heard = dict.fromkeys(self.others, (0, 0.0))
         while not self.done.wait(BEAT):
-            # Without its launcher nobody would end this process, and the same command may be at work again beside it.
+            # Without its launcher this process would be left over, perhaps beside a new run of the same command.
             if self.launcher and os.getppid() != self.launcher:
                 return self._end("this machine's launcher is lost")
             try:
@@ -78,8 +78,8 @@ class Heartbeat:
 
 
 def meet(rank: int, size: int):
-    """The store through which the processes of the launcher's environment find each other, when all of them are there;
-    RunFailed names those who do not come."""
+    """The store through which the launcher's processes connect, once all have arrived. RunFailed names the ranks that
+    do not arrive in time."""
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError):
@@ -100,7 +100,7 @@ def meet(rank: int, size: int):
 
 
 class Waiting:
-    """Until all are there: says once for whom, and ends in RunFailed when START has gone by."""
+    """Waits for other ranks: prints once which, and raises RunFailed when START has passed."""
 
     def __init__(self, rank: int):
         self.rank, self.begin, self.told = rank, time.monotonic(), False

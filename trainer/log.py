@@ -1,4 +1,4 @@
-"""Says how a run goes: a line on the screen, every step in a file, a curve at the end."""
+"""The log of a run: a line on the screen, every step in a file, a curve at the end."""
 
 import json
 import os
@@ -9,16 +9,11 @@ import time
 import torch
 from tqdm import tqdm
 
+from common import workers
 from common.files import named, replaced
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-# Dense products a second in units of 10^12, half precision with sums in float32: from the makers' data sheets; for
-# GeForce 30, 40 and 50, whose sheets give other sums, multiprocessors x 512 x boost clock, which their white papers'
-# figures equal.
+# Peak speed in TFLOPS: dense products in half precision with sums in float32, from the makers' data sheets. Those of
+# GeForce 30, 40 and 50 give other figures; here it is multiprocessors x 512 x boost clock, as in their white papers.
 GPU_TFLOPS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148, "A100": 312,
     "A800": 312, "A40": 150, "A30": 165, "A10": 125, "L40S": 362, "L40": 181, "L20": 119, "L4": 121, "V100": 125,
@@ -32,7 +27,7 @@ LOSS_CURVES = (("loss", "training"), ("val_loss", "held out"))
 
 
 class Log:
-    """Prints and writes what the first process reports; on the other processes it does nothing."""
+    """Prints and writes the numbers of the first process; on the others it does nothing. trackers: see tracking.py."""
 
     def __init__(
         self, files, world, total_steps: int, flops_per_token: float, log_interval: int, start_step: int, trackers=()
@@ -47,21 +42,21 @@ class Log:
             self.bar = tqdm(total=total_steps, initial=start_step, disable=not show, leave=False, unit=" steps")
 
     def _open(self, start_step: int):
-        """The log file, cut off behind step `start_step`; what is left of it is the history.
+        """Opens the log file, cuts it off after step `start_step`, and reads what is left into the history.
 
-        A run that was killed has logged steps after its last save. They are taken again, so their lines go. The lines
-        that stay are not written again: no kill can lose them.
+        A run that was killed has logged steps after its last save. The resumed run takes them again, so their lines are
+        removed. The other lines are not rewritten, so no kill can lose them.
         """
         with named(self.files.log):
             file = open(self.files.log, "ab+", buffering=0)  # unbuffered: each line is in the file at once
             file.seek(0)
-            end = 0
+            end = 0  # bytes to keep
             for line in file.readlines() if start_step else ():
                 try:
                     record = json.loads(line)
-                    # The last validation comes after the last save, so a resumed run makes it again.
+                    # The last validation comes after the last save, so a resumed run repeats it.
                     last = record["step"] == self.total and "tokens" not in record
-                    # A line without its end was cut short by a crash.
+                    # A line without a line end was cut short by a crash.
                     if record["step"] > start_step or last or not line.endswith(b"\n"):
                         break
                 except (ValueError, TypeError, KeyError):
@@ -72,11 +67,12 @@ class Log:
         return file
 
     def step(self, step: int, tokens: int, **numbers) -> None:
-        """One finished step: `tokens` real tokens, and its numbers by name."""
+        """Logs a finished step. tokens: its real tokens; numbers: by name."""
         if not self.world.first:
             return
         self._write({"step": step, "tokens": tokens, **numbers})
         self.bar.update()
+        # Speed and time left are averages since the last printed line.
         self.since = [self.since[0] + tokens, self.since[1] + 1]
         if step % self.interval == 0 or step == self.total:
             now = time.perf_counter()
@@ -88,7 +84,7 @@ class Log:
             memory = peak_memory(self.world.device) / 2**30
             self.say(
                 f"step {step}/{self.total}  {shown}  lr {numbers['lr']:.2e}  {speed:,.0f} tok/s  "
-                f"mfu {mfu}  mem {memory:.2f} GB  left {duration(left)}"
+                f"mfu {mfu}  mem {memory:.2f} GB  left {tqdm.format_interval(left)}"
             )
 
     def validation(self, step: int, **numbers) -> None:
@@ -96,7 +92,7 @@ class Log:
             self._write({"step": step, **numbers})
             shown = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items() if value is not None)
             self.say(f"step {step}/{self.total}  {shown}")
-        self.clock, self.since = time.perf_counter(), [0, 0]  # a validation's time does not count into tok/s
+        self.clock, self.since = time.perf_counter(), [0, 0]  # tok/s must not include the validation
 
     def say(self, text: str) -> None:
         if self.world.first:
@@ -104,8 +100,8 @@ class Log:
             sys.stdout.flush()
 
     def flush(self) -> None:
-        """Waits until all lines are on the disk. Called before a state is saved: otherwise a power cut could leave a
-        state that is ahead of its log."""
+        """Waits until all lines are on the disk. Called before a state is saved: after a power cut the log must hold
+        all steps that the state holds."""
         if self.world.first:
             with named(self.files.log):
                 os.fsync(self.file.fileno())
@@ -126,7 +122,7 @@ class Log:
         self._tell(lambda tracker: tracker.log(record["step"], numbers))
 
     def _tell(self, act) -> None:
-        """act(tracker) for each; one that fails is dropped with a warning, and the run goes on."""
+        """Calls act(tracker) for each tracker. One that fails is dropped with a warning, and the run goes on."""
         for tracker in list(self.trackers):
             try:
                 act(tracker)
@@ -135,7 +131,7 @@ class Log:
                 print(f"warning: {type(tracker).__name__} is told no more: {error!r}", file=sys.stderr)
 
     def draw_curve(self, curves=LOSS_CURVES, unit="loss") -> None:
-        """Writes the curves, (name of a number, what it is) each, as a picture beside the weights."""
+        """Draws curves, (name of a number, its label) each, into a picture beside the weights."""
         if not self.world.first or not any(curves[0][0] in record for record in self.history):
             return
         try:
@@ -165,9 +161,9 @@ class Log:
 def flops_per_token(config, seq_len: int, learned_share=1.0) -> float:
     """Floating-point operations of forward and backward for one token of a row.
 
-    6 for each weight it meets (a tied embedding once: the head's product): 2 forward, 2 for the gradient of its input
-    and 2 for its own, if it is among the learned_share that learns. And the causal half of the two attention products:
-    6 * layers * heads * head width * row length.
+    For each weight the token meets: 2 in the forward pass, 2 for the gradient of the input, and 2 for the weight's own
+    gradient if it is trained (learned_share of them are). An embedding is a lookup and counts only as the head it is
+    tied to. The two attention products add, for the causal half: 6 * layers * heads * head width * row length.
     """
     weights = config.active_parameter_count()
     if not config.tie_word_embeddings:
@@ -176,14 +172,14 @@ def flops_per_token(config, seq_len: int, learned_share=1.0) -> float:
 
 
 def device_flops(world) -> float:
-    """Peak floating-point operations a second: of a GPU by its name, 0 for one that the table does not know; else the
-    best of three matrix products."""
+    """Peak floating-point operations a second, of all processes: for a GPU from the table, 0 if it is not there; for
+    other devices as measured, the best of three matrix products."""
     if world.device.type == "cuda":
         name = torch.cuda.get_device_name(world.device)
         known = [model for model in GPU_TFLOPS if re.search(rf"\b{model}\b(?!.*Laptop)", name)]
         return GPU_TFLOPS[max(known, key=len)] * 1e12 * world.size if known else 0.0
     size = 1024
-    a = torch.full((size, size), 0.5, device=world.device)  # no random numbers: the run counts on its own
+    a = torch.full((size, size), 0.5, device=world.device)  # not random: the run's random numbers stay as they are
     best = float("inf")
     for _ in range(3):
         begin = time.perf_counter()
@@ -193,19 +189,7 @@ def device_flops(world) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by torch on a GPU, by the process on a CPU (0 where the system does not say)."""
+    """The most bytes held so far: by torch on a GPU, by the process on a CPU (0 where the system does not say)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
-
-
-def duration(seconds: float) -> str:
-    """90 -> "1m30s"."""
-    seconds = int(seconds)
-    hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+    return workers.peak_memory(0) or 0

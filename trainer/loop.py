@@ -1,7 +1,8 @@
-"""The training loop. Every stage runs train(); reinforcement (grpo.py) takes its steps in the same Session.
+"""The training loop. Every stage calls train(); GRPO (grpo.py) has steps of its own and shares the Session.
 
 A step is `accumulation_steps` micro-batches on each process. Their losses are sums, divided once by the count of the
-whole step (its learned tokens, or its pairs), so the gradient does not depend on how the step's rows were dealt out.
+whole step (its learned tokens, or its pairs), so the gradient does not depend on how the step's rows are split into
+micro-batches and over processes.
 """
 
 import math
@@ -30,12 +31,12 @@ NO_VALIDATION = {"val_loss": None, "val_bits_per_byte": None}
 
 # ------------------------------------------------------------------------------------------------ the default loss
 def inputs(batch: dict) -> dict:
-    """What of a batch the model reads."""
+    """The tensors of a batch that the model takes as arguments."""
     return {name: batch[name] for name in ("input_ids", "segment_ids", "document_ends") if name in batch}
 
 
 def learned_targets(labels: torch.Tensor) -> torch.Tensor:
-    """How many targets labels (B, T) hold: those that are learned, but no row's first token, which nothing predicts."""
+    """The number of learned targets in labels (B, T). A row's first token is none: no token before it predicts it."""
     return (labels[:, 1:] != IGNORED).sum()
 
 
@@ -47,14 +48,14 @@ def language_model(model, batch: dict):
 
 # --------------------------------------------------------------------------------------------------------- training
 def train(run, rows, world, loss_fn=language_model, report=None, bits_per_byte=True) -> dict:
-    """Trains run.model on rows with loss_fn, as run.args say, and returns the result that is printed as JSON.
+    """Trains run.model on rows with loss_fn and returns the result that is printed as JSON.
 
     rows: (training rows, validation rows or None), see data/rows.py.
-    loss_fn(model, batch) -> (loss sum, count it is to be divided by, {name: sum of another number}, the experts'
-    balance loss or None). Among the names, "loss" is printed in place of the sum that is minimised, and "ce" is the
-    cross-entropy of the text where the loss is something else.
-    report(engine) -> further figures of the trained model for the result. bits_per_byte: whether the validation loss
-    is that of a text. Raises RunFailed (NaN, full disk); exits 130 or 143 when told to stop.
+    loss_fn(model, batch) -> (sum of losses, count to divide it by, {name: sum of another number}, the experts' balance
+    loss or None). Two names are special: "loss" is printed in place of the sum that is minimised; "ce" is the
+    cross-entropy of the text, from which bits per byte are computed where the loss is something else.
+    report(engine) -> more figures of the trained model for the result.
+    bits_per_byte: whether validation computes them. Raises RunFailed (NaN, full disk); exits 130 or 143 when stopped.
     """
     train_rows, val_rows = rows
     plan = Plan(run, train_rows, world)
@@ -66,16 +67,17 @@ def train(run, rows, world, loss_fn=language_model, report=None, bits_per_byte=T
     def validate(engine) -> dict:
         return evaluate(engine, val_rows, loss_fn, run.batch_size, bytes_of_token)
 
-    session = Session(run, plan, recipe, world, validate)
+    session = Session(run, plan, recipe, world, validate)  # of a resumed run it loads the state
     engine, feed = session.engine, Feed(train_rows, plan, world.device)
     batches = feed.micro_batches(session.step)
+    # How much the step holds, over all processes, is needed before its first backward: each loss is divided by it.
     count, tokens = world.sum(*amounts(batches))
     for step in session.steps():
         sums = add_gradients(engine, batches, loss_fn, count, tokens)
-        # A GPU is still at work on what was queued: meanwhile the next step's batches are fetched.
+        # add_gradients has only queued its work, a GPU is still computing: meanwhile the next batches are fetched.
         batches = feed.micro_batches(step + 1)
-        # Processes wait for each other once a step. What else they have to tell each other goes with the gradient's
-        # norm: how much the next step holds, and whether one of them was told to stop or wants to save.
+        # Processes exchange numbers once a step, inside move_weights. Sent along with the loss and the gradient's norm:
+        # how much the next step holds, and whether a process got a signal to stop or is due to save.
         news = (*amounts(batches), *session.news())
         numbers, (next_count, next_tokens, *told) = move_weights(engine, sums, count, session.rate_factor, step, news)
         session.end_step(numbers, {"tokens": tokens}, *told)
@@ -90,20 +92,20 @@ def train(run, rows, world, loss_fn=language_model, report=None, bits_per_byte=T
 
 
 def add_gradients(engine: TrainingEngine, micro_batches, loss_fn, count: float, tokens: float) -> dict:
-    """Forward and backward of this process's micro-batches -> sums of their numbers, left on the device.
+    """Forward and backward of this process's micro-batches -> {name: sum over them}, tensors on the device.
 
-    count, tokens: of the whole step, over all processes. "counted": the count that loss_fn found. Nothing in here
-    waits for a GPU, so the next work is queued before the last is done.
+    count, tokens: of the whole step, over all processes. Among the sums "counted" is the count that loss_fn found.
+    Nothing here reads a number from the GPU, so the CPU runs ahead and the GPU always has work queued.
     """
     sums: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micro_batches if count else ()):
         with engine.micro_batch(last=i == len(micro_batches) - 1):
-            with engine.autocast():
+            with engine.world.autocast():
                 loss, counted, numbers, balance = loss_fn(engine.model, to_device(batch, engine.world.device))
             found = {"counted": counted, "loss": loss.detach()}
             if balance is not None:
-                # It is a mean over this micro-batch's real tokens. Times their number it is a sum, and divided by the
-                # step's tokens a part of the mean over the step. Times the count, since all is divided by that below.
+                # The balance loss is a mean over this micro-batch's real tokens. Times real_tokens / tokens it is its
+                # part of the mean over the step. It is multiplied by the count because all is divided by that below.
                 balance = balance * (int(batch["real_tokens"]) * count / max(tokens, 1))
                 loss, found["balance"] = loss + balance, balance.detach()
             engine.backward(loss / count)
@@ -115,9 +117,10 @@ def add_gradients(engine: TrainingEngine, micro_batches, loss_fn, count: float, 
 def move_weights(engine: TrainingEngine, sums: dict, count: float, factor: float, step: int, news=()):
     """The optimizer's step, unless loss or gradient is not finite -> (numbers for the log, news).
 
-    sums: what add_gradients returned. factor: the share of the peak learning rate. news: numbers of this process;
-    returned as their sums over all processes, which meet here and nowhere else in a step. RunFailed before a gradient
-    that is not finite reaches the weights. float16's are passed over: they tell the scaler to scale the loss less.
+    sums: what add_gradients returned. factor: share of the peak learning rate. news: numbers of this process, returned
+    summed over all processes. This is the only place in a step where processes wait for each other.
+    Raises RunFailed before a gradient that is not finite reaches the weights. With float16 the step is skipped instead:
+    the overflow tells the scaler to scale the loss less.
     """
     world = engine.world
     if count == 0:
@@ -125,10 +128,12 @@ def move_weights(engine: TrainingEngine, sums: dict, count: float, factor: float
             print(f"warning: step {step + 1} has nothing to learn and is passed over", file=sys.stderr)
         return {}, world.sum(*news)
     norm = engine.gradient_norm()
-    norm = norm if world.first else norm * 0  # all processes have the same one, and it is summed with the rest
+    norm = norm if world.first else norm * 0  # all processes have the same norm: in the sum it must count once
+    # One exchange and one wait for the GPU, for all numbers together.
     *totals, norm = world.sum(*sums.values(), *news, norm)
     news = totals[len(sums) :]
     numbers = dict(zip(sums, totals, strict=False))
+    # The gradient was divided by the rows' count: if the loss counts otherwise, it is wrong by that factor.
     if (counted := numbers.pop("counted")) != count:
         raise RuntimeError(f"the loss counted {counted:.0f} targets, the rows {count:.0f}")
     numbers = {name: total / count for name, total in numbers.items()}
@@ -160,16 +165,17 @@ def evaluate(engine: TrainingEngine, rows, loss_fn, batch_size: int, bytes_of_to
     world = engine.world
     engine.module.eval()
     table = bytes_of_token.to(world.device) if bytes_of_token is not None else None
-    parts = defaultdict(list)  # of each number; tensors that nobody has waited for
+    parts = defaultdict(list)  # name -> a tensor for each batch; they stay on the device until the end
     for indices in world.shares(len(rows), batch_size):
         batch = to_device(ready_for(world.device, rows.batch(indices), rows.most_documents), world.device)
-        with engine.autocast():
+        with engine.world.autocast():
             loss, count, numbers, _ = loss_fn(engine.module, batch)
         for name, value in {"count": count, "loss": loss, **numbers}.items():
             parts[name].append(value)
         if table is not None:
             parts["bytes"].append(learned_bytes(batch["labels"], table))
     engine.module.train()
+    # The only wait for the GPU: all batches have been queued by now.
     sums = Counter({name: torch.stack(values).cpu().double().sum().item() for name, values in parts.items()})
     total = Counter()
     for part in world.gather(sums):
@@ -185,11 +191,11 @@ def evaluate(engine: TrainingEngine, rows, loss_fn, batch_size: int, bytes_of_to
     }
 
 
-# ------------------------------------------------------------------------------------------- what is around the steps
+# --------------------------------------------------------------------------------------------------- around the steps
 def result_without_training(run, plan: Plan, recipe: dict, words, world) -> dict | None:
-    """The result where there is no step to take: of a run that is finished already, or of --dry_run. Else None.
+    """The result of a run that is finished already, or of --dry_run; None where there are steps to take.
 
-    Says what the run is about to do; words: its data, see announce.
+    Prints what the run is about to do. words: its data in words, see announce.
     """
     check_alike(world, recipe, run.state)
     if run.state is not None:
@@ -204,7 +210,8 @@ def result_without_training(run, plan: Plan, recipe: dict, words, world) -> dict
 
 
 def check_alike(world, recipe: dict, state: dict | None) -> None:
-    """Raises UserError where the processes would not begin one run: each machine has its own command line and disk."""
+    """Raises UserError where the processes have different recipes or saved steps: each machine has its own command
+    line and may have its own disk, and processes that disagree would hang or average unrelated gradients."""
     starts = world.gather(recipe | {"saved step": None if state is None else state["step"]})
     differ = sorted(key for key in starts[0] if any(start[key] != starts[0][key] for start in starts))
     if differ:
@@ -215,15 +222,15 @@ def check_alike(world, recipe: dict, state: dict | None) -> None:
 
 
 class Session:
-    """A run from its first step to its last, and all that it does beside learning: resume, log, validate, save, stop.
+    """Everything a run does besides learning: resume, log, validate, save, stop.
 
         for step in session.steps():
             ...                                            # learn, at session.rate_factor of the peak learning rate
             session.end_step(numbers, amounts, *world.sum(*session.news()))
         result = session.close(figures)
 
-    validate(engine) -> numbers of a validation. counters: further amounts to be summed over the steps, with the values
-    they begin with; they are part of the saved state.
+    validate(engine) -> numbers of a validation. counters: more amounts to sum over the steps, with their start values;
+    they are part of the saved state.
     """
 
     def __init__(self, run, plan: Plan, recipe: dict, world, validate, **counters):
@@ -231,21 +238,23 @@ class Session:
         self.engine = make_engine(run.model, run.args, world)
         self.step, self.counters = 0, {"tokens": 0, "seconds": 0.0, "loss": None, "run_id": new_run_id()} | counters
         if (state := run.state) is not None:
-            # Taken out of the state: it would stay in memory for the whole run.
+            # pop: left in run.state, the saved tensors would take memory for the whole run.
             self.engine.load_state(state.pop("engine") | {"model": state.pop("model")}, run.files.shards)
             self.step, self.counters = state["step"], self.counters | state["counters"]
         self.record = run.record | {"recipe": recipe}
         self.log = self._open_log(recipe)
+        # From here on Ctrl-C ends the run after its step; before, it ends the program at once.
         self.stop, self.saves = StopSignals(), SaveTimes(run.args)
         self.begin = time.perf_counter() - self.counters["seconds"]
 
     def _open_log(self, recipe: dict) -> logs.Log:
-        """The run's log, with the services attached that the flags name."""
+        """The run's log, which also sends its numbers to the services that the flags name."""
         run, config = self.run, self.run.model.config
         flops = logs.flops_per_token(
             config, run.args.seq_len, min(1.0, learned_parameters(run) / config.parameter_count())
         )
         run_id = self.counters["run_id"]
+        # The first process alone sends. A wrong project name is the user's error, so it is raised on all processes.
         services = self.world.on_first(lambda: trackers(run.args, run.files, recipe, run_id, self.step)) or ()
         return logs.Log(run.files, self.world, self.plan.steps, flops, run.args.log_interval, self.step, services)
 
@@ -254,7 +263,8 @@ class Session:
         return self.step == self.plan.steps
 
     def steps(self):
-        """The number of each step to take, counted from 0, until the plan's end or until the run is told to stop."""
+        """The number of each step to take, counted from 0, until the plan's end or a signal to stop."""
+        # Summed: a signal may have reached one process only, and all must leave the loop at the same step.
         (self.stopping,) = self.world.sum(self.stop.signal)
         while not self.finished and not self.stopping:
             self.rate_factor = learning_rate_factor(
@@ -263,14 +273,14 @@ class Session:
             yield self.step
 
     def news(self) -> tuple[int, bool]:
-        """What this process has to tell the others in a step: a signal to stop, and whether a save is overdue."""
+        """Numbers that all processes need the sums of, once a step: signal to stop (0: none), whether a save is due."""
         return self.stop.signal, self.saves.overdue()
 
     def end_step(self, numbers: dict, amounts: dict[str, float], stopping: float, overdue: float) -> None:
-        """Logs a step that is done, then validates and saves where it is time.
+        """Logs a finished step, then validates and saves if it is time.
 
-        numbers: for the log. amounts: what the step adds to the counters. stopping, overdue: the sums over all
-        processes of their news.
+        numbers: for the log. amounts: what the step adds to the counters. stopping, overdue: the sums of `news` over
+        all processes.
         """
         self.step += 1
         self.stopping = stopping
@@ -282,7 +292,7 @@ class Session:
         every = self.run.args.eval_interval
         if every and self.step % every == 0 and not self.finished:
             self.validation()
-        # The last step is saved before the last validation, and whatever else may fail at the end.
+        # The last step is saved here, before the last validation and everything else at the end that may fail.
         if self.saves.due(self.step, overdue) or self.finished:
             self._save()
 
@@ -294,14 +304,14 @@ class Session:
 
     def _save(self) -> None:
         self.counters["seconds"] = time.perf_counter() - self.begin
-        self.log.flush()  # first: no power cut may leave a state that is ahead of its log
+        self.log.flush()  # first: after a power cut the log must hold every step that the state holds
         self.run.files.save(self.engine, self.run.tokenizer, self.record, self.step, self.counters)
 
     def close(self, figures: dict, curve=()) -> dict:
         """Writes the weights or, where the run was told to stop, its state -> the result, which is printed.
 
-        figures: what the stage adds to the result. curve: Log.draw_curve's arguments. Exits 130 or 143 where the run
-        was told to stop.
+        figures: what the stage adds to the result. curve: arguments of Log.draw_curve. Exits 130 or 143 where the run
+        was stopped by a signal.
         """
         run, world, counters = self.run, self.world, self.counters
         counters["seconds"] = time.perf_counter() - self.begin
@@ -318,7 +328,7 @@ class Session:
             result["stopped"] = True
             self._save()
         self.log.draw_curve(*curve)
-        self.log.close()  # last: a service may wait for its network, and all is saved by now
+        self.log.close()  # last: a service may wait long for its network, and everything is saved by now
         self.stop.restore()
         if world.first and not self.finished:
             print(f"stopped at step {self.step}; to go on: {resume_command()}")

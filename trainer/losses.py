@@ -1,4 +1,4 @@
-"""Losses as pure functions of numbers. Each returns a sum and what to divide it by, never a mean.
+"""Losses as pure functions of tensors. Each returns a sum and the count to divide it by, never a mean.
 
 A step's loss is a mean over all its tokens. The mean of micro-batches' means is another number where they differ in
 size: of 1 token with loss 4 and 3 tokens with loss 0 the mean is 1, the mean of the means is 2. Sums can be added, over
@@ -25,14 +25,16 @@ def lm_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum of the values where the mask is true. Not values[mask].sum(): its result has a size that the CPU must know,
-    so it would wait for the GPU."""
+    """Sum of the values where the mask is true. Not values[mask].sum(): the size of values[mask] depends on the mask,
+    so the CPU would wait for the GPU to learn it."""
     return torch.where(mask, values, 0.0).sum()
 
 
 def weighted_sum(nats: Tensor, labels: Tensor, token_weight: Tensor) -> Tensor:
-    """Sum of the targets' cross-entropies, nats (B, T - 1), in which a target of id i counts token_weight[i] times;
-    labels (B, T)."""
+    """Sum of cross-entropies in which a target of id i counts token_weight[i] times.
+
+    nats (B, T - 1) of each target; labels (B, T); token_weight (V,).
+    """
     return (nats * token_weight[labels[:, 1:].clamp(min=0)]).sum()  # nats are 0 where nothing is learned
 
 
@@ -49,8 +51,8 @@ def segment_log_probs(nats: Tensor, labels: Tensor, segment_ids: Tensor, n: int)
     nats (B, T - 1) each target's cross-entropy, labels (B, T), segment_ids (B, T) with 0 for padding and documents
     numbered 1 to n.
     """
-    # A target belongs to the document of its own token. A document's first token has no target (label -100), so no sum
-    # mixes two documents. Column 0 collects the padding, and is cut off.
+    # A target belongs to the document of its own token. A document's first token is never a target (its label is -100),
+    # so no sum mixes two documents. Column 0 collects the padding and is dropped at the end.
     document = segment_ids[:, 1:]
     sums = nats.new_zeros(len(nats), n + 1).scatter_add(1, document, -nats)
     counts = nats.new_zeros(len(nats), n + 1).scatter_add(1, document, (labels[:, 1:] != -100).to(nats.dtype))
@@ -58,14 +60,14 @@ def segment_log_probs(nats: Tensor, labels: Tensor, segment_ids: Tensor, n: int)
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0, kind="sigmoid"):
-    """Loss of each pair from the log-probabilities (nats) of its answers under policy and frozen reference, (n,) each.
+    """Loss of each pair, (n,), from the log-probabilities (nats) of its two answers under policy and reference, (n,).
 
-    h is how much more than the reference the policy prefers the chosen answer: the difference of two log-ratios. beta
-    h is the difference of the implicit rewards.
-    sigmoid  -log sigmoid(beta h) (Rafailov et al. 2023, arXiv 2305.18290); label_smoothing is the share of pairs whose
-             answers are thought to be swapped
-    ipo      (h - 1 / (2 beta))^2, of log-probabilities per token: stops at a margin instead of growing for ever (Azar
-             et al. 2023, arXiv 2310.12036)
+    h = log(policy / reference) of the chosen answer minus that of the rejected one. beta h is the difference of their
+    implicit rewards: above 0 where the policy prefers the chosen answer more than the reference does.
+    sigmoid  -log sigmoid(beta h) (Rafailov et al. 2023, arXiv 2305.18290). label_smoothing: the share of pairs whose
+             answers are assumed to be swapped.
+    ipo      (h - 1 / (2 beta))^2, for log-probabilities per token: h is drawn to a fixed margin and does not grow
+             without end (Azar et al. 2023, arXiv 2310.12036).
     """
     h = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
     if kind == "sigmoid":
@@ -84,7 +86,7 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> T
 
 
 def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """SFT on the chosen answer and beta times -log sigmoid of the log odds ratio, log-probabilities per token, (n,).
+    """-chosen (SFT) - beta log sigmoid(log odds ratio), from log-probabilities per token, (n,) each -> (n,).
 
     Hong et al. 2024, arXiv 2403.07691; odds(p) = p / (1 - p).
     """
@@ -108,10 +110,10 @@ def token_log_probs(logits: Tensor, labels: Tensor, temperature: float) -> Tenso
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """How much better each answer is than its group, in the group's standard deviations: (Q, G) -> (Q, G).
+    """How much better each answer is than the mean of its group, in standard deviations: (Q, G) -> (Q, G).
 
-    One row a question, one column an answer. In a group of equal rewards all advantages are 0: nothing is learned from
-    it. The deviation is the unbiased one, with 1e-4 added, as in trl.
+    A row for each question, a column for each answer. In a group of equal rewards all advantages are 0, so nothing is
+    learned from it. The deviation is the unbiased one, with 1e-4 added against division by zero, as in trl.
     """
     return (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, keepdim=True) + 1e-4)
 
@@ -121,8 +123,8 @@ def grpo_loss(log_probs: Tensor, old: Tensor, reference: Tensor | None, advantag
     """Group-relative policy optimisation: (sum over the mask, its size, {name: sum of another number}).
 
     log_probs, old, reference (B, T): each token's log-probability (nats) under the policy, the policy that sampled it,
-    and the frozen model it must stay near (None: no such model, kl idles). advantages (B,), one an answer. mask (B, T),
-    true on the tokens of the answers. With ratio = policy / old, a token counts
+    and the frozen model it must stay near (None: no such model, no KL term). advantages (B,), one an answer.
+    mask (B, T), true on the tokens of the answers. With ratio = policy / old, a token counts
 
         -min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A) + kl (d - log d - 1),   d = reference / policy
 
@@ -131,11 +133,11 @@ def grpo_loss(log_probs: Tensor, old: Tensor, reference: Tensor | None, advantag
     same, not every answer (Yu et al. 2025, DAPO, arXiv 2503.14476): a mean over each answer first would punish long
     wrong answers less than short ones.
     """
-    advantage = advantages[:, None]  # one of an answer, the same for each of its tokens
+    advantage = advantages[:, None]  # (B, 1): the same for all tokens of an answer
     ratio = (log_probs - old).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     per_token = -torch.minimum(ratio * advantage, clipped * advantage)
-    # Where the clipped term is the smaller one the gradient is 0: the token has moved as far as one step may move it.
+    # Where the clipped term is the smaller one the gradient is 0: the token has moved as far as it may in this step.
     away = torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantage != 0)
     numbers = {"clip_share": (away & mask).sum()}
     if reference is not None:
@@ -161,6 +163,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature=1.0, 
     skewed   KL(p || skew p + (1 - skew) q): forward, bounded where q is nearly 0 (Ko et al. 2024, arXiv 2402.03898)
     T^2 keeps the gradient's size when T changes.
     """
+    # In float32 and as logarithms: probabilities near 0 would be rounded to 0 otherwise.
     log_p = (teacher_logits.float() / temperature).log_softmax(dim=-1)  # (n, V)
     log_q = (student_logits.float() / temperature).log_softmax(dim=-1)
     if kind == "reverse":
@@ -179,15 +182,15 @@ def distillation_sums(student_logits, hidden, head, labels, temperature=1.0, kin
     student_logits (B, T, V); hidden (B, T, D') the teacher's, whose logits are head(hidden); labels (B, T). `chunk`
     targets at a time are compared, and what a chunk needs for its gradient is computed again in the backward pass: of
     the teacher, and of what stands between logits and loss, only (chunk, V) numbers are ever in memory. n: how many
-    targets there are, where that is known: a GPU is then not waited for.
+    targets there are, if known: then the CPU need not wait for the GPU to count them.
     """
-    learned = labels[:, 1:] != -100
+    learned = labels[:, 1:] != -100  # (B, T - 1); position t of the logits predicts label t + 1
     count = learned.sum()
     where = torch.nonzero_static(learned, size=int(count) if n is None else n).unbind(1)  # row and column of each
     targets = labels[:, 1:][where]  # (n,)
 
     def compare(student: Tensor, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad():  # the teacher does not learn
             teacher = head(hidden)  # (chunk, V)
         ce = F.cross_entropy(student.float(), target, reduction="sum")
         return ce, divergence(student, teacher, temperature, kind, skew)

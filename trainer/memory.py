@@ -1,4 +1,6 @@
-"""How much memory a run will take, before it takes it, and how many rows a GPU's memory takes together."""
+"""An estimate of the memory a run will need, and of how many rows fit into a GPU's memory together."""
+
+import os
 
 import torch
 
@@ -8,7 +10,7 @@ from model.model import LOSS_CHUNK_GPU
 
 GB = 2**30
 FRAMEWORK = {"cpu": 0.45 * GB, "cuda": 0.0, "mps": 0.0}  # the process with torch loaded, as peak_memory counts it
-FILLED = 0.8  # share of a GPU's memory that chosen rows may take by the estimate; the rest is fragments and others'
+FILLED = 0.8  # share of a GPU's memory that the estimate may fill; the rest is for fragments and other programs
 
 
 def training_bytes(config, args, world, batch_size: int, trainable: int, others=0) -> int:
@@ -23,7 +25,7 @@ def training_bytes(config, args, world, batch_size: int, trainable: int, others=
     states = 4 * (total + (1 + moments) * trainable)
     tokens, V, T = batch_size * args.seq_len, config.vocab_size, args.seq_len
     half = world.dtype != torch.float32
-    # Kernels that take the documents' lengths need no mask of T x T numbers a row.
+    # Attention kernels that take the documents' lengths need no mask of T x T numbers for each row.
     by_lengths = DocumentLengths.served(world.device, world.dtype, config.head_dim)
     layer = layer_bytes(config, world) * tokens
     between = 4 * config.dim * tokens  # the residual stream between two layers, float32
@@ -34,8 +36,8 @@ def training_bytes(config, args, world, batch_size: int, trainable: int, others=
     # With checkpointing only each layer's input is kept, and the insides of one layer at a time.
     kept = between * config.n_layers + layer if args.gradient_checkpointing else layer * config.n_layers
     if world.device.type == "cuda":
-        # The largest of two that are not there together: the logits of one chunk, computed again in the backward pass,
-        # and after them the gradients inside a layer.
+        # The larger of two that exist one after the other: the logits of one chunk, computed again in the backward
+        # pass, and then the gradients inside a layer.
         working = max(14 * min(tokens, LOSS_CHUNK_GPU) * V, 2 * layer)
     else:
         working = 8 * tokens * V  # log-probabilities, and as much again that the allocator keeps
@@ -43,7 +45,7 @@ def training_bytes(config, args, world, batch_size: int, trainable: int, others=
 
 
 def layer_bytes(config, world) -> int:
-    """Bytes that one layer keeps of one token for its backward pass."""
+    """Bytes that one layer keeps for its backward pass, per token."""
     H, G, h = config.n_heads, config.n_kv_heads, config.head_dim
     if world.dtype == torch.float32:
         # Both norms' inputs and outputs, two sums; queries, keys and values before and after the rotation, twice.
@@ -56,10 +58,10 @@ def layer_bytes(config, world) -> int:
 
 
 def feed_forward_numbers(config, world) -> int:
-    """Numbers a feed-forward block keeps of one token: gate, up, silu(gate) and their product.
+    """Numbers a feed-forward block keeps per token: gate, up, silu(gate) and their product.
 
-    Of a routed expert the loop (model/expert_loop.py) keeps gate and up alone, the grouped kernels the weighted product
-    too, and the token once for each of its experts.
+    For a routed expert, the loop in model/expert_loop.py keeps only gate and up. The grouped kernels also keep the
+    weighted product, and a copy of the token for each of its experts.
     """
     if not config.use_moe:
         return 4 * config.hidden_dim
@@ -71,7 +73,7 @@ def feed_forward_numbers(config, world) -> int:
 
 
 def rows_that_fit(config, args, world, trainable: int) -> tuple[int, int]:
-    """(--batch_size, --accumulation_steps) of the same step with as many rows together as a GPU's memory takes.
+    """(--batch_size, --accumulation_steps) of the same step, with as many rows together as fit into a GPU's memory.
 
     A small model's kernels are so short that launching one takes longer than running it: fewer, larger micro-batches
     take less time.
@@ -84,7 +86,7 @@ def rows_that_fit(config, args, world, trainable: int) -> tuple[int, int]:
 
 
 def memory_line(config, args, world, batch_size: int, trainable: int, others=0) -> str:
-    """The estimate in words, with what to lower where the device has less."""
+    """The estimate in words; where the device has less memory, also which flags to lower."""
     need = training_bytes(config, args, world, batch_size, trainable, others)
     have = device_bytes(world.device)
     text = f"about {need / GB:.1f} GB a process (estimate)"
@@ -95,7 +97,7 @@ def memory_line(config, args, world, batch_size: int, trainable: int, others=0) 
 
 
 def what_to_lower(args) -> str:
-    """For a run that ran out of memory: flags that need less of it, the one that changes nothing else first."""
+    """Advice for a run that ran out of memory: flags that need less, first the one that leaves the result the same."""
     ways = []
     if args.batch_size > 1:
         size = next(n for n in range(args.batch_size // 2, 0, -1) if args.batch_size % n == 0)
@@ -108,12 +110,10 @@ def what_to_lower(args) -> str:
 
 
 def device_bytes(device: torch.device) -> int | None:
-    """All memory of the device; None where it is not known."""
+    """The memory of the device in bytes; None where it is not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
-        import os
-
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None

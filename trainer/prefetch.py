@@ -1,7 +1,7 @@
-"""The micro-batches of each step, made ready while the step before runs.
+"""The micro-batches of each step, prepared while the step before runs.
 
-Assembling a step's rows takes a CPU a few milliseconds, in which a GPU would stand still. So a thread does it one step
-ahead, and leaves the tensors in pinned memory, from which a GPU copies them while it computes something else.
+Assembling a step's rows takes a few milliseconds of CPU time, during which a GPU would be idle. So a thread does it one
+step ahead and puts the tensors into pinned memory, from which a GPU can copy them while it computes something else.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from model.attention import document_ends
 
 
 class Feed:
-    """A step's micro-batches on this process. rows: see data/rows.py; plan.rows(step, i): which of them."""
+    """This process's micro-batches, step by step. rows: see data/rows.py; plan.rows(step, i) says which of them."""
 
     def __init__(self, rows, plan, device: torch.device):
         self.rows, self.plan, self.device = rows, plan, device
@@ -20,7 +20,10 @@ class Feed:
         self.ahead: dict = {}  # the step being assembled, if any
 
     def micro_batches(self, step: int) -> list[dict[str, torch.Tensor]]:
-        """Those of a step, counted from 0, none past the last; the next one's are begun. An error is raised here."""
+        """The micro-batches of a step (counted from 0; past the last one: none). Starts to assemble the next step's.
+
+        An error of the thread is raised here.
+        """
         if step >= self.plan.steps:
             return []
         ready = self.ahead.pop(step, None)
@@ -40,9 +43,9 @@ class Feed:
 
 
 def ready_for(device: torch.device, batch: dict, most_documents: int) -> dict[str, torch.Tensor]:
-    """The batch with what only a GPU wants: where its documents end, and memory it can copy from by itself.
+    """The batch as a GPU needs it: with document_ends, and in pinned memory. Unchanged for other devices.
 
-    most_documents: of any row of any batch, which gives the ends of all batches one length, see document_ends.
+    most_documents: the most that any row of any batch has. With it all batches' document_ends have one length.
     """
     if device.type != "cuda":
         return batch
@@ -52,10 +55,11 @@ def ready_for(device: torch.device, batch: dict, most_documents: int) -> dict[st
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """Its tensors on `device`; single numbers (count, real_tokens) stay where the loop can read them at once."""
+    """The batch with its tensors on `device`. Single numbers (count, real_tokens) stay on the CPU: reading them from a
+    GPU would mean waiting for it."""
     return {name: x.to(device, non_blocking=True) if x.dim() else x for name, x in batch.items()}
 
 
 def amounts(batches) -> tuple[int, int]:
-    """(count, real tokens) of a process's micro-batches together."""
+    """(count, real tokens), each summed over a process's micro-batches."""
     return sum(int(b["count"]) for b in batches), sum(int(b["real_tokens"]) for b in batches)

@@ -1,7 +1,7 @@
-"""Problems, questions whose answers can be checked: what reinforcement learns from.
+"""Problems: questions whose answers can be checked. Reinforcement learning learns from them.
 
 A row is {"question": ..., "answer": ...}, or a worked example {"conversations": [...]} whose last message holds
-<answer>...</answer>: what was asked is then the conversation before it, and its thinking is not looked at.
+<answer>...</answer>. Then the question is the conversation before that message; its thinking is not used.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from model.tokenizer import render
 
 @dataclass
 class Problem:
-    """prompt: token ids up to where the assistant begins to speak; answer: the known one, in words."""
+    """prompt: token ids up to where the assistant's answer begins; answer: the right one, as text."""
 
     prompt: list[int]
     answer: str
@@ -29,20 +29,20 @@ class Problem:
 class Problems:
     """The problems in the order they are posed, each `group` times in a row; epochs are shuffled by the seed."""
 
-    caches = ()  # nothing is tokenised into files: a run knows its problems by their digest
+    caches = ()  # there are no token caches, so a run's recipe has the problems' digest instead
 
     def __init__(self, problems: list[Problem], group: int, seed: int):
         self.problems, self.group, self.seed = problems, group, seed
         self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
-        """Answers of an epoch."""
+        """The number of answers in an epoch."""
         return len(self.problems) * self.group
 
     def __getitem__(self, index: int) -> Problem:
         """The problem of a global index (epoch * len + place in the epoch)."""
         epoch, place = divmod(index // self.group, len(self.problems))
-        if epoch not in self._orders:
+        if epoch not in self._orders:  # the order of one epoch is kept at a time
             self._orders = {epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.problems))}
         return self.problems[self._orders[epoch][place]]
 
@@ -59,7 +59,7 @@ def as_problem(record: dict) -> tuple[list[dict], str]:
         if not isinstance(question, str) or not question.strip():
             raise BadRow('"question" must be a string that is not empty')
         if isinstance(answer, float) and answer.is_integer():
-            answer = int(answer)  # writers of tables make 2.0 of 2; nobody answers so
+            answer = int(answer)  # programs that write tables turn 2 into 2.0; a model would answer 2
         known = isinstance(answer, str | int) or isinstance(answer, float) and math.isfinite(answer)
         if isinstance(answer, bool) or not known or not str(answer).strip():
             raise BadRow('"answer" must be a string or a number')
@@ -74,6 +74,7 @@ def as_problem(record: dict) -> tuple[list[dict], str]:
 def read_problems(paths, tokenizer, longest: int, skip_bad_lines=False) -> list[Problem]:
     """All problems of the files. longest: tokens a prompt may have. Raises UserError naming file and line."""
     found, skipped = [], []
+    # One bad line ends the run with its place, or is counted and left out with --skip_bad_lines: none is lost unseen.
     for path in paths:
         for line, raw in raw_rows(path):
             try:
@@ -99,6 +100,7 @@ def split_problems(problems: list[Problem], val_split: float) -> tuple[list[Prob
     """(for training, held out): the prompt's hash decides, so copies fall on the same side."""
 
     def held_out(problem: Problem) -> bool:
+        # The hash as a number in [0, 2^64): a share val_split of all prompts lies below val_split * 2^64.
         digest = hashlib.blake2b(json.dumps(problem.prompt).encode(), digest_size=8, person=b"question").digest()
         return int.from_bytes(digest, "little") < val_split * 2**64
 
@@ -120,5 +122,5 @@ def load_problems(files, tokenizer, args, val_files=()) -> tuple[Problems, list[
 
 
 def fingerprints(problems: Problems, held_out: list[Problem]) -> dict[str, str]:
-    """By the names under which a run's recipe has them."""
+    """The digests of both sets, under the names that they have in a run's recipe."""
     return {"questions": problems.digest(), "held_out": Problems(held_out, 1, 0).digest()}

@@ -1,6 +1,5 @@
-"""What a stage runs with: data, weights, tokenizer, files. All mistakes are found here, before any work."""
+"""What a stage runs with: data, weights, tokenizer, files. The user's mistakes are found here, before any work."""
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from trainer.stage_flags import SHAPE_FLAGS
 from trainer.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST_NAME = 160  # bytes; of 255 that a disk takes, the rest is for what a temporary file's name has besides
 SAMPLE = ROOT / "dataset" / "sample"
 RECIPE_FLAGS = ("stage", "seq_len", "epochs", "max_steps", "learning_rate", "optimizer", "schedule", "warmup",
                 "weight_decay", "grad_clip", "seed", "dtype", "val_split")  # fmt: skip
@@ -32,42 +30,43 @@ STAGE_SCRIPTS = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py", "reas
 
 @dataclass(frozen=True)
 class Run:
-    """What a stage's flags come to. prepare() makes it, train() needs it, nobody changes it."""
+    """What the flags of a stage stand for. prepare() makes it and train() reads it; it is never changed."""
 
-    args: Namespace  # the flags as they were given; what they leave open is settled in the fields below
+    args: Namespace  # the flags as they were given; the fields below hold what was found for those not given
     model: MiniMindForCausalLM
     tokenizer: object
     data_files: list[Path]
-    came_from: str  # the starting weights, in words
+    came_from: str  # the path of the starting weights, or "random (from nothing)" and the like
     files: Files  # what the run writes
     batch_size: int  # rows of one micro-batch of one process
-    accumulation_steps: int  # micro-batches of a step, where the run is not resumed: see trainer.plan.Plan
-    state: dict | None = None  # what a resumed run goes on from
-    record: dict = field(default_factory=dict)  # what the weights' file says of their making
-    fixed: dict[str, str] = field(default_factory=dict)  # fingerprints of what is used and not trained, by its role
-    other_parameters: int = 0  # of further models in memory
+    accumulation_steps: int  # micro-batches of a step; a resumed run may need others, see trainer.plan.Plan
+    state: dict | None = None  # the saved state of a resumed run
+    record: dict = field(default_factory=dict)  # how the weights were made; written into their file
+    fixed: dict[str, str] = field(default_factory=dict)  # fingerprints of frozen models and the like, by their role
+    other_parameters: int = 0  # how many parameters further models in memory have
 
     def using(self, parameters: int = 0, paths: dict[str, str] | None = None, **fingerprints: str) -> "Run":
-        """A copy that also depends on something that is not trained: it must be the same when the run is resumed.
+        """A copy of the run that also uses something it does not train, such as a frozen teacher.
 
-        fingerprints, and paths for the record of those that are files: by the role each plays in the run. parameters:
-        of a further model that stays in memory.
+        fingerprints: role -> fingerprint; a resumed run must have the same ones. paths: role -> file, for the record.
+        parameters: how many a further model in memory has.
         """
         fixed, record = self.fixed | fingerprints, self.record | (paths or {})
         return replace(self, fixed=fixed, record=record, other_parameters=self.other_parameters + parameters)
 
     def recipe(self, rows, global_batch_size: int) -> dict:
-        """All that decides the mathematics of the run: a resumed run must have the same. rows: those of training."""
+        """Every setting that changes what is learned. A resumed run must have the same recipe. rows: of training."""
+        # Data and config are in it as the flags' meaning, not their words: a file may have moved, but not changed.
         return {name: getattr(self.args, name) for name in RECIPE_FLAGS + tuple(self.args.recipe_flags)} | {
             **self.fixed,
             "config": self.model.config.fields(),
             "data": [cache.folder.name for cache in rows.caches],
-            "rows_per_step": global_batch_size,  # the name that saved states know it by
+            "rows_per_step": global_batch_size,  # an older name, kept because saved states have it
         }
 
 
 class Weights(NamedTuple):
-    """What a run starts from; record: what the weights' file said of their making."""
+    """What a run starts from. record: how the weights were made, as their file says; {} for random ones."""
 
     model: MiniMindForCausalLM
     tokenizer: object
@@ -76,22 +75,22 @@ class Weights(NamedTuple):
 
 
 def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), required=False, make=None, adapt=None):
-    """Resolves data, weights and files of a stage -> Run. Writes nothing but an empty lock.
+    """Finds the data, weights and files of a stage -> Run. Writes nothing but an empty lock file.
 
-    minimind_files: names in dataset/ taken where --data_path is not given, the first that is there; else the embedded
-    sample's file. before: stages whose newest weights this one starts from by default; required: refuse to start from
-    random ones. make() -> Weights to start from in place of random ones of the default shape. adapt(model): adds
-    adapters; then they alone are trained and written.
+    minimind_files: without --data_path, the first of these names that exists in dataset/ is the data.
+    sample: the embedded sample's file, taken where none of them exists.
+    before: stages whose newest weights this one starts from by default. required: without any, refuse to start.
+    make() -> Weights: how to make the starting weights where there is no file of them; default: random ones.
+    adapt(model): adds adapters to it. Only they are then trained and written.
     """
-    # What costs nothing to check comes first: nobody should wait for a model to be loaded to read of a mistyped flag.
+    # Cheap checks first: a mistyped flag should be reported before a model is loaded, which takes seconds.
     device_and_dtype(args)
     data_files = resolve_data(args, minimind_files, sample)
     name = args.save_weight or data_files[0].name.split(".")[0]  # an adapter is named after its data
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        raise UserError(f"{name} is too long a name for the run's files; give a shorter --save_weight")
 
-    # The model: of a resumed run its shape alone, for its weights are in the state. An adapter's state holds no more
-    # than the adapter, so the weights below it are read either way.
+    # The model. Three cases: the state of an adapter run holds the adapter alone, so the frozen weights are read from
+    # their file; another resumed run needs only the shape, since its weights are in the state; a new run starts from
+    # a file or from random weights.
     state = resumed_state(args, name) if args.resume else None
     if adapt is not None:
         weights = adapted_weights(args, state, before, required, adapt)
@@ -99,21 +98,23 @@ def prepare(args, minimind_files=(), sample="pretrain.jsonl", before=(), require
         weights = resumed_weights(args, state)
     else:
         weights = starting_weights(args, args.from_weight, before, required, make)
+    # The names of the files hold the model's width, so they are known only now.
     files = claim_files(args, name, weights, adapters=adapt is not None)
     batch_size, accumulation_steps = micro_batch(args, weights.model, state)
 
-    # What the weights' file will say of its making. A resumed run began with what its state says, not with itself.
+    # The record tells how the weights were made. A resumed run keeps the origin its state names: it did not start
+    # from its own half-trained weights.
     record = weights.record | {"stage": args.stage, "seq_len": args.seq_len, "batch_size": batch_size}
     if state is None:
         record |= {"came_from": weights.came_from, "preset": args.preset}  # a MiniMind state dict may need both
-    record.pop("result", None)  # that of the run which made the starting weights
+    record.pop("result", None)  # of the run that made the starting weights; this run has none yet
     fixed = {"base": weights.model.lora_base} if adapt is not None else {}
     return Run(args, weights.model, weights.tokenizer, data_files, weights.came_from, files, batch_size,
                accumulation_steps, state, record, fixed)  # fmt: skip
 
 
 def resumed_weights(args, state: dict) -> Weights:
-    """A model of the saved shape; what was learned is put into it when its engine is there, see loop.Session."""
+    """A model of the saved shape with random weights. loop.Session loads the saved ones, with the optimizer's state."""
     config = LMConfig(**state["config"])
     _check_shape_flags(args, config, "the run to be resumed")
     tokenizer = tokenizer_from_dict(state["tokenizer"])
@@ -121,22 +122,22 @@ def resumed_weights(args, state: dict) -> Weights:
 
 
 def adapted_weights(args, state: dict | None, before, required: bool, adapt) -> Weights:
-    """Frozen weights with fresh adapters. A saved state holds adapters alone: the weights under them are read from
-    where the run found them."""
+    """Frozen weights with new adapters. Of a resumed run the frozen weights are read from where it found them at its
+    start, because its state holds the adapters alone."""
     from_weight = args.from_weight or (state["record"]["came_from"] if state else None)
     weights = starting_weights(args, from_weight, before, required)
-    torch.manual_seed(args.seed)  # of the adapters' start
+    torch.manual_seed(args.seed)  # the adapters start with random numbers
     with user_errors():
         adapt(weights.model)
     return weights._replace(record=state["record"]) if state else weights
 
 
 def claim_files(args, name: str, weights: Weights, adapters: bool) -> Files:
-    """The run's files, once it is sure that it may write them; UserError where it may not."""
+    """The run's files, locked and checked; UserError where the run may not write them."""
     files = AdapterFiles(args, name, weights.model) if adapters else Files(args, name, weights.model.config)
     files.check_writable()
     if not args.dry_run:
-        files.lock()  # before anything is looked at that another run could change
+        files.lock()  # before the checks below: what they find must still be true when the run writes
     if not args.resume:
         files.check_apart(weights.came_from)
     files.check_free(args)
@@ -144,8 +145,8 @@ def claim_files(args, name: str, weights: Weights, adapters: bool) -> Files:
 
 
 def micro_batch(args, model, state: dict | None) -> tuple[int, int]:
-    """(--batch_size, --accumulation_steps). Where no flag gave them: a resumed run's batch size as it was; on a GPU as
-    many rows together as its memory takes, in a step of as many rows."""
+    """-> (batch_size, accumulation_steps). Flags decide; without them a resumed run keeps its batch size, and a new run
+    on a GPU takes as many rows together as fit into memory. The rows of a step stay the same."""
     device, dtype = device_and_dtype(args)
     if not args.batch_given and state is not None:
         return state["record"].get("batch_size", args.batch_size), args.accumulation_steps
@@ -158,7 +159,7 @@ def micro_batch(args, model, state: dict | None) -> tuple[int, int]:
 
 
 def resolve_data(args, minimind_files, sample: str) -> list[Path]:
-    """--data_path, else MiniMind's file in dataset/, else the embedded sample, said loudly."""
+    """--data_path, else MiniMind's file in dataset/, else the embedded sample. Prints which, if no flag said it."""
     if args.data_path:
         return [check_file(path) for path in args.data_path]
     for name in minimind_files:
@@ -173,14 +174,14 @@ def resolve_data(args, minimind_files, sample: str) -> list[Path]:
 
 
 def held_out_files(run: Run, sample: str, held_out: str) -> list[Path]:
-    """The files of --val_path; without the flag, where the data is the embedded sample, what that has held out."""
+    """The files of --val_path. Without the flag: the sample's held-out file if the sample is the data, else none."""
     if run.args.val_path:
         return [check_file(path) for path in run.args.val_path]
     return [SAMPLE / held_out] if run.data_files == [SAMPLE / sample] else []
 
 
 def starting_weights(args, from_weight: str | None, before, required: bool, make=None) -> Weights:
-    """Those that `from_weight` means, what --from_weight says or would; see prepare for the rest."""
+    """The weights that `from_weight` names (a value of --from_weight, or None); the other arguments: see prepare."""
     path = find_weights("--from_weight", from_weight, before, args.out_dir)
     if path is None:
         if required and from_weight is None:
@@ -189,6 +190,7 @@ def starting_weights(args, from_weight: str | None, before, required: bool, make
             return make()
         tokenizer = _load_tokenizer(args.tokenizer)
         return Weights(random_model(args, len(tokenizer)), tokenizer, "random (from nothing)", {})
+    # Weights from a file bring their shape and tokenizer. Flags may repeat these, but not contradict them.
     model, tokenizer, record = load_weights(path, args.preset)
     _check_shape_flags(args, model.config, str(path))
     if args.tokenizer or tokenizer is None:
@@ -204,13 +206,13 @@ def starting_weights(args, from_weight: str | None, before, required: bool, make
 
 
 def load_weights(path, preset=None):
-    """model.weights.load_model, its complaints as the user's mistakes."""
+    """model.weights.load_model, with UserError in place of ValueError."""
     with user_errors():
         return load_model(path, preset)
 
 
 def random_model(args, vocab_size: int) -> MiniMindForCausalLM:
-    """Random weights, a function of --seed, of the shape that --preset and the shape flags name."""
+    """Random weights of the shape that --preset and the shape flags give. The same --seed gives the same weights."""
     with user_errors():
         config = LMConfig.from_preset(args.preset or DEFAULT_PRESET, **({"vocab_size": vocab_size} | shape_flags(args)))
     torch.manual_seed(args.seed)
@@ -218,10 +220,11 @@ def random_model(args, vocab_size: int) -> MiniMindForCausalLM:
 
 
 def find_weights(flag: str, value: str | None, before, out_dir) -> Path | None:
-    """The file that a flag's value means: a path, or a stage's name. Without a value the newest weights of the stages
-    `before` in out_dir, else in out/. None: random weights."""
+    """The weights file that a flag's value names: a path, or a stage. Without a value: the newest weights of the stages
+    `before`, in out_dir or else in out/. None means random weights."""
     if value == "none" or (value is None and not before):
         return None
+    # A word without a slash is a file if there is one of that name, else a stage such as "pretrain".
     if value is not None and (Path(value).exists() or "/" in value):
         return Path(value)
     stages = before if value is None else (value,)
@@ -235,8 +238,8 @@ def find_weights(flag: str, value: str | None, before, out_dir) -> Path | None:
 
 
 def find_frozen(args, role: str, value: str | None, before) -> Path:
-    """The file of a second model that is used and not trained: what the flag --<role> says, else what the run to be
-    resumed had, else the newest weights of the stages `before`; UserError where there are none."""
+    """The file of a frozen second model: the one the flag --<role> names, else the one a resumed run had, else the
+    newest weights of the stages `before`; UserError where there are none."""
     state = resumed_state(args, args.save_weight, mmap=True) if args.resume and value is None else None
     path = find_weights(f"--{role}", state["record"][role] if state else value, before, args.out_dir)
     return path or refuse_without_weights(before, args.out_dir)
@@ -248,10 +251,8 @@ def refuse_without_weights(before, out_dir) -> None:
 
 
 def _load_tokenizer(folder):
-    try:
+    with user_errors():
         tokenizer = load_tokenizer(folder)
-    except ValueError as error:
-        raise UserError(f"--tokenizer: {error}") from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(f"--tokenizer {folder}: it names no bos_token and eos_token, which begin and end a document")
     return tokenizer
@@ -263,11 +264,13 @@ def shape_flags(args) -> dict:
 
 
 def _check_shape_flags(args, config, whose: str) -> None:
-    """Flags may repeat the shape that weights have; they cannot change it (dropout and balance can change)."""
+    """Raises UserError where the flags name another shape than the weights have. Dropout and the balance loss's weight
+    are no part of the shape: these two are set in `config`."""
     wanted = shape_flags(args)
     for name in ("dropout", "aux_loss_alpha"):
         if name in wanted:
             setattr(config, name, wanted[name])
+    # A preset names all fields of the shape. A flag beside it goes before the preset, as at the start of a run.
     if args.preset:
         with user_errors():
             fields = LMConfig.from_preset(args.preset, vocab_size=config.vocab_size, **wanted).fields()
@@ -281,8 +284,9 @@ def _check_shape_flags(args, config, whose: str) -> None:
 
 
 def resumed_state(args, name: str, mmap=False) -> dict | None:
-    """The state of the run that --resume means, None where there is none. name: the first part of its files' names;
-    mmap: to look at its record only."""
+    """The saved state that --resume goes on from, None where there is none. name: the first part of its files' names.
+    mmap: leave the tensors in the file, for callers that read the record only."""
+    # The file's full name holds the width of the model, which no flag need say: so the folder is searched.
     paths = find_states(args, name)
     if args.dim is not None or args.preset is not None:
         dim = args.dim or LMConfig.from_preset(args.preset).dim

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from common.errors import UserError
-from common.flags import Parser
+from common.flags import Parser, out_of_bounds
 from model.LMConfig import DEFAULT_PRESET, PRESETS
 
 DEEPSPEED_CONFIG = Path(__file__).with_name("deepspeed.json")
@@ -21,12 +21,22 @@ SHAPE_FLAGS = {  # fields of LMConfig that can be set on the command line, and w
     "dropout": (float, "dropout probability"),
 }  # fmt: skip
 
+BOUNDS = (  # of the common flags, see out_of_bounds; a stage gives those of its own flags as its parser's `bounds`
+    (("batch_size", "accumulation_steps", "log_interval", "save_interval", "max_steps"), "be at least 1",
+     lambda x: x >= 1),
+    (("seq_len",), "be at least 16", lambda x: x >= 16),
+    (("epochs", "learning_rate"), "be above 0", lambda x: x > 0),
+    (("warmup", "weight_decay", "grad_clip", "eval_interval", "save_minutes"), "be at least 0", lambda x: x >= 0),
+    (("seed",), "lie in [0, 2^63)", lambda x: 0 <= x < 2**63),
+    (("dropout", "val_split"), "lie in [0, 1)", lambda x: 0 <= x < 1),
+)  # fmt: skip
+
 
 def stage_parser(stage: str, description: str, **defaults) -> Parser:
     """The common flags, with this stage's defaults.
 
-    stage: its name in records, and the first part of its files. learning_rate may be one for each optimizer, as a dict.
-    The caller adds flags of its own to the parser.
+    stage: its name in records, and the first part of its files' names. learning_rate: a number, or a dict with one for
+    each optimizer. The caller adds flags of its own to the parser.
     """
     d = {
         "save_weight": stage, "seq_len": 512, "epochs": 1.0, "batch_size": 8, "accumulation_steps": 4,
@@ -36,7 +46,8 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
     parser = Parser(description=description)
     rates = d.pop("learning_rate")
     rates = rates if isinstance(rates, dict) else {"adamw": rates, "muon": rates}
-    parser.set_defaults(stage=stage, recipe_flags=(), subfolder="", default_optimizer=d["optimizer"], rates=rates)
+    parser.set_defaults(stage=stage, subfolder="", recipe_flags=(), bounds=(), rates=rates,
+                        default_optimizer=d["optimizer"])  # fmt: skip
 
     g = parser.add_argument_group("files")
     g.add_argument(
@@ -98,7 +109,7 @@ def stage_parser(stage: str, description: str, **defaults) -> Parser:
 
 
 def add_watching(parser: Parser, val_split: float) -> None:
-    """The flags of logging, validation and saving: they do not change how a run learns."""
+    """The flags of logging, validation and saving, which do not change what is learned."""
     g = parser.add_argument_group("watching")
     g.add_argument("--log_interval", type=int, default=10, metavar="STEPS", help="steps between printed lines (10)")
     g.add_argument("--eval_interval", type=int, default=200, metavar="STEPS",
@@ -122,7 +133,8 @@ def parse(parser: Parser, argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.optimizer = args.optimizer or ("adamw" if args.deepspeed else args.default_optimizer)
     args.learning_rate = args.rates[args.optimizer] if args.learning_rate is None else args.learning_rate
-    # What a flag says holds; the defaults are a CPU's, and a GPU may take the step's rows in fewer micro-batches.
+    # Flags decide. Without them the defaults below suit a CPU; a GPU may take a step's rows in fewer micro-batches, see
+    # setup.micro_batch, which needs to know whether there was a flag.
     args.batch_given = bool(args.deepspeed) or any(getattr(args, name) is not None for name in BATCH)
     for name, size in args.default_batch.items():
         if getattr(args, name) is None:
@@ -138,32 +150,13 @@ def parse(parser: Parser, argv=None) -> argparse.Namespace:
 
 
 def faults_of(args) -> list[str]:
-    """What is wrong with the common flags' values, a sentence each."""
-    faults = []
+    """What is wrong with the flags' values, a sentence each."""
+    faults = out_of_bounds(args, [*BOUNDS, *args.bounds])
     if args.preset is not None and args.preset not in PRESETS:
         faults.append(f"--preset {args.preset!r} does not exist; presets are {', '.join(PRESETS)}")
-    for name in ("batch_size", "accumulation_steps", "log_interval", "save_interval"):
-        if getattr(args, name) < 1:
-            faults.append(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.max_steps is not None and args.max_steps < 1:
-        faults.append(f"--max_steps must be at least 1, not {args.max_steps}")
-    if args.seq_len < 16:
-        faults.append(f"--seq_len must be at least 16, not {args.seq_len}")
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             faults.append(f"--{name} must be a number, not {value}")
-    for name in ("epochs", "learning_rate"):
-        if getattr(args, name) <= 0:
-            faults.append(f"--{name} must be above 0, not {getattr(args, name)}")
-    for name in ("warmup", "weight_decay", "grad_clip", "eval_interval", "save_minutes", "seed"):
-        if getattr(args, name) < 0:
-            faults.append(f"--{name} must not be negative, but is {getattr(args, name)}")
-    if args.seed >= 2**63:
-        faults.append(f"--seed must be below 2^63, not {args.seed}")
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        faults.append(f"--dropout must lie in [0, 1), not {args.dropout}")
-    if not 0 <= args.val_split < 1:
-        faults.append(f"--val_split must lie in [0, 1), not {args.val_split}")
     for package in ("wandb", "tensorboard"):
         if getattr(args, f"use_{package}") and importlib.util.find_spec(package) is None:
             faults.append(f"--use_{package} needs the package {package}: pip install {package}")

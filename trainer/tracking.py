@@ -2,8 +2,6 @@
 
 import os
 import uuid
-from netrc import NetrcParseError, netrc
-from urllib.parse import urlsplit
 
 from common.errors import UserError
 
@@ -24,14 +22,14 @@ def new_run_id() -> str:
 
 
 class Wandb:
-    """Without a key or without a network the run is written to disk only (`wandb sync FOLDER` sends it later)."""
+    """W&B. Without a key or a network the run is written to disk only; `wandb sync FOLDER` sends it later."""
 
     def __init__(self, args, files, recipe: dict, run_id: str):
         import wandb
 
         os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds for what is not sent yet when the run ends
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds to send the rest at the end
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         why = "no key" if "WANDB_MODE" not in os.environ else "WANDB_MODE"
         options = {"project": args.wandb_project, "name": files.name, "id": run_id, "resume": "allow",
                    "dir": str(files.folder), "config": recipe, "settings": wandb.Settings(init_timeout=20)}  # fmt: skip
@@ -39,10 +37,10 @@ class Wandb:
             self.run = wandb.init(mode=mode, **options)
         except wandb.errors.Error as error:  # no network, or a key that is refused
             mode, why = "offline", str(error).splitlines()[0]
-            wandb.teardown()  # its service still holds the id
+            wandb.teardown()  # else the failed attempt's service would still hold the run's id
             try:
                 self.run = wandb.init(mode=mode, **options)
-            except wandb.errors.Error as wrong:  # not the network's fault: a project's name, for instance
+            except wandb.errors.Error as wrong:  # offline too: something else is wrong, such as the project's name
                 raise UserError(f"--use_wandb: {wrong}") from None
         except ValueError as error:
             raise UserError(f"--use_wandb: {str(error).partition(chr(10))[0]} (WANDB_MODE {mode})") from None
@@ -63,7 +61,7 @@ class TensorBoard:
     def __init__(self, files, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        # what a run that was killed told of later steps is told again
+        # A killed run may have written steps after its last save; the resumed run writes them again.
         self.writer = SummaryWriter(files.folder / "tensorboard" / files.name, purge_step=step + 1)
 
     def log(self, step: int, numbers: dict) -> None:
@@ -72,13 +70,3 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
-
-
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc().authenticators(host) is not None
-    except (OSError, NetrcParseError):
-        return False

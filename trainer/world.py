@@ -1,15 +1,15 @@
-"""The processes of a run: who they are, how they meet, what they tell each other.
+"""The processes of a run: their ranks, how they connect, and the numbers they exchange.
 
-Programs that train import this file before anything that imports torch: its threads read how to wait when it is loaded.
+Training programs import this file first: torch reads OMP_WAIT_POLICY, set below, when it is loaded.
 """
 
 import contextlib
 import os
 from dataclasses import dataclass
 
-# Beside a busy neighbour threads that spin while they wait made a step four times slower than threads that sleep
-# (two threads on two cores, the sample's model); on idle cores the two are alike, as a training step's pieces are long.
-# Generating is another matter (docs/log.md): programs that only generate do not import this file.
+# How torch's threads wait for each other: PASSIVE lets them sleep, the default lets them spin. Beside another busy
+# program spinning made a step four times slower (two threads on two cores, the sample's model). On idle cores training
+# is as fast either way, generation is not (docs/log.md): programs that only generate do not import this file.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -23,7 +23,7 @@ from trainer.memory import what_to_lower
 
 @dataclass
 class World:
-    """This process among the others, as the launcher's environment says; alone without one."""
+    """This process's place among the processes of the run; rank 0 of 1 without a launcher."""
 
     rank: int
     size: int
@@ -35,10 +35,11 @@ class World:
         return self.rank == 0
 
     def sum(self, *numbers: float | torch.Tensor) -> list[float]:
-        """Each number summed over all processes, in float64. A GPU is waited for once, for all of them together."""
+        """Each number summed over all processes, in float64. One exchange and one wait for the GPU serve them all."""
         if self.size == 1 and not any(isinstance(x, torch.Tensor) for x in numbers):
             return [float(x) for x in numbers]
-        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        kind = torch.float32 if self.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        # Python's numbers go to the device in one copy; tensors are there already. Together they make one tensor.
         ours = iter(upload([float(x) for x in numbers if not isinstance(x, torch.Tensor)], self.device, kind))
         total = torch.stack([x.detach().to(kind) if isinstance(x, torch.Tensor) else next(ours) for x in numbers])
         if self.size > 1:
@@ -61,15 +62,17 @@ class World:
             torch_dist.barrier()
 
     def shares(self, n: int, batch_size: int):
-        """This process's batches of rows 0 to n - 1. Every process gets as many, since under ZeRO-3 all of them take
-        part in each forward pass: past the end a batch is one empty row, -1."""
+        """This process's batches of rows 0 to n - 1. Every process gets the same number of batches, since under ZeRO-3
+        all of them take part in each forward pass: past the end a batch is one empty row, -1."""
         for first in range(0, n, self.size * batch_size):
             own = first + self.rank * batch_size
             yield list(range(own, min(own + batch_size, n))) or [-1]
 
     def on_first(self, function):
-        """function() on rank 0, None on the others; its UserError is raised on all of them."""
+        """function() on rank 0, None on the others. A UserError in it is raised on all processes, so none is left
+        waiting for the others."""
         value = error = None
+        # The error is sent as text to all processes: were it raised on rank 0 alone, the others would wait for it.
         if self.first:
             try:
                 value = function()
@@ -81,34 +84,35 @@ class World:
         return value
 
     def first_then_all(self, function):
-        """function() on rank 0, then on the others, who find what it left."""
+        """function() on rank 0 first and then on the others, which find the files that rank 0 wrote."""
         value = self.on_first(function)
         return value if self.first else function()
 
 
 @contextlib.contextmanager
 def join(args):
-    """The World of this run: the launcher's process group, if one started us, joined and left; this process seeded."""
+    """A context with the World of this run: joins the launcher's process group, if there is one, and leaves it at the
+    end. Seeds this process's random numbers."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, dtype = device_and_dtype(args)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = True  # tensor cores for float32: faster, 10 bits of mantissa
     backend = "nccl" if device.type == "cuda" else "gloo"
     heartbeat = contextlib.nullcontext()
     if size > 1:
         _check_restarts()
         heartbeat = Heartbeat(rank, size)
-    elif args.deepspeed:  # it wants a process group even where one process is alone
+    elif args.deepspeed:  # DeepSpeed needs a process group even for one process
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
-    torch.manual_seed(args.seed)  # of dropout; starting weights and data order follow from --seed already
+    torch.manual_seed(args.seed)  # for dropout; starting weights and data order have been derived from --seed already
     try:
         with heartbeat:
-            # Inside the heartbeat: a process that waits here for one which is gone would wait as long as PATIENCE.
+            # Inside the heartbeat: without it a process would wait here for a dead one as long as PATIENCE, a day.
             if size > 1:
                 torch_dist.init_process_group(backend, timeout=PATIENCE)
             yield World(rank, size, device, dtype)
-    except (UserError, SystemExit):  # all processes meet these alike; after any other error leaving could hang
+    except (UserError, SystemExit):  # raised on all processes alike; after any other error leaving could hang
         leave()
         raise
     except (RuntimeError, MemoryError) as error:
@@ -142,7 +146,7 @@ def leave() -> None:
 
 
 def rng_states(world: World) -> list[dict]:
-    """State of every process's random numbers, those of dropout."""
+    """The state of every process's random number generators, which dropout draws from."""
     rng = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(world.device)
@@ -150,7 +154,7 @@ def rng_states(world: World) -> list[dict]:
 
 
 def restore_rng(world: World, states: list[dict]) -> None:
-    """Restores each process's own. With another number of processes there is no such thing: dropout differs then."""
+    """Restores this process's state. With another number of processes there is none for it: dropout then differs."""
     if len(states) == world.size:
         rng = states[world.rank]
         torch.set_rng_state(rng["cpu"])

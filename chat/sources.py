@@ -1,7 +1,7 @@
-"""What the chat page does that is no drawing: answers from a model here or behind an API, the part of a chat it sees.
+"""Where the page and the terminal get their answers: from a model in this process, or from one behind an API.
 
-A source streams an answer as parts: ("reasoning", text), ("content", text), and once each is complete
-("call", inference.stream_text.ToolCall). Whoever stops iterating stops the generation.
+A source streams an answer as parts: ("reasoning", text), ("content", text), and ("call", ToolCall) for each tool call
+once it is complete. To stop iterating is to stop the generation.
 """
 
 import contextlib
@@ -12,22 +12,24 @@ from dataclasses import dataclass
 
 from inference.sampling import SamplingParams
 from inference.stream_text import AnswerReader, ToolCall
-from model.tokenizer import render
 
 NOT_THE_API = "{} does not answer as OpenAI's API does; does it end in /v1?"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the sidebar sets. thinking: True opens a think block, False an empty one, None leaves it to the model."""
+    """What is asked for. thinking: True opens a think block, False an empty one, None leaves it to the model.
+
+    max_tokens, temperature and top_p may be None for a Remote: what its server takes by default.
+    """
 
     system: str = ""
     history: int = 4  # earlier exchanges the model sees
     thinking: bool | None = None
     tools: tuple[dict, ...] = ()
-    max_tokens: int = 512
-    temperature: float = 0.85
-    top_p: float = 0.85
+    max_tokens: int | None = 512
+    temperature: float | None = 0.85
+    top_p: float | None = 0.85
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
@@ -38,19 +40,19 @@ class Settings:
 
 
 def visible(messages: list[dict], settings: Settings) -> list[dict]:
-    """The messages a model is sent: the system message, the last exchanges, no earlier thoughts, no marks of the page.
+    """The messages that a model is sent: the system message and the last exchanges, without thinking.
 
-    An exchange begins with a user's message and holds all that follows up to the next one.
+    An exchange begins with a user's message and goes on to the next one.
     """
     begins = [i for i, message in enumerate(messages) if message["role"] == "user"]
     first = begins[-settings.history - 1] if len(begins) > settings.history else 0
-    keys = ("role", "content", "tool_calls", "tool_call_id")
+    keys = ("role", "content", "tool_calls", "tool_call_id")  # what else the page keeps in a message is its own
     kept = [{key: message[key] for key in keys if key in message} for message in messages[first:]]
     return [{"role": "system", "content": settings.system}] * bool(settings.system) + kept
 
 
 def exported(messages: list[dict], system: str = "") -> str:
-    """A chat as one row that 3-full_sft.py can learn from, indented for readers."""
+    """A chat as one row that 3-full_sft.py can learn from, indented so that it can be read."""
     keys = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")
     rows = [{key: message[key] for key in keys if key in message} for message in messages]
     head = [{"role": "system", "content": system}] * bool(system)
@@ -81,37 +83,46 @@ class Local:
             yield from reader.feed(piece.text, final=piece.finish_reason is not None)
 
     def prompt(self, messages: list[dict], settings: Settings) -> list[int]:
-        """Token ids; of the earlier exchanges as many as leave room for an answer of max_tokens."""
+        """Token ids, with as many of the earlier exchanges as leave room for an answer of max_tokens."""
         for history in range(settings.history, -1, -1):
             sent = visible(messages, Settings(settings.system, history))
-            ids, _ = render(self.engine.tokenizer, sent, list(settings.tools), True, settings.thinking)
+            ids = self.engine.encode(sent, list(settings.tools), settings.thinking)
             if len(ids) + settings.max_tokens <= self.engine.context:
                 break
         return ids
 
 
-class Remote:
-    """A model behind any server that speaks OpenAI's chat API."""
+class Refused(ValueError):
+    """The server is there and says no: too busy, a chat too long, a wrong key."""
 
-    def __init__(self, address: str, key: str, model: str = ""):
+
+class Remote:
+    """A model behind any server that speaks OpenAI's chat API. timeout: seconds, for an answer."""
+
+    def __init__(self, address: str, key: str, model: str = "", timeout: float = 600.0):
         try:
-            import httpx2  # what the client sends through: an answer that breaks off is an error of its
+            import httpx2  # what OpenAI's client sends through; where an answer breaks off, the error is httpx2's
             import openai
         except ImportError:
             raise ValueError("an API address needs OpenAI's client: pip install openai") from None
-        self.failures = (openai.OpenAIError, httpx2.HTTPError, httpx2.InvalidURL)
+        self.no_answer = (openai.APIConnectionError, httpx2.HTTPError, httpx2.InvalidURL)
+        self.refusal = openai.APIError
         self.address, self.model = address, model
         with self.asking():
-            self.client = openai.OpenAI(base_url=address, api_key=key or "none", max_retries=1)
+            # No retries: whoever sits before it is told at once and can ask again.
+            self.client = openai.OpenAI(base_url=address, api_key=key or "none", timeout=timeout, max_retries=0)
 
     @contextlib.contextmanager
     def asking(self):
-        """What goes wrong between here and the server becomes a ValueError with one line."""
+        """What goes wrong between here and the server becomes a ValueError with one line, a refusal a Refused."""
         try:
             yield
-        except self.failures as error:
-            raise ValueError(f"{self.address}: {str(error).splitlines()[0]}") from None
-        except (AttributeError, json.JSONDecodeError):  # the client reads whatever comes as if it were the API's
+        except self.no_answer as error:  # first: to the client an APIConnectionError is an APIError as well
+            said = str(error.__cause__ or error).strip() or type(error).__name__
+            raise ValueError(f"cannot reach {self.address}: {said.splitlines()[0]}") from None
+        except self.refusal as error:
+            raise Refused(f"{self.address} refuses: {error.message.splitlines()[0]}") from None
+        except (AttributeError, json.JSONDecodeError):  # OpenAI's client takes any reply for one of the API
             raise ValueError(NOT_THE_API.format(self.address)) from None
 
     def models(self) -> list[str]:
@@ -121,10 +132,10 @@ class Remote:
     def stream(self, messages: list[dict], settings: Settings) -> Iterator[tuple[str, str | ToolCall]]:
         reader = AnswerReader(names=settings.tool_names)  # for servers that leave the tags in the text
         calls: dict[int, list[str]] = {}  # index -> name and arguments, which come in pieces
-        choice = None
+        choice = None  # stays None where no chunk ever comes
         with self.asking(), self.client.chat.completions.create(**self.request(messages, settings)) as chunks:
             for choice in (each for chunk in chunks for each in chunk.choices):
-                thought = getattr(choice.delta, "reasoning_content", None)
+                thought = getattr(choice.delta, "reasoning_content", None)  # not a field of OpenAI's own API
                 if thought:
                     yield "reasoning", thought
                 yield from reader.feed(choice.delta.content or "")
@@ -138,20 +149,19 @@ class Remote:
         yield from (("call", ToolCall(name, arguments)) for name, arguments in calls.values())
 
     def request(self, messages: list[dict], settings: Settings) -> dict:
-        """Fields that OpenAI's API does not have are sent only where they are wished for: some servers refuse them."""
-        request = {
-            "model": self.model, "messages": visible(messages, settings), "stream": True,
-            "max_tokens": settings.max_tokens, "temperature": settings.temperature, "top_p": settings.top_p,
-        }  # fmt: skip
+        """Fields that OpenAI's API does not have are sent only where they are set: some servers refuse them."""
+        request = {"model": self.model, "messages": visible(messages, settings), "stream": True}
+        for name in ("max_tokens", "temperature", "top_p", "seed"):
+            if getattr(settings, name) is not None:
+                request[name] = getattr(settings, name)
         extra = {}
         if settings.top_k:
             extra["top_k"] = settings.top_k
         if settings.repetition_penalty != 1:
             extra["repetition_penalty"] = settings.repetition_penalty
         if settings.thinking is not None:
-            extra["chat_template_kwargs"] = {"enable_thinking": settings.thinking}
+            # Qwen3's name for the switch, and MiniMind's, which exported models have.
+            extra["chat_template_kwargs"] = {"enable_thinking": settings.thinking, "open_thinking": settings.thinking}
         if settings.tools:
             request["tools"] = list(settings.tools)
-        if settings.seed is not None:
-            request["seed"] = settings.seed
         return request | {"extra_body": extra}
