@@ -2,6 +2,7 @@
 
     python scripts/export_model.py --out my-model                    a folder for transformers, vLLM, SGLang
     python scripts/export_model.py --format gguf --dtype q8_0 --out my-model.gguf      llama.cpp, Ollama (+ Modelfile)
+    python scripts/export_model.py --format web --out site           a page that chats, for any host of files
     python scripts/export_model.py --format minimind --out full_sft_768.pth            MiniMind's own programs
     python scripts/export_model.py --format weights --weight FOLDER --out out/full_sft_512.pth     and back
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 
 from common.errors import RunFailed, UserError, disk_fault, run_main
 from common.flags import Parser
+from export import web_folder
 from export.gguf_file import STORED, write_gguf
 from export.hub import check_push, push
 from export.minimind_file import minimind_release, minimind_state, other_settings
@@ -33,7 +35,9 @@ from model.peft_folder import load_peft
 from model.tokenizer import load_tokenizer
 from model.weights import load_model, save_weights
 
-ENDINGS = {"transformers": "", "gguf": ".gguf", "minimind": ".pth", "weights": ".pth"}  # --format: what --out is
+# --format: how --out ends; a folder where it has no ending
+ENDINGS = {"transformers": "", "gguf": ".gguf", "web": "", "minimind": ".pth", "weights": ".pth"}
+FOLDERS = {"transformers": FILES, "web": web_folder.FILES}
 SHORT_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as llama.cpp's users write them
 
 
@@ -46,13 +50,14 @@ def parse_args(argv=None):
     parser.add_argument("--lora", metavar="PATH", help="adapter to merge into the weights")
     parser.add_argument("--format", choices=tuple(ENDINGS), default="transformers")
     parser.add_argument("--out", metavar="PATH", help="folder, .gguf or .pth file to write (in out/export)")
-    types = f"of the stored matrices: {', '.join(STORED)}; the last two for gguf only (float32)"
-    parser.add_argument("--dtype", choices=(*STORED, *SHORT_NAMES), default="float32", metavar="TYPE", help=types)
+    types = f"of the stored matrices: {', '.join(STORED)}; the last two for gguf and web only (float32; web: q8_0)"
+    parser.add_argument("--dtype", choices=(*STORED, *SHORT_NAMES), metavar="TYPE", help=types)
+    parser.add_argument("--wllama", metavar="DIR", help="for web: the unpacked package (npm fetches it)")
     parser.add_argument("--push_to_hub", metavar="NAME", help="upload what was written to this repository")
     parser.flag(parser, "overwrite", False, "replace another export at --out")
     args = parser.parse_args(argv)
-    args.dtype = SHORT_NAMES.get(args.dtype, args.dtype)
-    if args.dtype in ("q8_0", "q4_0") and args.format != "gguf":
+    args.dtype = SHORT_NAMES.get(args.dtype, args.dtype) or ("q8_0" if args.format == "web" else "float32")
+    if args.dtype in ("q8_0", "q4_0") and args.format not in ("gguf", "web"):
         raise UserError(f"--dtype {args.dtype} is a type of GGUF files; add --format gguf")
     return args
 
@@ -81,12 +86,14 @@ def export(args) -> tuple[dict, list[Path]]:
     """Reads, converts, writes -> (what the last line tells, the files)."""
     weight = find_weight(args)
     out = where(args, weight)
-    if args.format == "transformers":
-        check_folder(out, FILES)
+    if args.format in FOLDERS:
+        check_folder(out, FOLDERS[args.format])
     model, tokenizer, record = read(args, weight)
-    writers = {"transformers": to_transformers, "gguf": to_gguf, "minimind": to_minimind, "weights": to_weights}
+    writers = {"transformers": to_transformers, "gguf": to_gguf, "web": to_web,
+               "minimind": to_minimind, "weights": to_weights}  # fmt: skip
     writer = writers[args.format]
-    name = args.push_to_hub or out.name.removesuffix(".gguf")
+    called = weight.resolve().name.removesuffix(".pth") if args.format == "web" else out.name.removesuffix(".gguf")
+    name = args.push_to_hub or called
     architecture, files = writer(args, out, model, tokenizer, record, name)
     result = {
         "format": args.format, "architecture": architecture, "dtype": args.dtype, "out": str(out),
@@ -102,7 +109,7 @@ def where(args, weight: Path) -> Path:
     out = Path(args.out) if args.out else Path("out/export") / name
     if args.format == "gguf" and out.suffix != ".gguf":
         out = out / "model.gguf"
-    if args.format != "transformers" and out.is_dir():
+    if args.format not in FOLDERS and out.is_dir():
         raise ValueError(f"--out {out} is a folder; this format is a file")
     if out.resolve() == weight.resolve():
         raise ValueError(f"--out {out} is the very model to be exported")
@@ -143,6 +150,14 @@ def to_gguf(args, out: Path, model, tokenizer, record: dict, name: str):
         publish_files(stage, out.parent, args.overwrite)
     print(f"{out}: architecture {architecture}; try it: llama-cli -m {out}")
     return architecture, [out, out.parent / "Modelfile"]
+
+
+def to_web(args, out: Path, model, tokenizer, record: dict, name: str):
+    with stage_beside(out) as stage, web_folder.wllama_package(args.wllama) as package:
+        architecture = web_folder.write_web_folder(stage, package, model, tokenizer, record, name, args.dtype)
+        publish_folder(stage, out, args.overwrite)
+    print(f"{out}: try it: python -m http.server --directory {out}, then http://localhost:8000")
+    return architecture, sorted(out.iterdir())
 
 
 def to_minimind(args, out: Path, model, tokenizer, record: dict, _):
