@@ -17,6 +17,7 @@ from pathlib import Path
 
 from export.gguf_file import write_gguf
 from model.tokenizer import encode_document
+from model.tokenizer_files import backend_json
 
 PAGE = Path(__file__).parent / "web"
 ROOT = PAGE.parents[1]
@@ -94,10 +95,11 @@ def write_web_folder(
         raise ValueError("a base model continues text and cannot chat; --format web wants a later stage's weights")
     architecture = write_gguf(folder / "model.gguf", model, tokenizer, name, dtype)
     start, end = encode_document(tokenizer, "")
+    special = [token["id"] for token in backend_json(tokenizer)["added_tokens"] if token["special"]]
     about = {
         "name": name, "file": "model.gguf", "bytes": (folder / "model.gguf").stat().st_size, "dtype": dtype,
         "parameters": model.config.parameter_count(), "stage": record.get("stage"),
-        "context": min(model.config.max_seq_len, CONTEXT), "start": start, "end": end,
+        "context": min(model.config.max_seq_len, CONTEXT), "start": start, "end": end, "special": special,
     }  # fmt: skip
     (folder / "model.json").write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     for source, (target, _) in PACKAGE.items():

@@ -139,6 +139,7 @@ async function send(event) {
     await reply(await model);
   } catch (error) {
     messages.pop();
+    document.querySelector("[aria-busy]")?.remove();
     say((words) => words.failed(error.message));
   } finally {
     running = null;

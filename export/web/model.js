@@ -1,5 +1,5 @@
 // The model on the reader's own machine: a conversation as token ids, and an answer token by token.
-import { Wllama } from "./wllama.js";
+import { LoggerWithoutDebug, Wllama } from "./wllama.js";
 
 const WASM = { "single-thread/wllama.wasm": "wllama-single.wasm", "multi-thread/wllama.wasm": "wllama-multi.wasm" };
 // What Python's strip() takes off: JavaScript's trim() differs in a few characters.
@@ -26,10 +26,13 @@ export async function download(url, bytes, progress) {
 export class Model {
   held = []; // the tokens whose keys and values are in the cache
 
-  /** gguf: a Blob. context: positions, of prompt and answer together. start, end: the ids of the markers of a turn. */
-  static async open(gguf, { context, start, end }) {
-    const model = Object.assign(new Model(), { context, start, end });
-    model.wllama = new Wllama(WASM, { suppressNativeLog: true });
+  /**
+   * gguf: a Blob. context: positions, of prompt and answer together. start, end: the ids of a turn's markers.
+   * special: the ids of all markers, which are not shown.
+   */
+  static async open(gguf, { context, start, end, special }) {
+    const model = Object.assign(new Model(), { context, start, end, special });
+    model.wllama = new Wllama(WASM, { suppressNativeLog: true, logger: LoggerWithoutDebug });
     // Several threads share memory, which browsers allow only where the host sends isolation headers.
     const threads = globalThis.crossOriginIsolated ? {} : { n_threads: 1 };
     const exact = { cache_type_k: "f32", cache_type_v: "f32" };
@@ -72,7 +75,7 @@ export class Model {
     // Turns that were read before are still in the cache. The last token is always read anew: it gives the logits.
     let same = 0;
     while (same < Math.min(this.held.length, ids.length - 1) && this.held[same] === ids[same]) same++;
-    await this.wllama.kvRemove(same, -1);
+    await (same ? this.wllama.kvRemove(same, -1) : this.wllama.kvClear());
     this.held.length = same;
     await this.wllama.samplingInit({ temp: temperature, top_p: topP, top_k: 0, min_p: 0, penalty_repeat: 1 });
     await this.read(ids.slice(same));
@@ -80,7 +83,7 @@ export class Model {
     for (let left = Math.min(maxTokens, this.context - ids.length); left > 0; left--) {
       const { token, piece } = await this.wllama.samplingSample();
       if (signal?.aborted || this.wllama.isTokenEOG(token) || token === this.end) break;
-      yield text.decode(piece, { stream: true });
+      yield this.special.includes(token) ? "" : text.decode(piece, { stream: true });
       await this.wllama.samplingAccept([token]);
       if (left > 1) await this.read([token]);
     }
