@@ -42,7 +42,8 @@ def other_settings(config: LMConfig) -> dict:
     # The width of a block: MiniMind 3 takes pi times dim, 2 takes 8/3 of it; both round up to a multiple of 64.
     wide = config.dim * math.pi if release == "MiniMind 3" else int(config.dim * 8 / 3)
     width = 64 * math.ceil(wide / 64)
-    wanted = DEFAULTS[release] | {"moe_hidden_dim" if config.use_moe else "hidden_dim": width}
+    wide_name = "moe_hidden_dim" if config.use_moe else "hidden_dim"
+    wanted = DEFAULTS[release] | {wide_name: width, "head_dim": config.dim // config.n_heads}
     if not config.use_moe:
         wanted = {key: value for key, value in wanted.items() if key not in OF_EXPERTS}
     return {key: getattr(config, key) for key, value in wanted.items() if getattr(config, key) != value}
