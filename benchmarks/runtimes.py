@@ -30,7 +30,7 @@ RUNTIMES = {  # name: (runner, what the model is exported as, packages to instal
     "llama.cpp q8_0": ("llama.cpp", "q8_0", []),
     "llama.cpp q4_0": ("llama.cpp", "q4_0", []),
     "onnxruntime": ("onnxruntime", "folder", ["optimum-onnx[onnxruntime]"]),
-    "openvino": ("openvino", "folder", ["optimum-intel[openvino]"]),
+    "openvino": ("openvino", "folder", ["optimum-intel[openvino]", "datasets<5"]),
     "ctranslate2": ("ctranslate2", "folder", ["ctranslate2", "transformers<5"]),
 }
 
