@@ -107,7 +107,7 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
     if rope:
         rope.setdefault("rope_type", rope.pop("type", "default"))
         if rope["rope_type"] not in ROPE_KEYS:
-            raise NoCounterpart(f"rope_type {rope['rope_type']!r} has no counterpart here, only {', '.join(ROPE_KEYS)}")
+            raise NoCounterpart(f"rope_type must be {', '.join(ROPE_KEYS)}, not {rope['rope_type']!r}")
         rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
         fields["rope_parameters"] = rope
     elif kind != "minimind":
