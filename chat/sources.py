@@ -160,7 +160,8 @@ class Remote:
         if settings.repetition_penalty != 1:
             extra["repetition_penalty"] = settings.repetition_penalty
         if settings.thinking is not None:
-            extra["chat_template_kwargs"] = {"enable_thinking": settings.thinking}
+            # Qwen3's name for the switch, and MiniMind's, which exported models have.
+            extra["chat_template_kwargs"] = {"enable_thinking": settings.thinking, "open_thinking": settings.thinking}
         if settings.tools:
             request["tools"] = list(settings.tools)
         return request | {"extra_body": extra}

@@ -81,7 +81,7 @@ def transformers_config(config: LMConfig, dtype: str) -> dict:
             "num_experts_per_tok": config.num_experts_per_tok, "norm_topk_prob": config.norm_topk_prob,
             "router_aux_loss_coef": config.aux_loss_alpha, "output_router_logits": False,
             "decoder_sparse_step": 1, "mlp_only_layers": [],  # experts in every layer
-            "use_sliding_window": False, "sliding_window": None,
+            "use_sliding_window": False, "sliding_window": None, "max_window_layers": config.n_layers,
         }  # fmt: skip
     return fields
 
@@ -94,7 +94,7 @@ def transformers_state(model) -> dict[str, Tensor]:
     if kind == "granitemoeshared":
         return _granite_state(state)
     if kind == "qwen3_moe":
-        return _qwen3_moe_state(state)
+        return split_experts(state)  # Qwen3Moe's files hold each expert's three matrices apart
     return state
 
 
@@ -113,8 +113,8 @@ def _granite_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _qwen3_moe_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Qwen3Moe's files hold each expert's three matrices apart."""
+def split_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The stacked experts of each layer, (E, 2I, D) and (E, D, I), as three matrices for each expert."""
     out = {}
     for name, tensor in state.items():
         if name.endswith("mlp.experts.gate_up_proj"):

@@ -15,19 +15,21 @@ model, E experts, I width of one.
 import torch
 
 from export.counterpart import model_type
+from export.tokenizer_files import exported_template
 from export.transformers_folder import cast
 from model.LMConfig import LMConfig
 from model.tokenizer_files import backend_json
 from model.vocabulary import SPLIT_PATTERN
 
 ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "granitemoeshared": "granitemoe", "qwen3_moe": "qwen3moe"}
-STORED = ("float32", "float16", "bfloat16", "q8_0")
-Q8_BLOCK = 32  # q8_0 keeps 32 numbers of a row as bytes with one common scale
+STORED = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
+BLOCK = 32  # q8_0 and q4_0 keep 32 numbers of a row as 8 or 4 bits each, with one common scale
 
 
-def write_gguf(path, model, tokenizer, name: str, dtype: str = "float32") -> str:
+def write_gguf(path, model, tokenizer, name: str, dtype: str = "float32", base: bool = False) -> str:
     """Writes the file and returns the name of its architecture. dtype: of the matrices, one of STORED.
 
+    base: a model that continues text: prompts begin with the start token, and no chat template says that it chats.
     Raises ValueError where llama.cpp has no such model or no such way to cut text, or `gguf` is not installed.
     """
     try:
@@ -44,8 +46,8 @@ def write_gguf(path, model, tokenizer, name: str, dtype: str = "float32") -> str
     try:
         writer.add_name(name)
         write_shape(writer, config, scaling)
-        write_vocabulary(writer, config, tokenizer, splitter)
-        kind = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
+        write_vocabulary(writer, config, tokenizer, splitter, base)
+        kind = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}[dtype]
         writer.add_file_type(gguf.LlamaFileType[f"ALL_{kind}" if kind == "F32" else f"MOSTLY_{kind}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for tensor_name, tensor in gguf_tensors(model):
@@ -140,8 +142,10 @@ def storage(name: str, tensor: torch.Tensor, kind: str) -> str:
     """GGML's type for one tensor: vectors and the router stay exact, as in llama.cpp's own converter."""
     if tensor.dim() == 1 or "ffn_gate_inp" in name:
         return "F32"
-    if kind == "Q8_0" and tensor.shape[-1] % Q8_BLOCK:
+    if kind.startswith("Q") and tensor.shape[-1] % BLOCK:
         return "F16"
+    if kind == "Q4_0" and name in ("token_embd.weight", "output.weight"):
+        return "Q8_0"  # the logits are computed with it; in four bits it costs more than all the rest
     return kind
 
 
@@ -163,7 +167,7 @@ def splitter_name(tokenizer) -> str:
     raise ValueError("llama.cpp has no name for the way this tokenizer cuts text; it must be Qwen2's or GPT-2's")
 
 
-def write_vocabulary(writer, config: LMConfig, tokenizer, splitter: str) -> None:
+def write_vocabulary(writer, config: LMConfig, tokenizer, splitter: str, base: bool) -> None:
     """The tokens with their types, the merges, the markers and the chat template."""
     import gguf
 
@@ -188,10 +192,7 @@ def write_vocabulary(writer, config: LMConfig, tokenizer, splitter: str) -> None
     for which, token_id in markers.items():
         if token_id is not None:
             getattr(writer, f"add_{which}_token_id")(token_id)
-    writer.add_add_bos_token(False)  # the template writes the markers
+    writer.add_add_bos_token(base)  # in chats the template writes the markers
     writer.add_add_eos_token(False)
-    if tokenizer.chat_template:
-        # llama.cpp sets enable_thinking for every template that uses it. Each answer would then begin inside a think
-        # block, even of a model that never saw one. It does not know MiniMind's name for the switch, open_thinking, so
-        # under that name thinking stays off until a request asks for it.
-        writer.add_chat_template(tokenizer.chat_template.replace("enable_thinking", "open_thinking"))
+    if tokenizer.chat_template and not base:
+        writer.add_chat_template(exported_template(tokenizer.chat_template))

@@ -95,7 +95,7 @@ def _usage(name: str, chat: bool) -> str:
         'inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", '
         "return_dict=True)"
         if chat
-        else 'inputs = tokenizer(tokenizer.bos_token + "春天", return_tensors="pt")'
+        else 'inputs = tokenizer("春天", return_tensors="pt")  # the start token is put before it'
     )
     return f"""## Use
 

@@ -69,7 +69,7 @@ def modelfile(gguf_name: str, tokenizer, base: bool) -> str:
     """The text. gguf_name: the file, beside this one. base: a model that continues text and does not chat."""
     start, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
     if base:
-        template = start + "{{ .Prompt }}"
+        template = "{{ .Prompt }}"  # the file says that the start token comes first
     elif OUR_SENTENCE in (tokenizer.chat_template or ""):
         template = CHAT
     else:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from export.counterpart import transformers_config, transformers_state
 from export.model_card import model_card, public_record
-from model.tokenizer_files import tokenizer_to_dict
+from export.tokenizer_files import exported_tokenizer
 
 # Every name that an export may write: a folder that holds anything else is not replaced.
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -27,13 +27,14 @@ def write_transformers_folder(folder, model, tokenizer, record: dict, name: str,
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # A base model has the template in its tokenizer too, but has never seen a chat.
-    chat = bool(tokenizer.chat_template) and record.get("stage") != "pretrain"
+    base = record.get("stage") == "pretrain"
+    chat = bool(tokenizer.chat_template) and not base
     texts = {
         "config.json": to_json(config),
         "generation_config.json": to_json(generation),
         "training_record.json": to_json(public_record(record)),
         "README.md": model_card(name, model.config, config, record, chat),
-        **tokenizer_to_dict(tokenizer),
+        **exported_tokenizer(tokenizer, model.config.max_seq_len, base),
     }
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")

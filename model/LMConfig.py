@@ -33,7 +33,7 @@ _BOUNDS = [
     (("initializer_range", "norm_eps"), "be a number above 0", lambda x: _is_number(x) and x > 0),
     (("rope_theta",), "be a number above 1", lambda x: _is_number(x) and x > 1),
 ]  # fmt: skip
-_ROPE_KEYS = {  # what each kind of rotary positions reads besides its type and theta
+ROPE_KEYS = {  # what each kind of rotary positions reads besides its type and theta
     "default": set(),
     "linear": {"factor"},
     "yarn": {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"},
@@ -160,9 +160,9 @@ class LMConfig(PretrainedConfig):
 
     def _check_rope(self):
         rope = self.rope_parameters
-        if rope["rope_type"] not in _ROPE_KEYS:
+        if rope["rope_type"] not in ROPE_KEYS:
             raise ValueError(f'rope_type must be "default", "linear" or "yarn", not {rope["rope_type"]!r}')
-        known = {"rope_type", "rope_theta", *_ROPE_KEYS[rope["rope_type"]]}
+        known = {"rope_type", "rope_theta", *ROPE_KEYS[rope["rope_type"]]}
         for key, value in rope.items():
             if key not in known:
                 raise ValueError(f'rope_parameters of type "{rope["rope_type"]}" have no {key}')

@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor
 
-from model.LMConfig import PRESETS, LMConfig
+from model.LMConfig import PRESETS, ROPE_KEYS, LMConfig
 
 _DROPPED = ("pos_cis", "freqs_cos", "freqs_sin", "mask", "rotary_emb.inv_freq")  # tables, recomputed here
 _V1_NAMES = [
@@ -106,6 +106,8 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     if rope:
         rope.setdefault("rope_type", rope.pop("type", "default"))
+        if rope["rope_type"] not in ROPE_KEYS:
+            raise NoCounterpart(f"rope_type must be {', '.join(ROPE_KEYS)}, not {rope['rope_type']!r}")
         rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
         fields["rope_parameters"] = rope
     elif kind != "minimind":
@@ -123,7 +125,7 @@ def from_transformers(raw: dict, state: dict[str, Tensor]) -> tuple[LMConfig, di
         # Granite has free factors, which the export sets so that it computes what our model does.
         width = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         if not math.isclose(raw.get("attention_multiplier", 1), width**-0.5, rel_tol=1e-6):
-            raise ValueError(f"attention_multiplier must be {width}**-0.5, as everywhere but in Granite")
+            raise NoCounterpart(f"attention_multiplier must be {width}**-0.5, as everywhere but in Granite")
         fields["moe_hidden_dim"] = raw["intermediate_size"]
         fields["n_shared_experts"] = raw.get("shared_intermediate_size", 0) // raw["intermediate_size"]
         state = _from_granite(state)

@@ -33,6 +33,7 @@ def tokenizer_from_dict(files: dict[str, str]) -> PreTrainedTokenizerFast:
 
     Only tokenizer.json decides how text is cut, not tokenizer_config.json. (MiniMind v1's two files contradict each
     other on add_prefix_space. Newer transformers follow the config, which is not what the weights were trained with.)
+    A step that puts a start token before each text is left out: here encode_document and render write the markers.
     """
     if "tokenizer.json" not in files:
         raise ValueError(f"no tokenizer.json among the tokenizer's files ({', '.join(files) or 'none'})")
@@ -50,7 +51,9 @@ def tokenizer_from_dict(files: dict[str, str]) -> PreTrainedTokenizerFast:
     template = files.get("chat_template.jinja") or raw.get("chat_template")
     template = template if isinstance(template, str) else None
     try:
-        backend = Tokenizer.from_str(files["tokenizer.json"])
+        content = json.loads(files["tokenizer.json"])
+        content["post_processor"] = None
+        backend = Tokenizer.from_str(json.dumps(content))
         return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **config)
     except (KeyboardInterrupt, SystemExit):
         raise

@@ -27,6 +27,7 @@ MEASUREMENTS = {
     "dpo": "preferences on held-out pairs",
     "reason": "well-formed thinking and right answers",
     "grpo": "right answers before and after reinforcement",
+    "runtimes": "an exported model in transformers 4 and 5, llama.cpp, ONNX, OpenVINO, CTranslate2",
     "serving": "many clients at the API server for minutes",
     "recipe": "our pretraining beside MiniMind's recipe, bits per byte over time",
     "gpu": "all of it on a GPU: stages, speed, decoding, kills, exams",

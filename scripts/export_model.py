@@ -2,7 +2,9 @@
 
     python scripts/export_model.py --out my-model                    a folder for transformers, vLLM, SGLang
     python scripts/export_model.py --format gguf --dtype q8_0 --out my-model.gguf      llama.cpp, Ollama (+ Modelfile)
-    python scripts/export_model.py --format minimind --weight FOLDER --out out/full_sft_512.pth    and back
+    python scripts/export_model.py --format web --out site           a page that chats, for any host of files
+    python scripts/export_model.py --format minimind --out full_sft_768.pth            MiniMind's own programs
+    python scripts/export_model.py --format weights --weight FOLDER --out out/full_sft_512.pth     and back
 
 --weight takes all that the project can read: its own files, a transformers folder, MiniMind's releases. Nothing is
 computed anew: the numbers are renamed, reordered and written (docs/export.md).
@@ -19,8 +21,10 @@ from safetensors import SafetensorError
 
 from common.errors import RunFailed, UserError, disk_fault, run_main
 from common.flags import Parser
+from export import web_folder
 from export.gguf_file import STORED, write_gguf
 from export.hub import check_push, push
+from export.minimind_file import minimind_release, minimind_state, other_settings
 from export.ollama import modelfile
 from export.output import check_folder, publish_files, publish_folder, stage_beside
 from export.transformers_folder import FILES, cast, write_transformers_folder
@@ -31,6 +35,9 @@ from model.peft_folder import load_peft
 from model.tokenizer import load_tokenizer
 from model.weights import load_model, save_weights
 
+# --format: how --out ends; a folder where it has no ending
+ENDINGS = {"transformers": "", "gguf": ".gguf", "web": "", "minimind": ".pth", "weights": ".pth"}
+FOLDERS = {"transformers": FILES, "web": web_folder.FILES}
 SHORT_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as llama.cpp's users write them
 
 
@@ -41,16 +48,17 @@ def parse_args(argv=None):
                         help="shape of a MiniMind state dict, where several fit its tensors")  # fmt: skip
     parser.add_argument("--tokenizer", metavar="FOLDER", help="for weights that come without one")
     parser.add_argument("--lora", metavar="PATH", help="adapter to merge into the weights")
-    parser.add_argument("--format", choices=("transformers", "gguf", "minimind"), default="transformers")
+    parser.add_argument("--format", choices=tuple(ENDINGS), default="transformers")
     parser.add_argument("--out", metavar="PATH", help="folder, .gguf or .pth file to write (in out/export)")
-    types = f"of the stored matrices: {', '.join(STORED)}; the last for gguf only (float32)"
-    parser.add_argument("--dtype", choices=(*STORED, *SHORT_NAMES), default="float32", metavar="TYPE", help=types)
+    types = f"of the stored matrices: {', '.join(STORED)}; the last two for gguf and web only (float32; web: q8_0)"
+    parser.add_argument("--dtype", choices=(*STORED, *SHORT_NAMES), metavar="TYPE", help=types)
+    parser.add_argument("--wllama", metavar="DIR", help="for web: the unpacked package (npm fetches it)")
     parser.add_argument("--push_to_hub", metavar="NAME", help="upload what was written to this repository")
     parser.flag(parser, "overwrite", False, "replace another export at --out")
     args = parser.parse_args(argv)
-    args.dtype = SHORT_NAMES.get(args.dtype, args.dtype)
-    if args.dtype == "q8_0" and args.format != "gguf":
-        raise UserError("--dtype q8_0 is a type of GGUF files; add --format gguf")
+    args.dtype = SHORT_NAMES.get(args.dtype, args.dtype) or ("q8_0" if args.format == "web" else "float32")
+    if args.dtype in ("q8_0", "q4_0") and args.format not in ("gguf", "web"):
+        raise UserError(f"--dtype {args.dtype} is a type of GGUF files; add --format gguf")
     return args
 
 
@@ -78,11 +86,14 @@ def export(args) -> tuple[dict, list[Path]]:
     """Reads, converts, writes -> (what the last line tells, the files)."""
     weight = find_weight(args)
     out = where(args, weight)
-    if args.format == "transformers":
-        check_folder(out, FILES)
+    if args.format in FOLDERS:
+        check_folder(out, FOLDERS[args.format])
     model, tokenizer, record = read(args, weight)
-    writer = {"transformers": to_transformers, "gguf": to_gguf, "minimind": to_minimind}[args.format]
-    name = args.push_to_hub or out.name.removesuffix(".gguf")
+    writers = {"transformers": to_transformers, "gguf": to_gguf, "web": to_web,
+               "minimind": to_minimind, "weights": to_weights}  # fmt: skip
+    writer = writers[args.format]
+    called = weight.resolve().name.removesuffix(".pth") if args.format == "web" else out.name.removesuffix(".gguf")
+    name = args.push_to_hub or called
     architecture, files = writer(args, out, model, tokenizer, record, name)
     result = {
         "format": args.format, "architecture": architecture, "dtype": args.dtype, "out": str(out),
@@ -94,11 +105,11 @@ def export(args) -> tuple[dict, list[Path]]:
 
 def where(args, weight: Path) -> Path:
     """--out, or a name after the weights'. A GGUF path without .gguf is a folder to hold model.gguf."""
-    ending = {"transformers": "", "gguf": ".gguf", "minimind": ".pth"}[args.format]
-    out = Path(args.out) if args.out else Path("out/export") / f"{weight.resolve().name.removesuffix('.pth')}{ending}"
+    name = f"{weight.resolve().name.removesuffix('.pth')}{ENDINGS[args.format]}"
+    out = Path(args.out) if args.out else Path("out/export") / name
     if args.format == "gguf" and out.suffix != ".gguf":
         out = out / "model.gguf"
-    if args.format != "transformers" and out.is_dir():
+    if args.format not in FOLDERS and out.is_dir():
         raise ValueError(f"--out {out} is a folder; this format is a file")
     if out.resolve() == weight.resolve():
         raise ValueError(f"--out {out} is the very model to be exported")
@@ -110,7 +121,7 @@ def read(args, weight: Path):
     model, tokenizer, record = load_model(weight, args.preset)
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
-    if tokenizer is None and args.format != "minimind":
+    if tokenizer is None and args.format not in ("minimind", "weights"):
         raise ValueError(f"{weight} comes without a tokenizer; name the folder of the one it learned with: --tokenizer")
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries, {weight} only {model.config.vocab_size}")
@@ -132,15 +143,38 @@ def to_transformers(args, out: Path, model, tokenizer, record: dict, name: str):
 
 def to_gguf(args, out: Path, model, tokenizer, record: dict, name: str):
     with stage_beside(out) as stage:
-        architecture = write_gguf(stage / out.name, model, tokenizer, name, args.dtype)
-        text = modelfile(out.name, tokenizer, base=record.get("stage") == "pretrain")
+        base = record.get("stage") == "pretrain"
+        architecture = write_gguf(stage / out.name, model, tokenizer, name, args.dtype, base)
+        text = modelfile(out.name, tokenizer, base)
         (stage / "Modelfile").write_text(text, encoding="utf-8")
         publish_files(stage, out.parent, args.overwrite)
     print(f"{out}: architecture {architecture}; try it: llama-cli -m {out}")
     return architecture, [out, out.parent / "Modelfile"]
 
 
+def to_web(args, out: Path, model, tokenizer, record: dict, name: str):
+    with stage_beside(out) as stage, web_folder.wllama_package(args.wllama) as package:
+        architecture = web_folder.write_web_folder(stage, package, model, tokenizer, record, name, args.dtype)
+        publish_folder(stage, out, args.overwrite)
+    print(f"{out}: try it: python -m http.server --directory {out}, then http://localhost:8000")
+    return architecture, sorted(out.iterdir())
+
+
 def to_minimind(args, out: Path, model, tokenizer, record: dict, _):
+    release, state = minimind_release(model.config), minimind_state(model, args.dtype)
+    with stage_beside(out) as stage:
+        torch.save(state, stage / out.name)
+        publish_files(stage, out.parent, args.overwrite)
+    config = model.config
+    print(f"{out}: for {release}, --hidden_size {config.dim} --num_hidden_layers {config.n_layers}"
+          f" --use_moe {int(config.use_moe)}, with this tokenizer's files in its folder model/")  # fmt: skip
+    if others := other_settings(config):
+        said = ", ".join(f"{key} {value}" for key, value in others.items())
+        print(f"note: its scripts have no flag for {said}; change the defaults of its config class", file=sys.stderr)
+    return release, [out]
+
+
+def to_weights(args, out: Path, model, tokenizer, record: dict, _):
     for key, tensor in model.state_dict().items():
         cast(tensor, args.dtype, key)  # refuses what the type cannot hold
     with stage_beside(out) as stage:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import RunFailed, UserError, run_main
 from export.counterpart import model_type, transformers_config
+from export.tokenizer_files import exported_template
 from export.transformers_folder import FILES, write_transformers_folder
 from model.chat_template import CHAT_TEMPLATE
 from model.LMConfig import LMConfig
@@ -168,7 +169,8 @@ def test_tokenizer_and_template_travel(folders):
     assert theirs(TEXTS)["input_ids"] == mine(TEXTS)["input_ids"]
     config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert config["chat_template"] == (folder / "chat_template.jinja").read_text("utf-8") == CHAT_TEMPLATE
+    template = exported_template(CHAT_TEMPLATE)
+    assert config["chat_template"] == (folder / "chat_template.jinja").read_text("utf-8") == template
     chat = [
         {"role": "user", "content": "你好"},
         {"role": "assistant", "content": "嗯"},
@@ -258,10 +260,10 @@ def test_newest_chat_weights_by_default_and_all_the_way_round(here, capsys):
     assert result["out"] == "out/export/full_sft_64" and result["architecture"] == "LlamaForCausalLM"
     assert result["weights"] == "out/full_sft_64.pth" and set(result["files"]) == set(FILES)
     assert result["bytes"] == sum(len(text) for text in content(result["out"]).values())
-    back = export(capsys, "--format", "minimind", "--weight", result["out"], "--out", "back/chat.pth")
+    back = export(capsys, "--format", "weights", "--weight", result["out"], "--out", "back/chat.pth")
     again, tokenizer, record = load_model(back["out"])
     assert torch.equal(logits(again, some_ids()), logits(build("llama"), some_ids()))
-    assert tokenizer.chat_template == CHAT_TEMPLATE and record["result"]["steps"] == 7
+    assert tokenizer.chat_template == exported_template(CHAT_TEMPLATE) and record["result"]["steps"] == 7
 
 
 def test_an_existing_export_is_kept_unless_told(here, capsys):
@@ -283,7 +285,7 @@ def test_a_failed_export_leaves_nothing(here, capsys):
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 1e5
     save_weights("big.pth", model, load_tokenizer(), {})
-    for format in ("transformers", "minimind"):
+    for format in ("transformers", "weights", "minimind"):
         with pytest.raises(UserError, match="float16"):
             export(capsys, "--weight", "big.pth", "--out", "y", "--dtype", "float16", "--format", format)
     assert sorted(p.name for p in here.iterdir()) == ["big.pth", "out"]
@@ -301,8 +303,8 @@ def test_mistakes_are_one_sentence(here, capsys):
         (["--out", "file"], "is a file"),
         (["--out", "file/below"], "cannot write"),
         (["--out", "notes"], "notes holds a.txt"),
-        (["--format", "minimind", "--out", "notes"], "is a folder"),
-        (["--format", "minimind", "--out", "out/full_sft_64.pth"], "the very model"),
+        (["--format", "weights", "--out", "notes"], "is a folder"),
+        (["--format", "weights", "--out", "out/full_sft_64.pth"], "the very model"),
         (["--lora", "out/full_sft_64.pth", "--out", "z"], "adapter"),
     ]
     for args, words in cases:
@@ -313,7 +315,7 @@ def test_mistakes_are_one_sentence(here, capsys):
 
 
 def test_bf16_in_our_own_file(here, capsys):
-    export(capsys, "--format", "minimind", "--dtype", "bf16", "--out", "half.pth")
+    export(capsys, "--format", "weights", "--dtype", "bf16", "--out", "half.pth")
     again, _, _ = load_model("half.pth")
     assert torch.equal(again.lm_head.weight, build("llama").lm_head.weight.bfloat16().float())
 
@@ -323,7 +325,7 @@ def test_a_minimind_release_becomes_ours(here, capsys):
     model = build("llama", n_heads=8, n_kv_heads=2)
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
     torch.save(state | {"freqs_cos": torch.zeros(3), "freqs_sin": torch.zeros(3)}, "full_sft_512.pth")
-    args = ["--weight", "full_sft_512.pth", "--preset", "minimind2-small", "--format", "minimind", "--out", "ours.pth"]
+    args = ["--weight", "full_sft_512.pth", "--preset", "minimind2-small", "--format", "weights", "--out", "ours.pth"]
     export(capsys, *args)
     again, tokenizer, _ = load_model("ours.pth")
     assert tokenizer is None and again.config.n_heads == 8

@@ -13,6 +13,9 @@ from tokenizers import pre_tokenizers
 from common.errors import UserError
 from export.gguf_file import gguf_tensors, halves_to_interleaved, splitter_name, write_gguf
 from export.ollama import modelfile
+from export.tokenizer_files import exported_template
+from inference.engine import Engine
+from inference.sampling import SamplingParams
 from model.chat_template import CHAT_TEMPLATE
 from model.convert import interleaved_to_halves
 from model.LMConfig import LMConfig
@@ -87,16 +90,17 @@ def test_the_file_holds_the_shape_and_every_number(tmp_path):
             assert torch.equal(torch.tensor(tensors[name].data), tensor)
 
 
-def test_half_and_eight_bits(tmp_path):
+def test_half_eight_and_four_bits(tmp_path):
     model = build("granite", moe_hidden_dim=48)  # rows of 48 do not fill blocks of 32: they stay f16
-    kinds = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+    kinds = {"float16": "F16", "bfloat16": "BF16", "q4_0": "Q4_0", "q8_0": "Q8_0"}
     for dtype, kind in kinds.items():
         write_gguf(tmp_path / "x.gguf", model, load_tokenizer(), "x", dtype)
         _, tensors = read(tmp_path / "x.gguf", "general.")
         stored = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
-        assert stored["blk.0.attn_q.weight"] == stored["token_embd.weight"] == kind
+        assert stored["blk.0.attn_q.weight"] == kind
+        assert stored["token_embd.weight"] == ("Q8_0" if kind == "Q4_0" else kind)
         assert stored["output_norm.weight"] == stored["blk.0.ffn_gate_inp.weight"] == "F32"
-        assert stored["blk.0.ffn_down_exps.weight"] == ("F16" if kind == "Q8_0" else kind)
+        assert stored["blk.0.ffn_down_exps.weight"] == ("F16" if kind.startswith("Q") else kind)
     found = gguf.quants.dequantize(tensors["blk.1.attn_v.weight"].data, gguf.GGMLQuantizationType.Q8_0)
     weight = model.model.layers[1].self_attn.v_proj.weight.detach()
     step = weight.view(-1, 32).abs().amax(-1) / 127  # q8_0: 32 numbers share a scale, 127 steps either way
@@ -113,7 +117,20 @@ def test_types_of_tokens_and_unused_entries(tmp_path):
     for token in ADDED_TOKENS:
         assert types[token] == (control if token.startswith("<|") else own)
     assert types["[UNUSED6403]"] == unused and types["a"] == normal and len(types) == 6404
-    assert meta["tokenizer.chat_template"] == CHAT_TEMPLATE.replace("enable_thinking", "open_thinking")
+    assert meta["tokenizer.chat_template"] == exported_template(CHAT_TEMPLATE)
+    assert meta["tokenizer.ggml.add_bos_token"] is False  # the template writes it
+
+
+def test_a_base_model_begins_with_its_start_token_and_does_not_say_it_chats(tmp_path):
+    model, tokenizer = build("llama"), load_tokenizer()
+    write_gguf(tmp_path / "x.gguf", model, tokenizer, "x", base=True)
+    meta, _ = read(tmp_path / "x.gguf", "tokenizer.")
+    assert meta["tokenizer.ggml.add_bos_token"] is True and "tokenizer.chat_template" not in meta
+    server, engine = LlamaCpp(tmp_path / "x.gguf"), Engine(model, tokenizer)
+    for prompt in ("春天", "今天天气很", "The", "1+1="):
+        asked = server.greedy(prompt, 8)  # a string: llama.cpp encodes it itself
+        ours = engine.generate([prompt], SamplingParams(max_tokens=8, temperature=0))[0]
+        assert asked["tokens"] == ours.token_ids
 
 
 def test_what_llama_cpp_cannot_do_is_refused(tmp_path):
@@ -143,7 +160,8 @@ def test_llama_cpp_computes_the_same(tmp_path, kind):
 
 
 @pytest.mark.parametrize(("kind", "dtype", "near"), [
-    ("llama", "float16", 0.01), ("llama", "q8_0", 0.2), ("granite", "bfloat16", 0.2), ("granite", "q8_0", 0.2)
+    ("llama", "float16", 0.01), ("llama", "q8_0", 0.2), ("granite", "bfloat16", 0.2), ("granite", "q8_0", 0.2),
+    ("llama", "q4_0", 3),
 ])  # fmt: skip
 def test_llama_cpp_loads_rounded_weights(tmp_path, kind, dtype, near):
     model, ids = build(kind), some_ids(1, 200)
@@ -281,6 +299,6 @@ def test_gguf_and_modelfile_from_the_program(here, capsys):  # noqa: F811
 
 def test_modelfiles_of_base_models_and_other_vocabularies():
     tokenizer = load_tokenizer()
-    assert 'TEMPLATE """<|im_start|>{{ .Prompt }}"""' in modelfile("x.gguf", tokenizer, base=True)
+    assert 'TEMPLATE """{{ .Prompt }}"""' in modelfile("x.gguf", tokenizer, base=True)
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = "<s>", "</s>", "{{ messages }}"
     assert "<s>{{ .Role }}\n{{ .Content }}</s>" in modelfile("x.gguf", tokenizer, base=False)

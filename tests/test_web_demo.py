@@ -170,7 +170,9 @@ def test_an_api_is_asked_and_heard():
         plain, full = stub.requests
         assert "top_k" not in plain and "seed" not in plain and stub.keys == ["Bearer secret"] * 2
         assert (full["top_k"], full["seed"], full["repetition_penalty"]) == (5, 3, 1.1)
-        assert full["chat_template_kwargs"] == {"enable_thinking": False} and full["tools"] == list(TOOLS)
+        assert full["chat_template_kwargs"] == {"enable_thinking": False, "open_thinking": False} and full[
+            "tools"
+        ] == list(TOOLS)
 
 
 @pytest.mark.parametrize(("reply", "message"), [(401, "stub refuses"), ({"content": "abc", "breaks": True}, "broke")])
