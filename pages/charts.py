@@ -15,13 +15,9 @@ IMAGE = 420  # pixels of a map's side, about
 
 
 # --------------------------------------------------------------------------------------------------- tokens as text
-def label(tokenizer, token: int) -> str:
-    """A token as a short name: blanks are made visible, and bytes that are no whole character are written \\xe6."""
-    return pieces(tokenizer, [token])[0].text.translate(VISIBLE)
-
-
 def labels(tokenizer, ids) -> list[str]:
-    return [label(tokenizer, int(token)) for token in ids]
+    """Tokens as short names: blanks are made visible, and bytes that are no whole character are written \\xe6."""
+    return [piece.text.translate(VISIBLE) for piece in pieces(tokenizer, list(map(int, ids)))]
 
 
 def coloured(names: list[str], colours: list[str], hints: list[str], marked: int = -1) -> str:

@@ -41,7 +41,7 @@ def talk(say: Words) -> None:
         below(say, chat, settings)
 
 
-# --------------------------------------------------------------------------------------------------------- several chats
+# -------------------------------------------------------------------------------------------------------- several chats
 def chosen_chat(say: Words) -> dict:
     """{"number", "messages", "system"} of the chat that is open; the visitor's own, gone with his session."""
     from chat.conversations import title_of
@@ -91,7 +91,7 @@ def drop_empty(messages: list[dict]) -> None:
         messages.pop()
 
 
-# ------------------------------------------------------------------------------------------------- questions and answers
+# ------------------------------------------------------------------------------------------------ questions and answers
 def welcome(say: Words, source, can) -> None:
     """An empty chat says what the model can do, and offers questions that it was taught."""
     st.title(say("chat_title"))

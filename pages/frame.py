@@ -110,7 +110,7 @@ def nothing_trained(say: Words) -> None:
     st.code("make demo\n# " + say("or") + "\npython 3-full_sft.py", language="bash")
 
 
-# ------------------------------------------------------------------------------------------------------------ plain text
+# ----------------------------------------------------------------------------------------------------------- plain text
 def escaped(text: str) -> str:
     """For labels, which Streamlit reads as Markdown: the text as it is, and no link or picture in it."""
     return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#+-.!|:$~&" else c for c in text)

@@ -1,4 +1,4 @@
-"""Attention by layer and head, what each layer would say, how long its vectors are, and where the experts' tokens go."""
+"""Attention by layer and head, what each layer would say, how long its vectors are, where experts get their tokens."""
 
 import numpy as np
 import streamlit as st
@@ -51,7 +51,7 @@ def write_on(look: Look, layer: int, head) -> None:
         weights = new.attention[layer].mean(axis=0) if head == "all" else new.attention[layer, head]
         hints = [f"{weight:.1%}" for weight in weights]
         place.html(charts.coloured(names, charts.by_strength(np.sqrt(weights), 210), hints))
-        names.append(charts.label(look.tokenizer, new.piece.token_ids[0]))
+        names.append(charts.labels(look.tokenizer, new.piece.token_ids)[0])
         said.text("→ " + names[-1])
 
 
@@ -64,7 +64,7 @@ def layers(look: Look) -> None:
     first = st.slider(say("from_place"), 0, last, begin, key="lens place") if last else 0
     places = range(first, min(first + WINDOW, T))
     rows = range(L - 1, -1, -1)  # the last layer on top: the stream flows upward
-    texts = [[charts.label(look.tokenizer, lens.best[r, t, 0]) for t in places] for r in rows]
+    texts = [charts.labels(look.tokenizer, lens.best[r, places, 0]) for r in rows]
     names = [say("embedding") if r == 0 else say("after_layer", n=r) for r in rows]
     values = np.stack([lens.probability[r, places, 0] for r in rows])
     st.altair_chart(charts.heat(values, names, [look.names[t] for t in places],

@@ -70,8 +70,7 @@ def traced(path: str, changed: int, text: str, as_chat: bool, _engine: Engine) -
 
 def choose_place(look: Look, key: str, first: int, last: int, begin: int) -> int:
     """A slider over the places of the text, with the token it stands at."""
-    if st.session_state.get(key, begin) not in range(first, last + 1):
+    if st.session_state.get(key) not in range(first, last + 1):
         st.session_state[key] = begin
     names = [*look.names, "…"]
-    return st.select_slider(look.say("place"), range(first, last + 1), begin if key not in st.session_state else
-                            st.session_state[key], key=key, format_func=lambda i: f"{i} {names[i]}")  # fmt: skip
+    return st.select_slider(look.say("place"), range(first, last + 1), key=key, format_func=lambda i: f"{i} {names[i]}")
