@@ -17,6 +17,7 @@ PATTERNS = {  # key of the words, after "fault_": what the error says
     "vocabularies": r"tokenizers differ|did not read the same tokens",
     "file_line": r"(?P<file>\S+):(?P<line>\d+): ",
     "no_rows": r"(?P<file>\S+) holds no (?:usable )?rows",
+    "no_file": r"no such file[^:]*: (?P<file>.+)",
     "no_folder": r"no folder (?P<folder>[^:]+): ",
 }
 
