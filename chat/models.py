@@ -10,10 +10,12 @@ from model.weights_file import STATE_SUFFIX, all_weights
 
 
 def found_models(folder="out") -> list[Path]:
-    """Weights and adapters in `folder` and the folders in it, newest first."""
+    """Weights and adapters in `folder` and the folders in it: chat models, then adapters, then base models, the newest
+    of each kind first."""
     adapters = [p for p in Path(folder).glob("**/lora/*.pth") if p.is_file() and not p.stem.endswith(STATE_SUFFIX)]
     adapters = [p for p in adapters if p.name[0] != "."]
-    return sorted({*all_weights(folder), *adapters}, key=lambda p: (p.stat().st_mtime_ns, p), reverse=True)
+    newest = sorted({*all_weights(folder), *adapters}, key=lambda p: (p.stat().st_mtime_ns, p), reverse=True)
+    return sorted(newest, key=lambda p: (is_base(p), p.parent.name == "lora"))
 
 
 def is_base(path: Path) -> bool:

@@ -11,6 +11,8 @@ VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 HUES = (210, 30, 130, 280, 0, 180)  # of neighbouring tokens, degrees
 # Dark blue to yellow, even in lightness; read on light and on dark ground alike.
 MAP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], float)
+SQUARE = 8  # characters that are written into a square of a chart
+AXES = 130  # pixels that the axes of a chart of squares take of its height
 IMAGE = 420  # pixels of a map's side, about
 
 
@@ -18,6 +20,15 @@ IMAGE = 420  # pixels of a map's side, about
 def labels(tokenizer, ids) -> list[str]:
     """Tokens as short names: blanks are made visible, and bytes that are no whole character are written \\xe6."""
     return [piece.text.translate(VISIBLE) for piece in pieces(tokenizer, list(map(int, ids)))]
+
+
+def places(names: list[str], first: int = 0) -> list[str]:
+    """Names of tokens with their places, so that no two are alike."""
+    return [f"{i} {name}" for i, name in enumerate(names, start=first)]
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= SQUARE else text[: SQUARE - 1] + "…"
 
 
 def coloured(names: list[str], colours: list[str], hints: list[str], marked: int = -1) -> str:
@@ -95,17 +106,17 @@ def strip(names: list[str], values, title: str, others=None, other_title: str = 
     line = base.mark_line(color="#e8710a", point=True).encode(
         x=x, y=alt.Y("other:Q", title=other_title), tooltip=["place:O", "token:N", alt.Tooltip("other:Q", format=".2f")]
     )
-    return alt.layer(bars, line).properties(height=200)
+    return alt.layer(bars, line).properties(height=240)
 
 
 def heat(values: np.ndarray, rows: list[str], columns: list[str], titles: tuple[str, str, str], texts=None,
          height: int = 0):  # fmt: skip
     """(rows, columns) numbers as coloured squares that say their pair under the mouse; texts: written into them.
 
-    titles: of rows, columns and values.
+    rows, columns: names, no two of them alike. titles: of rows, columns and values.
     """
     data = [
-        {"r": f"{i}\u2009{r}", "c": f"{j}\u2009{c}", "v": float(values[i, j]), "t": texts[i][j] if texts else ""}
+        {"r": r, "c": c, "v": float(values[i, j]), "t": shortened(texts[i][j]) if texts else ""}
         for i, r in enumerate(rows)
         for j, c in enumerate(columns)
     ]
@@ -114,12 +125,11 @@ def heat(values: np.ndarray, rows: list[str], columns: list[str], titles: tuple[
     tips = [alt.Tooltip("r:N", title=titles[0]), alt.Tooltip("c:N", title=titles[1]),
             alt.Tooltip("v:Q", title=titles[2], format=".3f")]  # fmt: skip
     base = alt.Chart(alt.Data(values=data)).encode(x=x, y=y, tooltip=[*tips, *(["t:N"] if texts else [])])
-    squares = base.mark_rect().encode(color=alt.Color("v:Q", title=titles[2], scale=alt.Scale(scheme="viridis"),
-                                                      legend=alt.Legend(orient="bottom")))  # fmt: skip
+    squares = base.mark_rect().encode(color=alt.Color("v:Q", scale=alt.Scale(scheme="viridis"), legend=None))
     if texts:
         light = alt.condition(alt.datum.v > 0.6 * float(np.nanmax(values)), alt.value("black"), alt.value("white"))
         squares = alt.layer(squares, base.mark_text(fontSize=11).encode(text="t:N", color=light))
-    return squares.properties(height=height or max(180, 22 * len(rows)))
+    return squares.properties(height=height or AXES + 30 * len(rows))
 
 
 def lines(rows: list[dict], x: str, y: str, group: str, titles: tuple[str, str], points=False, log=False):
@@ -129,7 +139,7 @@ def lines(rows: list[dict], x: str, y: str, group: str, titles: tuple[str, str],
         alt.Chart(alt.Data(values=rows))
         .mark_line(point=points)
         .encode(
-            x=alt.X(f"{x}:Q", title=titles[0] or None),
+            x=alt.X(f"{x}:Q", title=titles[0] or None, axis=alt.Axis(tickMinStep=1)),
             y=alt.Y(f"{y}:Q", title=titles[1] or None, scale=scale),
             color=alt.Color(f"{group}:N", title=None, legend=alt.Legend(orient="bottom", columns=2, labelLimit=300)),
             tooltip=[f"{group}:N", alt.Tooltip(f"{x}:Q", format=",.6~g"), alt.Tooltip(f"{y}:Q", format=".4~g")],

@@ -23,7 +23,7 @@ def source_and_settings(say: Words, chat: dict):
 def local_source(say: Words):
     from chat import models, sources
 
-    paths = sorted(models.found_models("out"), key=models.is_base)  # stable: the newest chat model is first
+    paths = models.found_models("out")
     if not paths:
         nothing_trained(say)
         return None

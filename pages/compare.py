@@ -20,9 +20,8 @@ def two(say: Words) -> None:
         return
     with st.sidebar:
         chosen = sampling(say, "compare")
-    chats = sorted(paths, key=models.is_base)
     sides = []
-    for column, (key, order) in zip(st.columns(2), (("first", chats), ("second", chats[1:] + chats[:1]))):
+    for column, (key, order) in zip(st.columns(2), (("first", paths), ("second", paths[1:] + paths[:1]))):
         with column:
             sides.append((choose_model(say, say(key), key, order), st.empty(), st.empty()))
     question = st.chat_input(say("ask"), key="ask two")

@@ -20,7 +20,7 @@ def show(say: Words) -> None:
 
     st.title(say("look_title"))
     st.caption(say("look_help"))
-    paths = sorted(models.found_models("out"), key=models.is_base)
+    paths = models.found_models("out")
     if not paths:
         nothing_trained(say)
         return

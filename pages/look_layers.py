@@ -24,9 +24,9 @@ def attention(look: Look) -> None:
                                format_func=lambda h: say("mean") if h == "all" else str(h))  # fmt: skip
     chosen = maps[layer].mean(axis=0) if head == "all" else maps[layer, head]
     if T <= HOVER:
-        names = list(look.names)
+        names = charts.places(look.names)
         titles = (say("looks_from"), say("looks_at"), say("weight_of"))
-        st.altair_chart(charts.heat(chosen, names, names, titles, height=max(320, 16 * T)))
+        st.altair_chart(charts.heat(chosen, names, names, titles, height=charts.AXES + max(300, 15 * T)))
     else:
         st.image(charts.attention_image(chosen), alt=say("attention_alt", layer=layer, head=head))
         st.caption(say("map_help"))
@@ -67,7 +67,7 @@ def layers(look: Look) -> None:
     texts = [charts.labels(look.tokenizer, lens.best[r, places, 0]) for r in rows]
     names = [say("embedding") if r == 0 else say("after_layer", n=r) for r in rows]
     values = np.stack([lens.probability[r, places, 0] for r in rows])
-    st.altair_chart(charts.heat(values, names, [look.names[t] for t in places],
+    st.altair_chart(charts.heat(values, names, charts.places([look.names[t] for t in places], first),
                                 (say("layer"), say("token"), say("probability")), texts))  # fmt: skip
     st.markdown(say("norms_help"))
     sizes = by_layer.norms(look.traced)

@@ -120,6 +120,10 @@ LOOK = {
         "Colour: the expert with the most weight. Rest the mouse on a token to see all.",
     ),
     "word": ("一个词或字", "A word or character"),
+    "near_help": (
+        "只列出完整的字和词；单独的字节也有邻居，但看不出意思。",
+        "Whole characters and words only: single bytes are neighbours too, and say nothing to a reader.",
+    ),
     "cosine": ("余弦相似度", "Cosine"),
     "map_tokens": ("图上的 token 数", "Tokens on the map"),
     "map_first": ("从词表第几个起", "From which id"),
