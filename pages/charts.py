@@ -124,7 +124,9 @@ def heat(values: np.ndarray, rows: list[str], columns: list[str], titles: tuple[
     y = alt.Y("r:N", sort=None, title=titles[0], axis=alt.Axis(labelLimit=110))
     tips = [alt.Tooltip("r:N", title=titles[0]), alt.Tooltip("c:N", title=titles[1]),
             alt.Tooltip("v:Q", title=titles[2], format=".3f")]  # fmt: skip
-    base = alt.Chart(alt.Data(values=data)).encode(x=x, y=y, tooltip=[*tips, *(["t:N"] if texts else [])])
+    base = alt.Chart(alt.Data(values=data)).encode(
+        x=x, y=y, tooltip=[*tips, *([alt.Tooltip("t:N", title="=")] if texts else [])]
+    )
     squares = base.mark_rect().encode(color=alt.Color("v:Q", scale=alt.Scale(scheme="viridis"), legend=None))
     if texts:
         light = alt.condition(alt.datum.v > 0.6 * float(np.nanmax(values)), alt.value("black"), alt.value("white"))
@@ -133,18 +135,20 @@ def heat(values: np.ndarray, rows: list[str], columns: list[str], titles: tuple[
 
 
 def lines(rows: list[dict], x: str, y: str, group: str, titles: tuple[str, str], points=False, log=False):
-    """Lines of rows [{x, y, group}], one a group. titles: of the axes, "" for none."""
+    """Lines of rows [{x, y, group}], one a group. titles: of the axes."""
+    several = len({row[group] for row in rows}) > 1
+    legend = alt.Legend(orient="bottom", columns=1, labelLimit=300) if several else None
     scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
     return (
         alt.Chart(alt.Data(values=rows))
         .mark_line(point=points)
         .encode(
-            x=alt.X(f"{x}:Q", title=titles[0] or None, axis=alt.Axis(tickMinStep=1)),
-            y=alt.Y(f"{y}:Q", title=titles[1] or None, scale=scale),
-            color=alt.Color(f"{group}:N", title=None, legend=alt.Legend(orient="bottom", columns=2, labelLimit=300)),
+            x=alt.X(f"{x}:Q", title=titles[0], axis=alt.Axis(tickMinStep=1)),
+            y=alt.Y(f"{y}:Q", title=titles[1], scale=scale),
+            color=alt.Color(f"{group}:N", title=None, legend=legend),
             tooltip=[f"{group}:N", alt.Tooltip(f"{x}:Q", format=",.6~g"), alt.Tooltip(f"{y}:Q", format=".4~g")],
         )
-        .properties(height=260)
+        .properties(height=320 if several else 220)
         .interactive(bind_y=False)
     )
 

@@ -17,7 +17,8 @@ def show(say: Words) -> None:
     st.caption(say("data_help"))
     found = files()
     with st.sidebar:
-        chosen = st.selectbox(say("file"), [*found, ""], format_func=lambda path: path or say("other_path"),
+        usual = next((i for i, path in enumerate(found) if "sft" in path), 0)
+        chosen = st.selectbox(say("file"), [*found, ""], usual, format_func=lambda path: path or say("other_path"),
                               key="data file", **LASTS)  # fmt: skip
         path = chosen or st.text_input(say("path"), key="data path", **LASTS).strip()
         tokenizer = choose_tokenizer(say)

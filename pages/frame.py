@@ -1,4 +1,4 @@
-"""What all pages share: the languages, the way from page to page, the choice of a model, errors in words.
+"""What all pages share: the languages, the choice of a model, errors in words.
 
 Streamlit runs a page from top to bottom whenever somebody uses a control of it. What must last is kept in
 st.session_state, which each visitor has for himself; models are shared by all.
@@ -19,17 +19,6 @@ NARROW = """<style>
 </style>"""
 
 
-def main() -> None:
-    """The app: all pages, and the one that the address names."""
-    st.set_page_config("MiniMind", page_icon="💬", layout="wide")
-    say = chosen_words()
-    pages = [st.Page(function, title=say(name), icon=f":material/{icon}:", url_path=name, default=name == "chat")
-             for name, function, icon in PAGES]  # fmt: skip
-    page = st.navigation(pages, position="top")
-    shell(say)
-    page.run()
-
-
 def chosen_words() -> Words:
     """The words of the language that was chosen, before that of the visitor's browser."""
     chinese = (st.context.locale or "zh").startswith("zh")
@@ -45,40 +34,11 @@ def shell(say: Words) -> None:
                              format_func=names.get, **LASTS)  # fmt: skip
 
 
-# Each page is imported when it is opened: torch takes seconds, and the frame is shown before.
-def chat() -> None:
-    from pages import chat
-
-    chat.show(chosen_words())
-
-
-def look() -> None:
-    from pages import look
-
-    look.show(chosen_words())
-
-
-def watch() -> None:
-    from pages import watch
-
-    watch.show(chosen_words())
-
-
-def data() -> None:
-    from pages import data
-
-    data.show(chosen_words())
-
-
-PAGES = (("chat", chat, "chat"), ("look", look, "visibility"), ("watch", watch, "monitoring"),
-         ("data", data, "table_rows"))  # fmt: skip
-
-
 # -------------------------------------------------------------------------------------------------------------- errors
 def fault(error: Exception, say: Words) -> None:
     """An error in the page's language, with what to do, and the program's own words behind it."""
     key, values = explained(error)
-    st.error(say(f"fault_{key}", **values))
+    st.error(say(f"fault_{key}", **{name: escaped(value) for name, value in values.items()}))
     if key != "other":
         st.expander(say("details")).text(str(error))
 
@@ -113,5 +73,5 @@ def nothing_trained(say: Words) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- plain text
 def escaped(text: str) -> str:
-    """For labels, which Streamlit reads as Markdown: the text as it is, and no link or picture in it."""
+    """For places that Streamlit reads as Markdown: the text as it is, with no link and no picture in it."""
     return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#+-.!|:$~&" else c for c in text)

@@ -6,9 +6,8 @@ from inspection.embeddings import embedding_map, neighbours
 from inspection.tokens import own_model, visible_tokens
 from model.tokenizer import encode_text
 from pages import charts
-from pages.frame import LASTS
+from pages.frame import LASTS, escaped
 from pages.look_text import Look
-
 
 NEAR = 12  # neighbours shown
 
@@ -20,7 +19,7 @@ def space(look: Look) -> None:
     if word.strip():
         ids = encode_text(tokenizer, word.strip())
         names = charts.labels(tokenizer, ids)
-        place = st.radio(say("token"), range(len(ids)), format_func=lambda i: f"{names[i]} ({ids[i]})",
+        place = st.radio(say("token"), range(len(ids)), format_func=lambda i: escaped(f"{names[i]} ({ids[i]})"),
                          horizontal=True, key=f"token of {word}") if len(ids) > 1 else 0  # fmt: skip
         whole = set(visible_tokens(tokenizer, len(tokenizer)))
         near = [one for one in neighbours(model, ids[place], len(tokenizer)) if one.token in whole][:NEAR]

@@ -9,7 +9,7 @@ from pages.frame import LASTS, fault
 from pages.words import Words
 
 LIVE, STILL = 2, 15  # seconds between two looks: while a run is at work, and else
-ICONS = {"running": "🟢", "finished": "✅", "stopped": "⏸️", "failed": "❌", "lost": "❔"}
+MARKS = {"running": "●", "finished": "✓", "stopped": "‖", "failed": "✗", "lost": "?"}
 
 
 def show(say: Words) -> None:
@@ -77,7 +77,7 @@ def table(say: Words, runs, folder: str) -> dict[str, list]:
     checked = [next((row["val_loss"] for row in reversed(run.log.rows) if row.get("val_loss")), None) for run in runs]
     return {
         say("run"): [named(str(run.log.path), folder) for run in runs],
-        say("status"): [f"{ICONS[run.status]} {say('status_' + run.status)}" for run in runs],
+        say("status"): [f"{MARKS[run.status]} {say('status_' + run.status)}" for run in runs],
         say("step"): [f"{run.log.step:,} / {run.steps:,}" if run.steps else f"{run.log.step:,}" for run in runs],
         say("loss"): [row.get("loss") for row in last],
         say("val_loss"): checked,

@@ -6,6 +6,7 @@ from itertools import groupby
 import numpy as np
 import streamlit as st
 
+from pages.frame import escaped
 from pages.words import Words
 
 MOST_POINTS = 1200  # of a curve: as many as a screen has
@@ -69,11 +70,11 @@ def shown(value) -> str:
 
 def one(say: Words, run) -> None:
     """How a run stands, why it ended, how to go on, and what it wrote."""
-    st.subheader(run.name)
+    st.subheader(escaped(run.name), anchor=False)
     sentence = say(f"is_{run.status}", stage=run.stage or "?", step=f"{run.log.step:,}")
     st.text(f"{sentence} {why(say, run)}".strip())
     if run.resume and run.status != "running":
-        st.caption(say("resume", folder=run.folder) if run.folder else say("resume_here"))
+        st.caption(say("resume", folder=escaped(run.folder)) if run.folder else say("resume_here"))
         st.code(run.resume, language="bash", wrap_lines=True)
     for text in run.faults[:5]:
         st.warning(say("fault_in_run"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pages import frame
+from pages import app
 
 if __name__ == "__main__":
-    frame.main()
+    app.main()

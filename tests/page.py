@@ -9,11 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def script(name: str) -> None:
-    from pages import frame
+    from pages import app
 
-    say = frame.chosen_words()
-    frame.shell(say)
-    getattr(frame, name)()
+    app.shell(app.chosen_words())
+    getattr(app, name)()
 
 
 def open_page(name: str, language="zh", **state) -> AppTest:
