@@ -20,7 +20,7 @@ def two(say: Words) -> None:
         return
     with st.sidebar:
         chosen = sampling(say, "compare")
-    sides = []
+    heading, sides = st.empty(), []
     for column, (key, order) in zip(st.columns(2), (("first", paths), ("second", paths[1:] + paths[:1]))):
         with column:
             sides.append((choose_model(say, say(key), key, order), st.empty(), st.empty()))
@@ -30,7 +30,7 @@ def two(say: Words) -> None:
         asked["question"], asked["answers"] = question, {}
     if not asked:
         return
-    st.text(f"{say('question')}{asked['question']}")
+    heading.text(f"{say('question')}{asked['question']}")
     for model, text, under in sides:
         if model is None:
             continue

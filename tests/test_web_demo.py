@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import stage
 import torch
-from streamlit.testing.v1 import AppTest
+from page import clean, open_page, said
 from stub_api import StubApi
 
 from chat import demo_tools, sources
@@ -23,6 +23,7 @@ from inference.engine import Engine
 from inference.stream_text import ToolCall
 from model.LMConfig import LMConfig
 from model.tokenizer import encode_text, load_tokenizer, render
+from model.weights import load_model, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "scripts" / "web_demo.py"
@@ -205,41 +206,90 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def open_page(**values):
-    app = AppTest.from_file(PAGE, default_timeout=60).run()
-    assert not app.exception
-    for name, value in values.items():
-        kind, key = name.split("__")
-        getattr(app, kind)(key).set_value(value).run()
-    return app
+SHORT = {"chat max_tokens": 16, "chat seed": 1}
+TAUGHT = {"full_sft": {"kind": "chat", "turns": {"1": 0.93, "2": 0.07}, "thinking": 0, "tools": 0,
+                       "examples": ["![x](http://127.0.0.1:9/x.png)", "1+1=?"]}}  # fmt: skip
 
 
-def shown(app):
-    assert not app.exception and not any(stage.warned(w.value) for w in app.warning)  # Streamlit's too stand there
-    return [(m.name, "".join(x.value for x in m.markdown)) for m in app.chat_message]
+def taught_weights(folder, **record):
+    """Weights whose record says what they were taught."""
+    path = stage.chat_weights(folder, seed=1)
+    model, tokenizer, old = load_model(path)
+    save_weights(path, model, tokenizer, old | record)
+    return path
 
 
 def test_a_chat_on_the_page(here):
     stage.chat_weights(here / "out", seed=1)
     stage.chat_weights(here / "out" / "demo", seed=2)
     stage.chat_weights(here / "out", name="pretrain_32.pth")
-    app = open_page(slider__max_tokens=16, number_input__seed=1, radio__language="English")
-    assert app.title[0].value == "MiniMind chat" and len(app.selectbox("weight").options) == 2
+    app = open_page("chat", "en", **SHORT)
+    assert app.title[0].value == "Talk to the model you trained" and len(app.selectbox("weight").options) == 3
     app.chat_input[0].set_value("你好").run()
-    (_, asked), (_, answer) = shown(app)
-    assert asked == "你好" and answer and "▌" not in answer
+    (_, asked), (_, answer) = said(app)
+    assert asked == "你好" and answer and "▌" not in answer and "tokens read, 16 written" in app.caption[-1].value
     app.button("regenerate").click().run()
-    assert shown(app) == [("user", "你好"), ("assistant", answer)]  # the same seed
-    learned = as_chat(json.loads(sources.exported(app.session_state["messages"], "s")))
+    message = app.session_state["chats"][1]["messages"][-1]
+    assert message["content"] == answer and message["earlier"] == [answer]  # the same seed
+    learned = as_chat(json.loads(sources.exported(app.session_state["chats"][1]["messages"], "s")))
     assert [m["role"] for m in learned] == ["system", "user", "assistant"] and render(load_tokenizer(), learned)
     app.radio("thinking").set_value("off").run()
-    app.radio("language").set_value("中文").run()
-    assert (app.slider("max_tokens").value, app.radio("thinking").value) == (16, "off")  # what was set stays set
-    assert app.title[0].value == "MiniMind 聊天" and app.button("clear").label == "清空" and len(shown(app)) == 2
+    app.segmented_control("language").set_value("zh").run()
+    assert (app.slider("chat max_tokens").value, app.radio("thinking").value) == (16, "off")  # what was set stays set
+    assert app.button("clear").label == "清空" and len(said(app)) == 2
     app.chat_input[0].set_value("再见").run()
-    assert len(shown(app)) == 4
+    assert len(said(app)) == 4
     app.button("clear").click().run()
-    assert shown(app) == [] and not app.button
+    assert said(app) == []
+
+
+def test_several_chats_are_kept_and_a_question_is_said_otherwise(here):
+    stage.chat_weights(here / "out")
+    app = open_page("chat", "en", **SHORT)
+    app.chat_input[0].set_value("one").run()
+    app.button("new").click().run()
+    app.chat_input[0].set_value("two").run()
+    assert said(app)[0] == ("user", "two")
+    app.selectbox("chat").set_value(1).run()
+    assert said(app)[0] == ("user", "one")
+    app.text_area("text 1 0").set_value("three").run()
+    app.button("send 1 0").click().run()
+    assert said(app)[0] == ("user", "three") and len(said(app)) == 2
+    assert [chat["messages"][0]["content"] for chat in app.session_state["chats"].values()] == ["one", "two", "three"]
+
+
+def test_what_was_not_taught_is_not_offered_and_the_reason_stands_there(here):
+    taught_weights(here / "out", taught=TAUGHT)
+    app = open_page("chat", "en", **SHORT)
+    assert app.radio("thinking").disabled and app.multiselect("tools").disabled and app.slider("history").disabled
+    told = " ".join(caption.value for caption in app.caption)
+    assert "cannot think" in told and "cannot use tools" in told and "the current one only" in told
+    assert app.session_state["history"] == 0
+    assert app.button("example 0").label == r"\!\[x\]\(http\://127\.0\.0\.1\:9/x\.png\)"  # no picture in a label
+    app.button("example 1").click().run()
+    assert said(app)[0] == ("user", "1+1=?") and len(said(app)) == 2
+
+
+def test_a_base_model_continues_texts(here):
+    path = stage.chat_weights(here / "out", name="pretrain_32.pth")
+    model, tokenizer, _ = load_model(path)
+    save_weights(path, model, tokenizer, {"stage": "pretrain"})
+    app = open_page("chat", "en", mode="talk")
+    assert app.chat_input[0].disabled and "base model" in " ".join(caption.value for caption in app.caption)
+    app = open_page("chat", "en", mode="continue", beginning="春天", **{"continue max_tokens": 16})
+    app.button("go on").click().run()
+    assert clean(app).text[-1].value.startswith("春天") and "written" in app.caption[-1].value
+
+
+def test_two_checkpoints_answer_one_question(here):
+    stage.chat_weights(here / "out", seed=1)
+    stage.chat_weights(here / "out", seed=2, name="dpo_32.pth")
+    app = open_page("chat", "en", mode="compare", **{"compare max_tokens": 16, "compare seed": 1})
+    app.chat_input[0].set_value("你好").run()
+    question, first, second = (text.value for text in clean(app).text)
+    assert question == "Question: 你好" and first and second and first != second
+    app.run()
+    assert [text.value for text in clean(app).text] == [question, first, second]  # drawn anew, not asked anew
 
 
 def test_tools_are_called_in_sight(here):
@@ -250,12 +300,12 @@ def test_tools_are_called_in_sight(here):
         return {"reasoning_content": "要算", "content": "", "tool_calls": [call]}
 
     with StubApi(reply) as stub:
-        app = open_page(radio__source="api", text_input__address=stub.address)
+        app = open_page("chat", source="api", address=stub.address)
         app.multiselect("tools").set_value(["calculator"]).run()
         app.chat_input[0].set_value("12*12=?").run()
         for _ in range(2):  # as it came, and drawn anew
-            assert [code.value for code in app.code] == ['{"expression": "12*12"}', "144"]
-            assert shown(app)[-1] == ("assistant", "等于144") and "要算" in shown(app)[1][1]
+            assert [code.value for code in app.code][:2] == ['{"expression": "12*12"}', "144"]
+            assert said(app)[-1] == ("assistant", "等于144") and "要算" in said(app)[1][1]
             app.run()
         sent = stub.requests[-1]["messages"]
         assert [m["role"] for m in sent] == ["user", "assistant", "tool"]
@@ -266,32 +316,38 @@ def test_tools_are_called_in_sight(here):
 def test_a_model_that_calls_for_ever_is_ended(here):
     call = sources.as_message(ToolCall("clock", "{}"))
     with StubApi(lambda request: {"tool_calls": [call]}) as stub:
-        app = open_page(radio__source="api", text_input__address=stub.address, radio__language="English")
+        app = open_page("chat", "en", source="api", address=stub.address)
         app.chat_input[0].set_value("x").run()
-        assert len(stub.requests) == 4 and "that is enough" in app.warning[0].value
+        assert len(stub.requests) == 4 and "that is enough" in app.error[0].value
 
 
-def test_a_fresh_clone_is_told_what_to_run(here):
-    app = open_page()
-    assert "make demo" in app.warning[0].value and app.chat_input[0].disabled and not app.exception
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_a_fresh_clone_is_told_what_to_run(here, language):
+    app = open_page("chat", language)
+    assert "make demo" in app.warning[0].value and app.chat_input[0].disabled
     app.radio("source").set_value("api").run()
     app.text_input("address").set_value("http://127.0.0.1:9/v1").run()
-    assert "127.0.0.1:9" in app.error[0].value and "serve_openai_api.py" in app.info[0].value
+    assert "serve_openai_api.py" in app.error[0].value
+    assert ("没有应答" if language == "zh" else "Nothing answers") in app.error[0].value  # in the page's language
 
 
 def test_mistakes_are_said_on_the_page(here):
     path = stage.chat_weights(here / "out", max_seq_len=64)
-    app = open_page(slider__max_tokens=16)
+    app = open_page("chat", **SHORT)
     app.chat_input[0].set_value("很长" * 200).run()
-    assert "context of 64" in app.error[0].value and [name for name, _ in shown(app)] == ["user", "assistant"]
+    assert "上下文只有 64" in app.error[0].value and [name for name, _ in said(app)] == ["user"]
     path.write_bytes(b"no weights")
-    assert "full_sft_32.pth" in open_page().error[0].value
+    assert "full\\_sft\\_32\\.pth 读不出来" in open_page("chat").error[0].value
 
 
-def test_both_languages_have_the_same_words_and_the_page_stays_on_this_machine():
-    chinese, english = stage.load("scripts/web_demo.py").WORDS.values()
-    code = PAGE.read_text(encoding="utf-8").partition("def main")[2]
-    assert chinese.keys() == english.keys() and all(f'"{key}"' in code for key in chinese)
+def test_two_visitors_have_chats_of_their_own(here):
+    stage.chat_weights(here / "out")
+    one, two = open_page("chat", "en", **SHORT), open_page("chat", "zh", **SHORT)
+    one.chat_input[0].set_value("one").run()
+    assert said(two.run()) == [] and said(one)[0] == ("user", "one")
+
+
+def test_the_page_stays_on_this_machine():
     config = (ROOT / "scripts" / ".streamlit" / "config.toml").read_text()
     assert 'address = "127.0.0.1"' in config and "gatherUsageStats = false" in config
 
