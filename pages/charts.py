@@ -1,9 +1,12 @@
 """The drawings: Altair's charts, tokens as coloured text, attention maps as images."""
 
+import base64
 import html
+import io
 
 import altair as alt
 import numpy as np
+from PIL import Image
 
 from inspection.tokens import pieces
 
@@ -13,7 +16,7 @@ HUES = (210, 30, 130, 280, 0, 180)  # of neighbouring tokens, degrees
 MAP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], float)
 SQUARE = 8  # characters that are written into a square of a chart
 AXES = 130  # pixels that the axes of a chart of squares take of its height
-IMAGE = 420  # pixels of a map's side, about
+SIDE = 420  # pixels of a map's side, about
 
 
 # --------------------------------------------------------------------------------------------------- tokens as text
@@ -56,12 +59,18 @@ def by_strength(values, hue: int = 0) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- images
-def attention_image(weights: np.ndarray, side: int = IMAGE) -> np.ndarray:
-    """(T, S) weights -> an RGB image, a square a pair. The root of a weight is drawn: most of them are small."""
+def attention_image(weights: np.ndarray, side: int = SIDE) -> str:
+    """(T, S) weights -> a PNG as a data URI, a square a pair. The root of a weight is drawn: most of them are small.
+
+    A data URI, because Streamlit's own image files are gone as soon as another view is chosen, perhaps before the
+    browser has asked for them.
+    """
     strong = np.sqrt(np.clip(weights, 0, 1))
     rgb = np.stack([np.interp(strong, np.linspace(0, 1, len(MAP)), MAP[:, c]) for c in range(3)], axis=-1)
     size = max(1, side // max(weights.shape))
-    return np.kron(rgb.astype(np.uint8), np.ones((size, size, 1), np.uint8))
+    png = io.BytesIO()
+    Image.fromarray(np.kron(rgb.astype(np.uint8), np.ones((size, size, 1), np.uint8))).save(png, "PNG")
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
 # --------------------------------------------------------------------------------------------------------- charts

@@ -1,5 +1,6 @@
 """The chat page: its tools against hostile calls, its sources, the page itself, and the page in a real browser."""
 
+import contextlib
 import json
 import math
 import re
@@ -24,6 +25,8 @@ from inference.stream_text import ToolCall
 from model.LMConfig import LMConfig
 from model.tokenizer import encode_text, load_tokenizer, render
 from model.weights import load_model, save_weights
+from pages.look import VIEWS
+from pages.words import Words
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "scripts" / "web_demo.py"
@@ -369,44 +372,57 @@ def browser():
 @pytest.fixture
 def served(here):
     """The page as a user starts it, beside an out/ of its own -> its address."""
-    stage.chat_weights(here / "out", seed=1)
+    taught_weights(here / "out", taught=TAUGHT)
+    stage.chat_weights(here / "out", seed=2, name="dpo_32.pth")
+    with serving(here) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def serving(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "streamlit", "run", PAGE, "--server.port", str(port)]
-    with open(here / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=here)
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
-        while "http://" not in (here / "log").read_text():
-            assert process.poll() is None, (here / "log").read_text()
+        while "http://" not in (folder / "log").read_text():
+            assert process.poll() is None, (folder / "log").read_text()
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
-        log = (here / "log").read_text()
+        log = (folder / "log").read_text()
         assert "127.0.0.1" in log and "Network URL" not in log and "Traceback" not in log and not stage.warned(log)
     finally:
         process.terminate()
         process.wait(20)
 
 
+def opened(browser, address, locale="en-US", width=1100, theme="light"):
+    """A visitor's page, which notes what its console calls an error and what it asks of other machines."""
+    page = browser.new_page(locale=locale, viewport={"width": width, "height": 800}, color_scheme=theme)
+    page.set_default_timeout(60_000)
+    page.faults = []
+    page.on("console", lambda m: page.faults.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:", address.replace("http", "ws")))
+            else page.faults.append(r.url))  # fmt: skip
+    page.goto(address)
+    return page
+
+
 @pytest.mark.slow
 def test_a_chat_in_a_browser(browser, served, here):
-    page = browser.new_page(locale="en-US", viewport={"width": 1100, "height": 800})
-    page.set_default_timeout(60_000)
-    page.goto(served)
+    page = opened(browser, served)
     ask, answers = page.get_by_placeholder("Say something …"), page.get_by_test_id("stChatMessage")
     ask.fill("你好，世界")
     ask.press("Enter")
     page.get_by_role("button", name="Regenerate").wait_for()
     assert answers.count() == 2 and "你好，世界" in answers.first.inner_text()
-    first = answers.last.inner_text()
-    page.screenshot(path=here / "page.png")
-    assert (here / "page.png").stat().st_size > 10_000
     page.get_by_role("button", name="Regenerate").click()
-    while answers.last.inner_text() == first:
-        page.wait_for_timeout(100)
-    page.get_by_role("button", name="Regenerate").wait_for()
+    page.get_by_text("Earlier answers").wait_for()
     with page.expect_download() as download:
-        page.get_by_role("button", name="Export JSON").click()
+        page.get_by_role("button", name="Export").click()
     exported = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["conversations"]
     assert [m["role"] for m in exported] == ["user", "assistant"] and exported[0]["content"] == "你好，世界"
     page.get_by_role("button", name="Clear").click()
@@ -415,7 +431,7 @@ def test_a_chat_in_a_browser(browser, served, here):
     text = "".join(f"{i} " for i in range(500))
     with StubApi(lambda request: text, pause=0.02) as stub:
         page.get_by_text("an API address", exact=True).click()
-        page.get_by_text("Nobody answers").wait_for()
+        page.get_by_text("Nothing answers").wait_for()
         page.get_by_label("Address (OpenAI-compatible)").fill(stub.address)
         page.get_by_label("Address (OpenAI-compatible)").press("Enter")
         ask.fill("count")
@@ -426,7 +442,71 @@ def test_a_chat_in_a_browser(browser, served, here):
             page.wait_for_timeout(100)
         answers.last.get_by_role("button", name="Stop").click()
         page.get_by_text("(stopped)").wait_for()
-        said = answers.last.locator("p").first.inner_text()
+        settled(page)
+        said = answers.last.get_by_test_id("stText").first.inner_text()
         assert text.startswith(said.strip()) and 0 < len(said) < len(text) / 2
         page.wait_for_timeout(1000)
         assert stub.hung_up == 1 and len(stub.requests) == 1  # the server has been told, and nothing was asked anew
+    assert not page.faults
+
+
+@pytest.mark.slow
+def test_an_answer_loads_nothing_from_anywhere(browser, served):
+    """A picture, a link's icon, HTML: what a model writes is shown as it was written."""
+    hostile = "![p](http://127.0.0.1:9/p.png) <img src='http://127.0.0.1:9/i.png'> <script>alert(1)</script> $x^2$"
+    page = opened(browser, served)
+    with StubApi(lambda request: {"content": hostile, "reasoning_content": hostile}) as stub:
+        page.get_by_text("an API address", exact=True).click()
+        page.get_by_label("Address (OpenAI-compatible)").fill(stub.address)
+        page.get_by_label("Address (OpenAI-compatible)").press("Enter")
+        page.get_by_text("Nothing answers").wait_for(state="detached")
+        page.get_by_placeholder("Say something …").fill(hostile)
+        page.get_by_placeholder("Say something …").press("Enter")
+        page.get_by_role("button", name="Regenerate").wait_for()
+        answers = page.get_by_test_id("stChatMessage")
+        assert hostile in answers.first.inner_text() and hostile in answers.last.inner_text()
+        assert answers.locator("img[src*='127.0.0.1:9']").count() == 0
+    assert not page.faults
+
+
+WAYS = [("zh-CN", 1200, "light"), ("en-US", 390, "dark")]
+TITLES = {
+    "zh-CN": (("看进模型", "看进模型"), ("训练", "看训练"), ("数据", "看数据")),
+    "en-US": (("Look inside", "Look inside"), ("Watch", "Watch the training"), ("Data", "Look at the data")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("locale", "width", "theme"), WAYS)
+def test_every_page_in_a_browser(browser, here, locale, width, theme):
+    """Of a model trained by the stages: each page and each view is drawn, without an error on the console."""
+    flags = [*stage.TINY, "--from_weight", "none", "--data_path", str(stage.write_chats(here / "c.jsonl")),
+             "--max_steps", "6", "--val_split", "0.2", "--out_dir", str(here / "out")]  # fmt: skip
+    stage.load("3-full_sft.py").main(flags)
+    (here / "out" / "bad.jsonl").write_text("no log\n")
+    say = Words(locale[:2])
+    with serving(here) as address:
+        page = opened(browser, address, locale, width, theme)
+        page.get_by_test_id("stChatInputTextArea").wait_for()
+        for link, title in TITLES[locale]:
+            if width < 640:  # the way to the pages is folded there
+                page.get_by_test_id("stExpandSidebarButton").click()
+            page.get_by_test_id("stTopNavLink" if width > 640 else "stSidebarNavLink").filter(has_text=link).click()
+            page.get_by_role("heading", name=title).wait_for()
+            if width < 640 and page.get_by_test_id("stSidebarCollapseButton").is_visible():
+                page.get_by_test_id("stSidebarCollapseButton").click()
+            if title in ("看进模型", "Look inside"):
+                for view in VIEWS:
+                    page.get_by_test_id("stMain").get_by_text(say(view), exact=True).first.click()
+                    settled(page)
+            settled(page)
+            wide = page.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth")
+            assert wide <= width and page.get_by_test_id("stException").count() == 0
+        assert not page.faults
+
+
+def settled(page) -> None:
+    """Waits until the page's script has run to its end."""
+    page.wait_for_timeout(400)
+    page.get_by_test_id("stStatusWidget").wait_for(state="detached")
+    page.get_by_test_id("stSpinner").first.wait_for(state="detached")
