@@ -86,13 +86,13 @@ def rivals(names: list[str], model: np.ndarray, drawn: np.ndarray, said: tuple[s
         alt.Chart(alt.Data(values=rows))
         .mark_bar()
         .encode(
-            y=alt.Y("token:N", sort=order, title=None),
+            y=alt.Y("token:N", sort=order, title=None, axis=alt.Axis(labelOverlap=False)),
             x=alt.X("p:Q", title=None, axis=alt.Axis(format="%")),
             yOffset=alt.YOffset("kind:N", sort=list(said)),
             color=alt.Color("kind:N", sort=list(said), title=None, legend=alt.Legend(orient="bottom")),
             tooltip=["token:N", "kind:N", alt.Tooltip("p:Q", format=".2%")],
         )
-        .properties(height=max(160, 26 * len(names)))
+        .properties(height=90 + 26 * len(names))
     )
 
 
