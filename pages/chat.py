@@ -18,6 +18,9 @@ def show(say: Words) -> None:
 def talk(say: Words) -> None:
     with st.sidebar:
         chat = chosen_chat(say)
+    if not chat["messages"]:
+        st.title(say("chat_title"))  # before the model is opened, which takes seconds the first time
+    with st.sidebar:
         source, can, settings = chat_side.source_and_settings(say, chat)
     messages = chat["messages"]
     drop_empty(messages)
@@ -94,7 +97,6 @@ def drop_empty(messages: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------------ questions and answers
 def welcome(say: Words, source, can) -> None:
     """An empty chat says what the model can do, and offers questions that it was taught."""
-    st.title(say("chat_title"))
     if source is None:
         return
     st.caption(say("can_base") if can.chats is False else say("can_ask"))
