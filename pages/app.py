@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from pages.frame import chosen_words, shell
+from pages.frame import chosen_words, load_rooms, shell
 
 
 def main() -> None:
@@ -24,18 +24,21 @@ def chat() -> None:
 
 
 def look() -> None:
+    load_rooms(chosen_words())
     from pages import look
 
     look.show(chosen_words())
 
 
 def watch() -> None:
+    load_rooms(chosen_words())
     from pages import watch
 
     watch.show(chosen_words())
 
 
 def data() -> None:
+    load_rooms(chosen_words())
     from pages import data
 
     data.show(chosen_words())

@@ -3,7 +3,7 @@
 import streamlit as st
 
 from pages import chat_answer, chat_side, compare
-from pages.frame import LASTS, escaped, fault
+from pages.frame import LASTS, escaped, fault, load_rooms
 from pages.words import Words
 
 MODES = ("talk", "compare", "continue")
@@ -20,6 +20,7 @@ def talk(say: Words) -> None:
         chat = chosen_chat(say)
     if not chat["messages"]:
         st.title(say("chat_title"))  # before the model is opened, which takes seconds the first time
+    load_rooms(say)
     with st.sidebar:
         source, can, settings = chat_side.source_and_settings(say, chat)
     messages = chat["messages"]

@@ -4,16 +4,17 @@ import streamlit as st
 
 from pages.chat_answer import REDRAW, remarks
 from pages.chat_side import sampling
-from pages.frame import LASTS, choose_model, escaped, fault, nothing_trained
+from pages.frame import LASTS, choose_model, escaped, fault, load_rooms, nothing_trained
 from pages.words import Words
 
 
 def two(say: Words) -> None:
     """What training changed: the same question, the same settings, two models."""
-    from chat import models
-
     st.title(say("compare"))
     st.caption(say("compare_help"))
+    load_rooms(say)
+    from chat import models
+
     paths = models.found_models("out")
     if not paths:
         nothing_trained(say)
@@ -78,10 +79,11 @@ def grow(answer: dict, parts, place, before: str = "") -> None:
 
 def go_on(say: Words) -> None:
     """A base model continues a text: it was taught no questions and answers."""
-    from chat import models, sources
-
     st.title(say("continue"))
     st.caption(say("continue_help"))
+    load_rooms(say)
+    from chat import models, sources
+
     paths = sorted(models.found_models("out"), key=lambda path: not models.is_base(path))
     if not paths:
         nothing_trained(say)

@@ -4,6 +4,8 @@ Streamlit runs a page from top to bottom whenever somebody uses a control of it.
 st.session_state, which each visitor has for himself; models are shared by all.
 """
 
+import threading
+
 import streamlit as st
 
 from pages.faults import explained
@@ -32,6 +34,17 @@ def shell(say: Words) -> None:
     with st.sidebar:
         st.segmented_control("语言 / Language", list(names), default=say.language, required=True, key="language",
                              format_func=names.get, **LASTS)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ what takes long
+IMPORTING = threading.Lock()
+
+
+def load_rooms(say: Words) -> None:
+    """Imports the rooms that need torch and transformers: seconds, the first time. One visitor after the other, because
+    transformers fails where two threads import it at once."""
+    with st.spinner(say("loading")), IMPORTING:
+        import inspection.runs  # noqa: F401
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -8,7 +8,7 @@ from pages import watch_run
 from pages.frame import LASTS, fault
 from pages.words import Words
 
-LIVE, STILL = 2, 15  # seconds between two looks: while a run is at work, and else
+LIVE, STILL = 2, 10  # seconds between two looks: while a run is at work, and else
 MARKS = {"running": "●", "finished": "✓", "stopped": "‖", "failed": "✗", "lost": "?"}
 
 
@@ -20,10 +20,7 @@ def show(say: Words) -> None:
         axis = st.radio(say("axis"), ("step", "tokens", "seconds"), format_func=lambda name: say(f"by_{name}"),
                         key="axis", **LASTS)  # fmt: skip
         log = st.toggle(say("log_scale"), key="log scale", **LASTS)
-    found = look(say, folder)
-    if found is None:
-        return
-    at_work = any(run.status == "running" for run in found.runs)
+    at_work = st.session_state.get("at work", False)
     st.fragment(board, run_every=LIVE if at_work else STILL)(say, folder, axis, log)
 
 
@@ -46,6 +43,10 @@ def board(say: Words, folder: str, axis: str, log: bool) -> None:
     found = look(say, folder)
     if found is None:
         return
+    at_work = any(run.status == "running" for run in found.runs)
+    if at_work != st.session_state.get("at work", False):  # a run has begun or ended: look more often, or less
+        st.session_state["at work"] = at_work
+        st.rerun()
     if not found.runs:
         st.info(say("no_runs"))
     else:

@@ -8,7 +8,7 @@ CHAT = {
     "data": ("数据", "Data"),
     "or": ("或者", "or"),
     "details": ("程序的原话", "The program's own words"),
-    "loading": ("正在加载模型……", "Loading the model …"),
+    "loading": ("正在加载……", "Loading …"),
     "untrained": (
         "out/ 里还没有模型。先训练一个：`make demo`（几分钟，自带样例数据）；也可以在左侧选择“API 地址”。",
         "There is no model in out/ yet. Train one first: `make demo` takes minutes, on the sample that comes with the "

@@ -425,7 +425,16 @@ def test_a_chat_in_a_browser(browser, served, here):
         page.get_by_role("button", name="Export").click()
     exported = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["conversations"]
     assert [m["role"] for m in exported] == ["user", "assistant"] and exported[0]["content"] == "你好，世界"
+    download.value.save_as(here / "chat.json")
     page.get_by_role("button", name="Clear").click()
+    answers.first.wait_for(state="detached")
+    page.get_by_role("button", name="Import").click()
+    page.locator("input[type=file]").set_input_files(here / "chat.json")
+    answers.nth(1).wait_for()
+    settled(page)
+    assert exported[1]["content"].strip() in answers.nth(1).inner_text()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="New chat").click()
     answers.first.wait_for(state="detached")
 
     text = "".join(f"{i} " for i in range(500))
@@ -506,6 +515,29 @@ def test_every_page_in_a_browser(browser, here, locale, width, theme):
             wide = page.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth")
             assert wide <= width and page.get_by_test_id("stException").count() == 0
         assert not page.faults
+
+
+@pytest.mark.slow
+def test_a_run_is_watched_while_it_trains(browser, here):
+    flags = [*stage.TINY, "--from_weight", "none", "--data_path", stage.write_chats(here / "c.jsonl"), "--val_split", 0,
+             "--max_steps", 100_000, "--out_dir", here / "out"]  # fmt: skip
+    run = stage.popen("3-full_sft.py", flags, here / "train.txt")
+    try:
+        with serving(here) as address:
+            page = opened(browser, address)
+            page.get_by_test_id("stTopNavLink").filter(has_text="Watch").click()
+            at = page.get_by_text(re.compile(r"training, at step [\d,]+"))
+            at.wait_for()
+            first = at.inner_text()
+            while at.inner_text() == first:  # drawn anew, without a touch of the page
+                page.wait_for_timeout(200)
+            run.terminate()
+            page.get_by_text(re.compile("stopped at step .* Why: SIGTERM")).wait_for()
+            assert "--resume" in page.get_by_test_id("stCode").inner_text()
+            assert not page.faults
+    finally:
+        run.kill()
+        run.wait()
 
 
 def settled(page) -> None:
