@@ -6,13 +6,15 @@ once it is complete. To stop iterating is to stop the generation.
 
 import contextlib
 import json
+import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from inference.sampling import SamplingParams
 from inference.stream_text import AnswerReader, ToolCall
 
+BROKEN = "\ufffd"
 NOT_THE_API = "{} does not answer as OpenAI's API does; does it end in /v1?"
 
 
@@ -37,6 +39,37 @@ class Settings:
     @property
     def tool_names(self) -> set[str]:
         return {tool["function"]["name"] for tool in self.tools}
+
+
+@dataclass
+class Usage:
+    """Filled in while an answer comes.
+
+    read, written   tokens of the prompt and of the answer; None where a server does not tell
+    ended           "stop": the model ended it; "length": it was cut; "" while it goes on
+    broken          places where the answer's bytes made no character, which are left out of its text
+    """
+
+    read: int | None = None
+    written: int | None = None
+    ended: str = ""
+    broken: int = 0
+    times: list[float] = field(default_factory=list)  # when the first and the last piece came, seconds
+
+    def arrived(self) -> None:
+        self.times = [*self.times[:1], time.perf_counter()]
+
+    @property
+    def per_second(self) -> float | None:
+        """Tokens a second after the first one, for which the prompt had to be read; None where that is not known."""
+        if not self.written or self.written < 2 or len(self.times) < 2 or self.times[1] <= self.times[0]:
+            return None
+        return (self.written - 1) / (self.times[1] - self.times[0])
+
+    def whole(self, text: str) -> str:
+        """The text without U+FFFD, which stands where bytes made no character."""
+        self.broken += text.count(BROKEN)
+        return text.replace(BROKEN, "")
 
 
 def visible(messages: list[dict], settings: Settings) -> list[dict]:
@@ -65,6 +98,9 @@ def as_message(call: ToolCall) -> dict:
     return {"id": f"call_{uuid.uuid4().hex[:12]}", "type": "function", "function": function}
 
 
+Parts = Iterator[tuple[str, str | ToolCall]]
+
+
 # ----------------------------------------------------------------------------------------------------------- sources
 class Local:
     """A model in this process."""
@@ -72,15 +108,30 @@ class Local:
     def __init__(self, engine):
         self.engine = engine
 
-    def stream(self, messages: list[dict], settings: Settings) -> Iterator[tuple[str, str | ToolCall]]:
+    def stream(self, messages: list[dict], settings: Settings, usage: Usage | None = None) -> Parts:
         """Raises ValueError where not even the last exchange fits into the context."""
+        reader = AnswerReader(settings.thinking is True, settings.tool_names)
+        for text, final in self._written(self.prompt(messages, settings), settings, usage or Usage()):
+            yield from reader.feed(text, final=final)
+
+    def continued(self, text: str, settings: Settings, usage: Usage | None = None) -> Iterator[str]:
+        """How the model goes on with a text, as a base model does, in pieces. Raises ValueError where it is too
+        long."""
+        for piece, _ in self._written(self.engine.encode(text), settings, usage or Usage()):
+            yield piece
+
+    def _written(self, ids: list[int], settings: Settings, usage: Usage) -> Iterator[tuple[str, bool]]:
+        """(text, whether it is the last) of each token after the prompt `ids`."""
         params = SamplingParams(
             max_tokens=settings.max_tokens, temperature=settings.temperature, top_p=settings.top_p,
             top_k=settings.top_k, repetition_penalty=settings.repetition_penalty, seed=settings.seed,
         )  # fmt: skip
-        reader = AnswerReader(settings.thinking is True, settings.tool_names)
-        for piece in self.engine.stream(self.prompt(messages, settings), params):
-            yield from reader.feed(piece.text, final=piece.finish_reason is not None)
+        usage.read, usage.written = len(ids), 0
+        for piece in self.engine.stream(ids, params):
+            usage.arrived()
+            usage.written += len(piece.token_ids)
+            usage.ended = piece.finish_reason or ""
+            yield usage.whole(piece.text), piece.finish_reason is not None
 
     def prompt(self, messages: list[dict], settings: Settings) -> list[int]:
         """Token ids, with as many of the earlier exchanges as leave room for an answer of max_tokens."""
@@ -129,16 +180,18 @@ class Remote:
         with self.asking():
             return [model.id for model in self.client.with_options(timeout=10).models.list()]
 
-    def stream(self, messages: list[dict], settings: Settings) -> Iterator[tuple[str, str | ToolCall]]:
+    def stream(self, messages: list[dict], settings: Settings, usage: Usage | None = None) -> Parts:
+        usage = usage or Usage()
         reader = AnswerReader(names=settings.tool_names)  # for servers that leave the tags in the text
         calls: dict[int, list[str]] = {}  # index -> name and arguments, which come in pieces
         choice = None  # stays None where no chunk ever comes
         with self.asking(), self.client.chat.completions.create(**self.request(messages, settings)) as chunks:
-            for choice in (each for chunk in chunks for each in chunk.choices):
+            for choice in (each for chunk in counted(chunks, usage) for each in chunk.choices):
                 thought = getattr(choice.delta, "reasoning_content", None)  # not a field of OpenAI's own API
                 if thought:
-                    yield "reasoning", thought
-                yield from reader.feed(choice.delta.content or "")
+                    yield "reasoning", usage.whole(thought)
+                usage.ended = choice.finish_reason or usage.ended
+                yield from reader.feed(usage.whole(choice.delta.content or ""))
                 for part in choice.delta.tool_calls or []:
                     call = calls.setdefault(part.index, ["", ""])
                     for i, text in enumerate((part.function.name, part.function.arguments)):
@@ -151,6 +204,7 @@ class Remote:
     def request(self, messages: list[dict], settings: Settings) -> dict:
         """Fields that OpenAI's API does not have are sent only where they are set: some servers refuse them."""
         request = {"model": self.model, "messages": visible(messages, settings), "stream": True}
+        request["stream_options"] = {"include_usage": True}
         for name in ("max_tokens", "temperature", "top_p", "seed"):
             if getattr(settings, name) is not None:
                 request[name] = getattr(settings, name)
@@ -165,3 +219,13 @@ class Remote:
         if settings.tools:
             request["tools"] = list(settings.tools)
         return request | {"extra_body": extra}
+
+
+def counted(chunks, usage: Usage):
+    """The chunks of an answer. The last one, which has no text, tells how many tokens were read and written."""
+    for chunk in chunks:
+        if chunk.choices:
+            usage.arrived()
+        if chunk.usage:
+            usage.read, usage.written = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
+        yield chunk

@@ -41,6 +41,8 @@ def public_record(record: dict) -> dict:
         out["came_from"] = _file_name(out["came_from"])
     if isinstance(out.get("result"), dict) and isinstance(out["result"].get("weights"), str):
         out["result"] = out["result"] | {"weights": _file_name(out["result"]["weights"])}
+    if isinstance(out.get("taught"), dict):  # nor rows of its data
+        out["taught"] = {stage: told | {"examples": []} for stage, told in out["taught"].items()}
     return out
 
 

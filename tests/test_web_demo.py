@@ -1,5 +1,6 @@
 """The chat page: its tools against hostile calls, its sources, the page itself, and the page in a real browser."""
 
+import contextlib
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import stage
 import torch
-from streamlit.testing.v1 import AppTest
+from page import clean, open_page, said
 from stub_api import StubApi
 
 from chat import demo_tools, sources
@@ -23,6 +24,9 @@ from inference.engine import Engine
 from inference.stream_text import ToolCall
 from model.LMConfig import LMConfig
 from model.tokenizer import encode_text, load_tokenizer, render
+from model.weights import load_model, save_weights
+from pages.look import VIEWS
+from pages.words import Words
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "scripts" / "web_demo.py"
@@ -207,41 +211,90 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def open_page(**values):
-    app = AppTest.from_file(PAGE, default_timeout=60).run()
-    assert not app.exception
-    for name, value in values.items():
-        kind, key = name.split("__")
-        getattr(app, kind)(key).set_value(value).run()
-    return app
+SHORT = {"chat max_tokens": 16, "chat seed": 1}
+TAUGHT = {"full_sft": {"kind": "chat", "turns": {"1": 0.93, "2": 0.07}, "thinking": 0, "tools": 0,
+                       "examples": ["![x](http://127.0.0.1:9/x.png)", "1+1=?"]}}  # fmt: skip
 
 
-def shown(app):
-    assert not app.exception and not any(stage.warned(w.value) for w in app.warning)  # Streamlit's too stand there
-    return [(m.name, "".join(x.value for x in m.markdown)) for m in app.chat_message]
+def taught_weights(folder, **record):
+    """Weights whose record says what they were taught."""
+    path = stage.chat_weights(folder, seed=1)
+    model, tokenizer, old = load_model(path)
+    save_weights(path, model, tokenizer, old | record)
+    return path
 
 
 def test_a_chat_on_the_page(here):
     stage.chat_weights(here / "out", seed=1)
     stage.chat_weights(here / "out" / "demo", seed=2)
     stage.chat_weights(here / "out", name="pretrain_32.pth")
-    app = open_page(slider__max_tokens=16, number_input__seed=1, radio__language="English")
-    assert app.title[0].value == "MiniMind chat" and len(app.selectbox("weight").options) == 2
+    app = open_page("chat", "en", **SHORT)
+    assert app.title[0].value == "Talk to the model you trained" and len(app.selectbox("weight").options) == 3
     app.chat_input[0].set_value("你好").run()
-    (_, asked), (_, answer) = shown(app)
-    assert asked == "你好" and answer and "▌" not in answer
+    (_, asked), (_, answer) = said(app)
+    assert asked == "你好" and answer and "▌" not in answer and "tokens read, 16 written" in app.caption[-1].value
     app.button("regenerate").click().run()
-    assert shown(app) == [("user", "你好"), ("assistant", answer)]  # the same seed
-    learned = as_chat(json.loads(sources.exported(app.session_state["messages"], "s")))
+    message = app.session_state["chats"][1]["messages"][-1]
+    assert message["content"] == answer and message["earlier"] == [answer]  # the same seed
+    learned = as_chat(json.loads(sources.exported(app.session_state["chats"][1]["messages"], "s")))
     assert [m["role"] for m in learned] == ["system", "user", "assistant"] and render(load_tokenizer(), learned)
     app.radio("thinking").set_value("off").run()
-    app.radio("language").set_value("中文").run()
-    assert (app.slider("max_tokens").value, app.radio("thinking").value) == (16, "off")  # what was set stays set
-    assert app.title[0].value == "MiniMind 聊天" and app.button("clear").label == "清空" and len(shown(app)) == 2
+    app.segmented_control("language").set_value("zh").run()
+    assert (app.slider("chat max_tokens").value, app.radio("thinking").value) == (16, "off")  # what was set stays set
+    assert app.button("clear").label == "清空" and len(said(app)) == 2
     app.chat_input[0].set_value("再见").run()
-    assert len(shown(app)) == 4
+    assert len(said(app)) == 4
     app.button("clear").click().run()
-    assert shown(app) == [] and not app.button
+    assert said(app) == []
+
+
+def test_several_chats_are_kept_and_a_question_is_said_otherwise(here):
+    stage.chat_weights(here / "out")
+    app = open_page("chat", "en", **SHORT)
+    app.chat_input[0].set_value("one").run()
+    app.button("new").click().run()
+    app.chat_input[0].set_value("two").run()
+    assert said(app)[0] == ("user", "two")
+    app.selectbox("chat").set_value(1).run()
+    assert said(app)[0] == ("user", "one")
+    app.text_area("text 1 0").set_value("three").run()
+    app.button("send 1 0").click().run()
+    assert said(app)[0] == ("user", "three") and len(said(app)) == 2
+    assert [chat["messages"][0]["content"] for chat in app.session_state["chats"].values()] == ["one", "two", "three"]
+
+
+def test_what_was_not_taught_is_not_offered_and_the_reason_stands_there(here):
+    taught_weights(here / "out", taught=TAUGHT)
+    app = open_page("chat", "en", **SHORT)
+    assert app.radio("thinking").disabled and app.multiselect("tools").disabled and app.slider("history").disabled
+    told = " ".join(caption.value for caption in app.caption)
+    assert "cannot think" in told and "cannot use tools" in told and "the current one only" in told
+    assert app.session_state["history"] == 0
+    assert app.button("example 0").label == r"\!\[x\]\(http\://127\.0\.0\.1\:9/x\.png\)"  # no picture in a label
+    app.button("example 1").click().run()
+    assert said(app)[0] == ("user", "1+1=?") and len(said(app)) == 2
+
+
+def test_a_base_model_continues_texts(here):
+    path = stage.chat_weights(here / "out", name="pretrain_32.pth")
+    model, tokenizer, _ = load_model(path)
+    save_weights(path, model, tokenizer, {"stage": "pretrain"})
+    app = open_page("chat", "en", mode="talk")
+    assert app.chat_input[0].disabled and "base model" in " ".join(caption.value for caption in app.caption)
+    app = open_page("chat", "en", mode="continue", beginning="春天", **{"continue max_tokens": 16})
+    app.button("go on").click().run()
+    assert clean(app).text[-1].value.startswith("春天") and "written" in app.caption[-1].value
+
+
+def test_two_checkpoints_answer_one_question(here):
+    stage.chat_weights(here / "out", seed=1)
+    stage.chat_weights(here / "out", seed=2, name="dpo_32.pth")
+    app = open_page("chat", "en", mode="compare", **{"compare max_tokens": 16, "compare seed": 1})
+    app.chat_input[0].set_value("你好").run()
+    question, first, second = (text.value for text in clean(app).text)
+    assert question == "Question: 你好" and first and second and first != second
+    app.run()
+    assert [text.value for text in clean(app).text] == [question, first, second]  # drawn anew, not asked anew
 
 
 def test_tools_are_called_in_sight(here):
@@ -252,12 +305,12 @@ def test_tools_are_called_in_sight(here):
         return {"reasoning_content": "要算", "content": "", "tool_calls": [call]}
 
     with StubApi(reply) as stub:
-        app = open_page(radio__source="api", text_input__address=stub.address)
+        app = open_page("chat", source="api", address=stub.address)
         app.multiselect("tools").set_value(["calculator"]).run()
         app.chat_input[0].set_value("12*12=?").run()
         for _ in range(2):  # as it came, and drawn anew
-            assert [code.value for code in app.code] == ['{"expression": "12*12"}', "144"]
-            assert shown(app)[-1] == ("assistant", "等于144") and "要算" in shown(app)[1][1]
+            assert [code.value for code in app.code][:2] == ['{"expression": "12*12"}', "144"]
+            assert said(app)[-1] == ("assistant", "等于144") and "要算" in said(app)[1][1]
             app.run()
         sent = stub.requests[-1]["messages"]
         assert [m["role"] for m in sent] == ["user", "assistant", "tool"]
@@ -268,32 +321,38 @@ def test_tools_are_called_in_sight(here):
 def test_a_model_that_calls_for_ever_is_ended(here):
     call = sources.as_message(ToolCall("clock", "{}"))
     with StubApi(lambda request: {"tool_calls": [call]}) as stub:
-        app = open_page(radio__source="api", text_input__address=stub.address, radio__language="English")
+        app = open_page("chat", "en", source="api", address=stub.address)
         app.chat_input[0].set_value("x").run()
-        assert len(stub.requests) == 4 and "that is enough" in app.warning[0].value
+        assert len(stub.requests) == 4 and "that is enough" in app.error[0].value
 
 
-def test_a_fresh_clone_is_told_what_to_run(here):
-    app = open_page()
-    assert "make demo" in app.warning[0].value and app.chat_input[0].disabled and not app.exception
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_a_fresh_clone_is_told_what_to_run(here, language):
+    app = open_page("chat", language)
+    assert "make demo" in app.warning[0].value and app.chat_input[0].disabled
     app.radio("source").set_value("api").run()
     app.text_input("address").set_value("http://127.0.0.1:9/v1").run()
-    assert "127.0.0.1:9" in app.error[0].value and "serve_openai_api.py" in app.info[0].value
+    assert "serve_openai_api.py" in app.error[0].value
+    assert ("没有应答" if language == "zh" else "Nothing answers") in app.error[0].value  # in the page's language
 
 
 def test_mistakes_are_said_on_the_page(here):
     path = stage.chat_weights(here / "out", max_seq_len=64)
-    app = open_page(slider__max_tokens=16)
+    app = open_page("chat", **SHORT)
     app.chat_input[0].set_value("很长" * 200).run()
-    assert "context of 64" in app.error[0].value and [name for name, _ in shown(app)] == ["user", "assistant"]
+    assert "上下文只有 64" in app.error[0].value and [name for name, _ in said(app)] == ["user"]
     path.write_bytes(b"no weights")
-    assert "full_sft_32.pth" in open_page().error[0].value
+    assert "full\\_sft\\_32\\.pth 读不出来" in open_page("chat").error[0].value
 
 
-def test_both_languages_have_the_same_words_and_the_page_stays_on_this_machine():
-    chinese, english = stage.load("scripts/web_demo.py").WORDS.values()
-    code = PAGE.read_text(encoding="utf-8").partition("def main")[2]
-    assert chinese.keys() == english.keys() and all(f'"{key}"' in code for key in chinese)
+def test_two_visitors_have_chats_of_their_own(here):
+    stage.chat_weights(here / "out")
+    one, two = open_page("chat", "en", **SHORT), open_page("chat", "zh", **SHORT)
+    one.chat_input[0].set_value("one").run()
+    assert said(two.run()) == [] and said(one)[0] == ("user", "one")
+
+
+def test_the_page_stays_on_this_machine():
     config = (ROOT / "scripts" / ".streamlit" / "config.toml").read_text()
     assert 'address = "127.0.0.1"' in config and "gatherUsageStats = false" in config
 
@@ -315,55 +374,79 @@ def browser():
 @pytest.fixture
 def served(here):
     """The page as a user starts it, beside an out/ of its own -> its address."""
-    stage.chat_weights(here / "out", seed=1)
+    taught_weights(here / "out", taught=TAUGHT)
+    stage.chat_weights(here / "out", seed=2, name="dpo_32.pth")
+    with serving(here) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def serving(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "streamlit", "run", PAGE, "--server.port", str(port)]
-    with open(here / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=here)
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
-        while "http://" not in (here / "log").read_text():
-            assert process.poll() is None, (here / "log").read_text()
+        while "http://" not in (folder / "log").read_text():
+            assert process.poll() is None, (folder / "log").read_text()
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
-        log = (here / "log").read_text()
+        log = (folder / "log").read_text()
         assert "127.0.0.1" in log and "Network URL" not in log and "Traceback" not in log and not stage.warned(log)
     finally:
         process.terminate()
         process.wait(20)
 
 
+def opened(browser, address, locale="en-US", width=1100, theme="light"):
+    """A visitor's page, which notes what its console calls an error and what it asks of other machines."""
+    page = browser.new_page(locale=locale, viewport={"width": width, "height": 800}, color_scheme=theme)
+    page.set_default_timeout(60_000)
+    page.faults = []
+    page.on("console", lambda m: page.faults.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:", address.replace("http", "ws")))
+            else page.faults.append(r.url))  # fmt: skip
+    page.goto(address)
+    return page
+
+
 @pytest.mark.slow
 def test_a_chat_in_a_browser(browser, served, here):
-    page = browser.new_page(locale="en-US", viewport={"width": 1100, "height": 800})
-    page.set_default_timeout(60_000)
-    page.goto(served)
+    page = opened(browser, served)
     ask, answers = page.get_by_placeholder("Say something …"), page.get_by_test_id("stChatMessage")
     ask.fill("你好，世界")
     ask.press("Enter")
     page.get_by_role("button", name="Regenerate").wait_for()
     assert answers.count() == 2 and "你好，世界" in answers.first.inner_text()
-    first = answers.last.inner_text()
-    page.screenshot(path=here / "page.png")
-    assert (here / "page.png").stat().st_size > 10_000
     page.get_by_role("button", name="Regenerate").click()
-    while answers.last.inner_text() == first:
-        page.wait_for_timeout(100)
-    page.get_by_role("button", name="Regenerate").wait_for()
+    page.get_by_text("Earlier answers").wait_for()
     with page.expect_download() as download:
-        page.get_by_role("button", name="Export JSON").click()
+        page.get_by_role("button", name="Export").click()
     exported = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["conversations"]
     assert [m["role"] for m in exported] == ["user", "assistant"] and exported[0]["content"] == "你好，世界"
+    download.value.save_as(here / "chat.json")
     page.get_by_role("button", name="Clear").click()
+    answers.first.wait_for(state="detached")
+    page.get_by_role("button", name="Import").click()
+    page.locator("input[type=file]").set_input_files(here / "chat.json")
+    answers.nth(1).wait_for()
+    settled(page)
+    assert exported[1]["content"].strip() in answers.nth(1).inner_text()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="New chat").click()
     answers.first.wait_for(state="detached")
 
     text = "".join(f"{i} " for i in range(500))
     with StubApi(lambda request: text, pause=0.02) as stub:
         page.get_by_text("an API address", exact=True).click()
-        page.get_by_text("Nobody answers").wait_for()
+        page.get_by_text("Nothing answers").wait_for()
         page.get_by_label("Address (OpenAI-compatible)").fill(stub.address)
         page.get_by_label("Address (OpenAI-compatible)").press("Enter")
+        page.get_by_text("Nothing answers").wait_for(state="detached")
+        settled(page)
         ask.fill("count")
         ask.press("Enter")
         seen = set()
@@ -372,7 +455,95 @@ def test_a_chat_in_a_browser(browser, served, here):
             page.wait_for_timeout(100)
         answers.last.get_by_role("button", name="Stop").click()
         page.get_by_text("(stopped)").wait_for()
-        said = answers.last.locator("p").first.inner_text()
+        settled(page)
+        said = answers.last.get_by_test_id("stText").first.inner_text()
         assert text.startswith(said.strip()) and 0 < len(said) < len(text) / 2
         page.wait_for_timeout(1000)
         assert stub.hung_up == 1 and len(stub.requests) == 1  # the server has been told, and nothing was asked anew
+    assert not page.faults
+
+
+@pytest.mark.slow
+def test_an_answer_loads_nothing_from_anywhere(browser, served):
+    """A picture, a link's icon, HTML: what a model writes is shown as it was written."""
+    hostile = "![p](http://127.0.0.1:9/p.png) <img src='http://127.0.0.1:9/i.png'> <script>alert(1)</script> $x^2$"
+    page = opened(browser, served)
+    with StubApi(lambda request: {"content": hostile, "reasoning_content": hostile}) as stub:
+        page.get_by_text("an API address", exact=True).click()
+        page.get_by_label("Address (OpenAI-compatible)").fill(stub.address)
+        page.get_by_label("Address (OpenAI-compatible)").press("Enter")
+        page.get_by_text("Nothing answers").wait_for(state="detached")
+        settled(page)
+        page.get_by_placeholder("Say something …").fill(hostile)
+        page.get_by_placeholder("Say something …").press("Enter")
+        page.get_by_role("button", name="Regenerate").wait_for()
+        answers = page.get_by_test_id("stChatMessage")
+        assert hostile in answers.first.inner_text() and hostile in answers.last.inner_text()
+        assert answers.locator("img[src*='127.0.0.1:9']").count() == 0
+    assert not page.faults
+
+
+WAYS = [("zh-CN", 1200, "light"), ("en-US", 390, "dark")]
+TITLES = {
+    "zh-CN": (("看进模型", "看进模型"), ("训练", "看训练"), ("数据", "看数据")),
+    "en-US": (("Look inside", "Look inside"), ("Watch", "Watch the training"), ("Data", "Look at the data")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("locale", "width", "theme"), WAYS)
+def test_every_page_in_a_browser(browser, here, locale, width, theme):
+    """Of a model trained by the stages: each page and each view is drawn, without an error on the console."""
+    flags = [*stage.TINY, "--from_weight", "none", "--data_path", str(stage.write_chats(here / "c.jsonl")),
+             "--max_steps", "6", "--val_split", "0.2", "--out_dir", str(here / "out")]  # fmt: skip
+    stage.load("3-full_sft.py").main(flags)
+    (here / "out" / "bad.jsonl").write_text("no log\n")
+    say = Words(locale[:2])
+    with serving(here) as address:
+        page = opened(browser, address, locale, width, theme)
+        page.get_by_test_id("stChatInputTextArea").wait_for()
+        for link, title in TITLES[locale]:
+            if width < 640:  # the way to the pages is folded there
+                page.get_by_test_id("stExpandSidebarButton").click()
+            page.get_by_test_id("stTopNavLink" if width > 640 else "stSidebarNavLink").filter(has_text=link).click()
+            page.get_by_role("heading", name=title).wait_for()
+            if width < 640 and page.get_by_test_id("stSidebarCollapseButton").is_visible():
+                page.get_by_test_id("stSidebarCollapseButton").click()
+            if title in ("看进模型", "Look inside"):
+                for view in VIEWS:
+                    page.get_by_test_id("stMain").get_by_text(say(view), exact=True).first.click()
+                    settled(page)
+            settled(page)
+            wide = page.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth")
+            assert wide <= width and page.get_by_test_id("stException").count() == 0
+        assert not page.faults
+
+
+@pytest.mark.slow
+def test_a_run_is_watched_while_it_trains(browser, here):
+    flags = [*stage.TINY, "--from_weight", "none", "--data_path", stage.write_chats(here / "c.jsonl"), "--val_split", 0,
+             "--max_steps", 100_000, "--out_dir", here / "out"]  # fmt: skip
+    run = stage.popen("3-full_sft.py", flags, here / "train.txt")
+    try:
+        with serving(here) as address:
+            page = opened(browser, address)
+            page.get_by_test_id("stTopNavLink").filter(has_text="Watch").click()
+            at = page.get_by_text(re.compile(r"training, at step [\d,]+"))
+            at.wait_for()
+            first = at.inner_text()
+            while at.inner_text() == first:  # drawn anew, without a touch of the page
+                page.wait_for_timeout(200)
+            run.terminate()
+            page.get_by_text(re.compile("stopped at step .* Why: SIGTERM")).wait_for()
+            assert "--resume" in page.get_by_test_id("stCode").inner_text()
+            assert not page.faults
+    finally:
+        run.kill()
+        run.wait()
+
+
+def settled(page) -> None:
+    """Waits until the page's script has run to its end."""
+    page.wait_for_timeout(400)
+    page.get_by_test_id("stStatusWidget").wait_for(state="detached")
+    page.get_by_test_id("stSpinner").first.wait_for(state="detached")

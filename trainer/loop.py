@@ -66,6 +66,7 @@ def train(run, rows, world, loss_fn=language_model, report=None, bits_per_byte=T
     recipe = run.recipe(train_rows, plan.global_batch_size)
     if result := result_without_training(run, plan, recipe, in_words(rows), world):
         return result
+    run = run.teaching(train_rows)
     bytes_of_token = token_bytes(run.tokenizer) if bits_per_byte else None
 
     def validate(engine) -> dict:

@@ -10,6 +10,7 @@ import torch
 from common.device import device_and_dtype
 from common.errors import UserError, note, user_errors
 from data.reading import check_file
+from data.taught import taught
 from model.LMConfig import DEFAULT_PRESET, LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import load_tokenizer
@@ -55,6 +56,11 @@ class Run:
         """
         fixed, record = self.fixed | fingerprints, self.record | (paths or {})
         return replace(self, fixed=fixed, record=record, other_parameters=self.other_parameters + parameters)
+
+    def teaching(self, rows) -> "Run":
+        """A copy of the run whose record also says what the training rows teach, beside what earlier stages taught."""
+        told = {self.args.stage: found} if (found := taught(rows, self.tokenizer)) else {}
+        return replace(self, record=self.record | {"taught": self.record.get("taught", {}) | told})
 
     def recipe(self, rows, global_batch_size: int) -> dict:
         """Every setting that changes what is learned. A resumed run must have the same recipe. rows: of training."""
