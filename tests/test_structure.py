@@ -23,6 +23,8 @@ MAY_IMPORT = {  # room: the rooms below it; docs/design.md draws it
     "sample": ("common", "data"),
     "export": ("common", "model"),
     "inspection": ("common", "model", "inference"),
+    "figures": ("common", "data", "model", "inspection"),
+    "course": ("common", "figures"),
 }
 SCRIPTS = sorted(p for p in ROOT.glob("*.py"))
 CODE = SCRIPTS + sorted(p for room in (*MAY_IMPORT, "benchmarks", "scripts") for p in (ROOT / room).glob("*.py"))

@@ -1,0 +1,52 @@
+"""Runs the course's commands and records what they print."""
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+from common.errors import RunFailed, UserError
+from common.files import replaced
+from course.pages import ROOT, RUN, pages
+from figures.records import RECORDS
+
+
+def commands() -> dict[str, str]:
+    """All commands to record, in the order of the course: name -> what stands in its block."""
+    found = {}
+    for page in pages():
+        for name, command in RUN.findall(page.read_text(encoding="utf-8")):
+            if found.setdefault(name, command) != command:
+                raise UserError(f"{page.name}: two commands are called {name}")
+    return found
+
+
+def run(name: str, command: str) -> None:
+    """Runs a command's lines one after the other and records what they print, as a terminal shows it at the end."""
+    print(f"running {name}: {command}", flush=True)
+    output, began = "", time.monotonic()
+    for line in command.splitlines():
+        words = shlex.split(line)
+        program = [sys.executable, *words[1:]] if words[0] == "python" else words
+        done = subprocess.run(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              encoding="utf-8", env=os.environ | {"PYTHONIOENCODING": "utf-8"})  # fmt: skip
+        if done.returncode:
+            raise RunFailed(f"`{line}` ended with exit code {done.returncode}: {done.stdout[-500:]}")
+        output += done.stdout
+    shown = [line.rpartition("\r")[2].rstrip() for line in output.replace(f"{ROOT}{os.sep}", "").splitlines()]
+    record = {
+        "command": command,
+        "output": "\n".join(shown).strip("\n"),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "tokenizers")}},
+        "seconds": round(time.monotonic() - began),
+    }
+    RECORDS.mkdir(exist_ok=True)
+    with replaced(RECORDS / f"{name}.json", text=True) as file:
+        file.write(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
