@@ -1,6 +1,7 @@
 # make demo      from nothing to a model that talks, on the embedded sample
 # make test      the tests a change must pass      make test-all   everything, slow ones too
 # make lint      ruff
+# make docs      the course's pages and pictures from the code and the recorded runs (RUN=all or names: runs them anew)
 # make lock      the exact versions of constraints*.txt, anew: what a renewal is reviewed by
 # make test-matrix   the tests with the locked, the lowest and the newest versions (VERSIONS="locked lowest newest")
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VERSIONS ?= locked lowest newest
 # One thread a process: the tests run in two processes, and torch threads that share a busy core wait for each other.
 TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-all lint lock test-matrix
+.PHONY: demo test test-all lint docs lock test-matrix
 demo: .venv/installed
 	.venv/bin/python scripts/demo.py
 
@@ -24,6 +25,9 @@ test-all: .venv/installed-all
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+docs: .venv/installed
+	.venv/bin/python scripts/make_docs.py $(if $(RUN),--run $(RUN))
 
 # One solution for every system and for Python 3.11 and later. Where pip reads it as constraints it installs nothing of
 # its own: the CUDA packages that torch wants on Linux stand in it and are fetched only by a torch that wants them.

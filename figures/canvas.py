@@ -5,6 +5,7 @@ font, which has no Chinese: widths come from `text_width`, and the file names fo
 """
 
 import io
+import warnings
 from pathlib import Path
 
 from common.files import replaced
@@ -81,7 +82,8 @@ def save(figure, path: Path) -> None:
     import matplotlib
 
     file = io.StringIO()
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts have it
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     with replaced(path, text=True) as out:
         out.write(file.getvalue().replace("'DejaVu Sans'", FONTS))

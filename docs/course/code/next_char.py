@@ -60,7 +60,9 @@ def main(argv=None) -> dict:
         print(f"\ncontext of {length}: {len(following):,} different ones, "
               f"{result['seen'][length]:.0%} of those in held-out texts among them")  # fmt: skip
         print(f"  after {args.text[-length:]!r}: {best or 'never seen'}")
-        print("  " + continue_text(following, args.text, length, args.steps, random.Random(args.seed)).replace("\n", " "))
+        print(
+            "  " + continue_text(following, args.text, length, args.steps, random.Random(args.seed)).replace("\n", " ")
+        )
     print(json.dumps(result))
     return result
 

@@ -1,0 +1,144 @@
+"""The course agrees with the code and with its records, and its small programs compute what they say."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from stage import ROOT, load
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from course import checks, pages
+from figures.records import record_of, result_of
+from inspection.trace import trace
+from model.LMConfig import LMConfig
+from model.model import MiniMindForCausalLM
+
+CODE = ROOT / "docs" / "course" / "code"
+
+
+def test_every_page_is_what_the_code_and_the_records_say():
+    assert pages.stale() == []
+
+
+def test_sections_twins_commands_links_and_pictures_hold():
+    assert checks.faults() == []
+
+
+# -------------------------------------------------------------------------------------------- the machinery notices
+def page(name="01-bigram.md") -> tuple:
+    path = pages.COURSE / name
+    return path, path.read_text(encoding="utf-8")
+
+
+def test_a_quote_a_number_and_an_output_are_written_anew():
+    path, text = page()
+    loss = f"{result_of('bigram')['losses']['200']:.2f}<!-- = bigram losses.200 .2f -->"
+    for old, new in ((loss, loss.replace(".", "9.", 1)), ("logsumexp", "logsum"), ("by counting: loss", "loss")):
+        assert old in text
+        spoiled = text.replace(old, new)
+        assert spoiled != text and pages.filled(spoiled, path) == text
+
+
+def test_a_quote_can_begin_and_end_at_a_line_and_leave_out_the_docstring():
+    whole = pages.quote("model/moe.py FeedForward.forward")
+    assert whole.splitlines()[2] == "def forward(self, x: Tensor) -> Tensor:"
+    part = pages.quote('model/moe.py route from="if normalise and" to="weight / weight.detach"')
+    assert part.splitlines()[2:-1] == ["if normalise and k == 1:", "    weight = weight / weight.detach()"]
+    assert '"""' not in pages.quote('model/moe.py route without="docstring"')
+
+
+@pytest.mark.parametrize(
+    ("directive", "message"),
+    [
+        ("model/nothing.py f", "no file"),
+        ("model/moe.py Router", "has no Router"),
+        ('model/moe.py route from="gone"', "no line with 'gone'"),
+        ("model/LMConfig.py LMConfig", "more than"),
+    ],
+)
+def test_a_quote_that_is_gone_is_named(directive, message):
+    with pytest.raises(pages.UserError, match=message):
+        pages.quote(directive)
+
+
+def test_a_long_output_loses_its_middle_and_names_how_much():
+    lines = record_of("next_char")["output"].splitlines()
+    block = pages.output_block("next_char", 3, 1).splitlines()
+    assert block[1:4] == lines[:3]
+    assert block[4] == f"... ({len(lines) - 4} lines)"
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("python 1-pretrain.py --data_path dataset/sample/pretrain.jsonl --epochs 2", None),
+        ("python 1-pretrain.py --epochs 2", "names no data"),
+        ("python 1-pretrain.py --epoch_count 2", "epoch_count"),
+        ("python 9-nothing.py", "no file"),
+        ("python -m model.Nothing", "no module"),
+        ("python data_process.py sample --seeds 3", "seeds"),
+        ("git clone REPOSITORY_URL", None),
+    ],
+)
+def test_commands_meet_the_programs_own_parser(command, fault):
+    found = checks.of_command(command)
+    assert found is None if fault is None else fault in found
+
+
+def test_what_a_twin_or_a_chapter_lacks_is_named():
+    path, text = page()
+    assert checks.of_page(path, text) == [] and checks.of_chapter(text, "en") == []
+    assert "other formulas" in checks.of_page(path, text.replace("\\eta \\,", "\\eta"))[0]
+    assert "other commands" in " ".join(checks.of_page(path, text.replace("--steps 300", "--steps 301")))
+    assert "no section 'Formula'" in checks.of_chapter(text.replace("## Formula", "## Sums"), "en")[0]
+    assert "two exercises" in checks.of_chapter(text.replace("<details>", "", 1), "en")[0]
+
+
+# -------------------------------------------------------------------------------------------------- small programs
+def test_the_bigram_s_gradient_is_autograd_s_and_leads_to_the_counts():
+    bigram = load("docs/course/code/bigram.py")
+    torch.manual_seed(0)
+    pairs = torch.randint(5, (64, 2))
+    W = torch.randn(5, 5, requires_grad=True)
+    wanted = torch.autograd.grad(bigram.loss_of(W, pairs), W)[0]
+    torch.testing.assert_close(bigram.gradient_by_hand(W.detach(), pairs), wanted)
+
+    assert bigram.loss_of(torch.zeros(5, 5), pairs).item() == pytest.approx(math.log(5))
+    W = torch.zeros(5, 5)
+    for _ in range(2000):
+        W -= 5 * bigram.gradient_by_hand(W, pairs)
+    assert bigram.loss_of(W, pairs).item() == pytest.approx(bigram.counted(pairs, 5), abs=2e-3)
+
+
+def test_byte_pairs_are_merged_as_the_library_merges_them():
+    bpe = load("docs/course/code/bpe.py")
+    words = {"low": 5, "lower": 2, "newest": 6, "widest": 3, "太阳系": 9, "太阳": 4}
+    learned, cut = bpe.learn_merges(Counter(words), 12)
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + 12, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    library.train_from_iterator([" ".join([word] * n) for word, n in words.items()], trainer)
+    for (tokens, _), word in zip(cut, words, strict=True):
+        # As many pieces, of the same lengths: a letter of the library's tokens stands for a byte.
+        assert [len(token) for token in tokens] == [len(token) for token in library.encode(word).tokens], word
+        assert bpe.encode_steps(word, [pair for pair, _ in learned])[-1] == tokens
+
+
+def test_counted_contexts_give_the_next_character():
+    next_char = load("docs/course/code/next_char.py")
+    assert next_char.count_next(["abab", "abc"], 2) == {"ab": Counter("ac"), "ba": Counter("b")}
+
+
+def test_what_is_written_into_the_stream_adds_up_to_what_leaves_it():
+    stream = load("docs/course/code/stream.py")
+    for extra in ({}, {"use_moe": True}):
+        model = MiniMindForCausalLM(LMConfig.from_preset("tiny", n_layers=2, vocab_size=50, **extra)).eval()
+        traced = trace(model, [3, 7, 9])
+        parts = stream.written(traced)
+        assert [name for name, _ in parts][:2] == ["embedding", "layer 0 attention"] and len(parts) == 5
+        final = sum(update for _, update in parts)
+        p = traced.logits[-1].softmax(-1)
+        assert stream.guess(model, final) == (p.argmax().item(), pytest.approx(p.max().item(), rel=1e-5))
