@@ -52,6 +52,8 @@ def main(argv=None) -> dict:
     torch.manual_seed(0)
 
     config = LMConfig.from_preset(args.preset)
+    if not config.use_moe or not config.n_shared_experts:
+        parser.error(f"{args.preset} has no routed and shared experts; take minimind2-moe")
     D, E, K = config.dim, config.n_routed_experts, config.num_experts_per_tok
     x = 30 * torch.randn(args.tokens, D)  # as long as a stream that many layers have written into
 
@@ -67,9 +69,10 @@ def main(argv=None) -> dict:
     difference["experts"] = (block(x.unsqueeze(0))[0][0] - experts_by_hand(block, x)).abs().max().item()
     one = numbers(block.shared_experts)
     width, shared = config.moe_hidden_dim, config.n_shared_experts
+    active = (K + shared) * one + numbers(block.gate)
     print(f"\none SwiGLU block {D} -> {width} -> {D}: 3 x {D} x {width} = {one:,} numbers")
     print(f"{E} routed experts, {shared} shared, router {numbers(block.gate):,}: {numbers(block):,} in all; "
-          f"a token meets {(K + shared) * one + numbers(block.gate):,}")  # fmt: skip
+          f"a token meets {active:,}")  # fmt: skip
     print(f"block - experts by hand: at most {difference['experts']:.0e}")
 
     scores = block.gate(x).softmax(dim=-1)  # (N, E)
@@ -86,12 +89,13 @@ def main(argv=None) -> dict:
     even = torch.arange(args.tokens * K).view(-1, K) % E
     same = torch.arange(K).expand(args.tokens, K)
     balance = {
-        "this router": balance_loss(scores, chosen, document).item(),
+        "this_router": balance_loss(scores, chosen, document).item(),
         "even": balance_loss(torch.full_like(scores, 1 / E), even, document).item(),
-        "the same ones": balance_loss(F.one_hot(same, E).sum(dim=1) / K, same, document).item(),
+        "same_two": balance_loss(F.one_hot(same, E).sum(dim=1) / K, same, document).item(),
     }
-    print("balance loss: " + ", ".join(f"{name} {value:.3f}" for name, value in balance.items()))
-    result = {"difference": difference, "expert": one, "block": numbers(block), "load": load, "balance": balance}
+    print("balance loss: " + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in balance.items()))
+    result = {"difference": difference, "expert": one, "block": numbers(block), "active": active, "load": load,
+              "balance": balance}  # fmt: skip
     print(json.dumps(result))
     return result
 
