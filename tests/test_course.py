@@ -142,3 +142,27 @@ def test_what_is_written_into_the_stream_adds_up_to_what_leaves_it():
         final = sum(update for _, update in parts)
         p = traced.logits[-1].softmax(-1)
         assert stream.guess(model, final) == (p.argmax().item(), pytest.approx(p.max().item(), rel=1e-5))
+
+
+def test_attention_by_hand_is_the_models_own():
+    attention = load("docs/course/code/attention.py")
+    model = MiniMindForCausalLM(LMConfig.from_preset("tiny", n_layers=2, vocab_size=50)).eval()
+    traced = trace(model, [3, 7, 9, 4])
+    _, weights, read = attention.attend_by_hand(*attention.queries_keys_values(model, traced.residuals[1], 1))
+    torch.testing.assert_close(weights, traced.attention[1])
+    with torch.no_grad():
+        written = model.model.layers[1].self_attn.o_proj(read.transpose(0, 1).flatten(1))
+    torch.testing.assert_close(written, traced.attended[1])
+
+
+def test_a_rotated_score_depends_on_the_distance_alone():
+    result = load("docs/course/code/rotation.py").main(["--preset", "minimind2-small"])
+    scores = result["scores"]
+    assert scores["5,2"] == pytest.approx(scores["105,102"], abs=1e-3) and abs(scores["5,2"] - scores["5,4"]) > 0.1
+    assert result["plain"] < 1e-5 < result["rotated"]
+
+
+def test_norm_and_experts_by_hand_are_the_models_own():
+    result = load("docs/course/code/experts.py").main(["--preset", "minimind2-moe", "--tokens", "8"])
+    assert max(result["difference"].values()) < 1e-5 and sum(result["load"]) == 8 * 2
+    assert result["balance"]["even"] == pytest.approx(1) and result["balance"]["same_two"] == pytest.approx(2)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import torch
 from torch import Tensor
 
+from common.errors import run_main, user_errors
 from inspection.trace import trace
 from model.attention import rotate
 from model.tokenizer import encode_document
@@ -59,7 +60,8 @@ def main(argv=None) -> dict:
     parser.add_argument("--head", type=int, default=0, help="which of its query heads, from 0 (0)")
     args = parser.parse_args(argv)
 
-    model, tokenizer, _ = load_model(args.weight)
+    with user_errors():
+        model, tokenizer, _ = load_model(args.weight)
     model.eval()
     config, ids = model.config, encode_document(tokenizer, args.text)[:-1]  # a document that has begun
     tokens = [tokenizer.decode([i]) for i in ids]
@@ -93,8 +95,8 @@ def main(argv=None) -> dict:
 
 
 def rounded(x: Tensor) -> list:
-    return (x * 1000).round().div(1000).tolist()
+    return x.double().mul(1e4).round().div(1e4).tolist()  # in double: 0.1234 is written as 0.1234
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

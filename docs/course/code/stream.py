@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import torch
 from torch import Tensor
 
+from common.errors import run_main, user_errors
 from inspection.embeddings import neighbours
 from inspection.trace import Trace, trace
 from model.tokenizer import encode_document, encode_text
@@ -46,7 +47,8 @@ def main(argv=None) -> dict:
     parser.add_argument("--near", nargs="+", default=[], help="texts whose first token's neighbours are shown")
     args = parser.parse_args(argv)
 
-    model, tokenizer, _ = load_model(args.weight)
+    with user_errors():
+        model, tokenizer, _ = load_model(args.weight)
     config = model.config
     ids = encode_document(tokenizer, args.text)[:-1]  # a document that has begun and not yet ended
     print(f"text: {args.text}   tokens: {' | '.join(tokenizer.decode([i]) for i in ids)}")
@@ -72,4 +74,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
