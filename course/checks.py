@@ -115,8 +115,10 @@ def of_command(line: str) -> str | None:
     """What is wrong with a command of this project: no such script, flags its own parser refuses, data not named."""
     words = shlex.split(line)
     scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
-    if words[:2] == ["python", "-m"] and (ROOT / words[2].split(".")[0]).is_dir():  # not pip, venv
-        return None if (ROOT / f"{words[2].replace('.', '/')}.py").is_file() else f"no module {words[2]}"
+    if words[:2] == ["python", "-m"]:
+        room, *file = words[2].split(".")
+        ours = file and (ROOT / room).is_dir()
+        return f"no module {words[2]}" if ours and not (ROOT / room / f"{'/'.join(file)}.py").is_file() else None
     if not scripts:
         return None
     script, argv = words[scripts[0]], words[scripts[0] + 1 :]

@@ -84,9 +84,13 @@ def line_with(text: str, kept: list[int], lines: list[str], place: str) -> int:
 
 # ----------------------------------------------------------------------------------------------- outputs and numbers
 def output_block(name: str, first: int, last: int) -> str:
-    """A record's output as a block, its middle left out where it is long, and the line that says where it is from."""
+    """A record's output as a block, its middle left out where it is long, and the line that says where it is from.
+
+    The JSON object at the end is shown only where `last` lines are asked for: it repeats what stands above it.
+    """
     record = record_of(name)
     lines = [line if len(line) <= LINE_WIDTH else line[:LINE_WIDTH] + " …" for line in record["output"].split("\n")]
+    lines = lines[:-1] if not last and lines[-1].startswith("{") else lines
     if len(lines) > first + last + 1:
         lines[first : len(lines) - last] = [f"... ({len(lines) - first - last} lines)"]
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
@@ -104,9 +108,10 @@ def number(name: str, key: str, *options: str) -> str:
     else:
         value = result_of(name)
         for part in key.split("."):
-            if not isinstance(value, dict) or part not in value:
-                raise UserError(f"the result of {name} has no {key}")
-            value = value[part]
+            try:
+                value = value[int(part)] if isinstance(value, list) else value[part]
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise UserError(f"the result of {name} has no {key}") from None
     for option in options:  # a divisor, a format
         value = float(str(value).replace(",", "")) if isinstance(value, str) else value
         value = value / float(option[1:]) if option.startswith("/") else format(value, option)

@@ -26,19 +26,19 @@ def commands() -> dict[str, str]:
 
 
 def run(name: str, command: str) -> None:
-    """Runs a command's lines one after the other and records what they print, as a terminal shows it at the end."""
+    """Runs a command's lines one after the other and records what they print (progress bars go to stderr)."""
     print(f"running {name}: {command}", flush=True)
     output, before = "", os.times()
     for line in command.splitlines():
         words = shlex.split(line)
         program = [sys.executable, *words[1:]] if words[0] == "python" else words
-        done = subprocess.run(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              encoding="utf-8", env=os.environ | {"PYTHONIOENCODING": "utf-8"})  # fmt: skip
+        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
+                              env=os.environ | {"PYTHONIOENCODING": "utf-8"})  # fmt: skip
         if done.returncode:
-            raise RunFailed(f"`{line}` ended with exit code {done.returncode}: {done.stdout[-500:]}")
+            raise RunFailed(f"`{line}` ended with exit code {done.returncode}: {done.stderr[-500:]}")
         output += done.stdout
     after = os.times()
-    shown = [line.rpartition("\r")[2].rstrip() for line in output.replace(f"{ROOT}{os.sep}", "").splitlines()]
+    shown = [line.rstrip() for line in output.replace(f"{ROOT}{os.sep}", "").splitlines()]
     record = {
         "command": command,
         "output": "\n".join(shown).strip("\n"),

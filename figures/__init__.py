@@ -1,1 +1,1 @@
-"""The course's pictures: a file a picture, each with draw(language) -> Figure. Imports common/, data/ and model/."""
+"""The course's pictures: a file a picture, each with draw(language). Imports common/, data/, model/ and inspection/."""

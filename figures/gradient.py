@@ -29,7 +29,7 @@ def draw(language: str):
         for j, value in enumerate(values):
             x = left + 18 + 60 * j
             axes.bar(x + 22, -80 * value, 44, zero, color=COLOURS[2 if j == RIGHT else 0], edgecolor=INK, lw=0.6)
-            write(axes, x + 22, zero - 80 * value + (-12 if value > 0 else 12), f"{value:.3f}".replace("-", "−"), 8.5)
+            write(axes, x + 22, zero - 80 * value + (-12 if value > 0 else 12), f"{value:.3f}", 8.5)
         write(axes, left + 100, 235, foot, 10)
         write(axes, left + 100, 212, right, 8, INK)
     return figure

@@ -11,26 +11,18 @@ SENTENCES = (
 
 
 def draw(language: str):
+    from inspection.tokens import pieces
     from model.tokenizer import encode_text, load_tokenizer
 
     tokenizer = load_tokenizer()
-    figure, axes = canvas(480, 20 + 66 * len(SENTENCES))
+    figure, axes = canvas(450, 12 + 66 * len(SENTENCES))
     for row, sentence in enumerate(SENTENCES):
         x, y = 14, 14 + 66 * row
-        rest = sentence.encode()
-        for i, token in enumerate(encode_text(tokenizer, sentence)):
-            n_bytes = len(tokenizer.convert_ids_to_tokens(token))  # there a letter stands for a byte
-            text, rest = shown(rest[:n_bytes]), rest[n_bytes:]
-            wide = max(text_width(text, 11), text_width(str(token), 6.5)) + 10
+        for i, piece in enumerate(pieces(tokenizer, encode_text(tokenizer, sentence))):
+            # Blanks made visible; what is not a whole character as hexadecimal bytes.
+            text = piece.text.replace(" ", "␣") if piece.whole else piece.bytes.hex(" ").upper()
+            wide = max(text_width(text, 11), text_width(str(piece.id), 6.5)) + 10
             box(axes, x, y, wide - 2, 30, text, COLOURS[i % len(COLOURS)], 11)
-            write(axes, x + wide / 2 - 1, y + 41, str(token), 6.5)
+            write(axes, x + wide / 2 - 1, y + 41, str(piece.id), 6.5)
             x += wide
     return figure
-
-
-def shown(part: bytes) -> str:
-    """A token as text, its blanks made visible, or as hexadecimal bytes where it is a part of a character."""
-    try:
-        return part.decode().replace(" ", "␣")
-    except UnicodeDecodeError:
-        return part.hex(" ").upper()

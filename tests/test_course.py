@@ -10,6 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from course import checks, pages
 from figures.records import record_of, result_of
+from inspection.trace import trace
+from model.LMConfig import LMConfig
+from model.model import MiniMindForCausalLM
 
 CODE = ROOT / "docs" / "course" / "code"
 
@@ -130,26 +133,36 @@ def test_counted_contexts_give_the_next_character():
 
 
 def test_what_is_written_into_the_stream_adds_up_to_what_leaves_it():
-    from model.LMConfig import LMConfig
-    from model.model import MiniMindForCausalLM
-
     stream = load("docs/course/code/stream.py")
     for extra in ({}, {"use_moe": True}):
         model = MiniMindForCausalLM(LMConfig.from_preset("tiny", n_layers=2, vocab_size=50, **extra)).eval()
-        written, final = stream.follow(model, [3, 7, 9])
-        assert [name for name, _ in written][:2] == ["embedding", "layer 0 attention"] and len(written) == 5
-        torch.testing.assert_close(sum(update for _, update in written), final)
-        with torch.no_grad():
-            p = model(torch.tensor([[3, 7, 9]])).logits[0, -1].softmax(-1)
+        traced = trace(model, [3, 7, 9])
+        parts = stream.written(traced)
+        assert [name for name, _ in parts][:2] == ["embedding", "layer 0 attention"] and len(parts) == 5
+        final = sum(update for _, update in parts)
+        p = traced.logits[-1].softmax(-1)
         assert stream.guess(model, final) == (p.argmax().item(), pytest.approx(p.max().item(), rel=1e-5))
 
 
-def test_a_picture_drawn_again_is_the_same_file(tmp_path):
-    from figures import gradient
-    from figures.canvas import save, texts
+def test_attention_by_hand_is_the_models_own():
+    attention = load("docs/course/code/attention.py")
+    model = MiniMindForCausalLM(LMConfig.from_preset("tiny", n_layers=2, vocab_size=50)).eval()
+    traced = trace(model, [3, 7, 9, 4])
+    _, weights, read = attention.attend_by_hand(*attention.queries_keys_values(model, traced.residuals[1], 1))
+    torch.testing.assert_close(weights, traced.attention[1])
+    with torch.no_grad():
+        written = model.model.layers[1].self_attn.o_proj(read.transpose(0, 1).flatten(1))
+    torch.testing.assert_close(written, traced.attended[1])
 
-    for name in ("one.svg", "two.svg"):
-        save(gradient.draw("zh"), tmp_path / name)
-    one = (tmp_path / "one.svg").read_text(encoding="utf-8")
-    assert one == (tmp_path / "two.svg").read_text(encoding="utf-8")
-    assert all(text in one for text in texts(gradient.draw("zh"))) and "正确答案" in one
+
+def test_a_rotated_score_depends_on_the_distance_alone():
+    result = load("docs/course/code/rotation.py").main(["--preset", "minimind2-small"])
+    scores = result["scores"]
+    assert scores["5,2"] == pytest.approx(scores["105,102"], abs=1e-3) and abs(scores["5,2"] - scores["5,4"]) > 0.1
+    assert result["plain"] < 1e-5 < result["rotated"]
+
+
+def test_norm_and_experts_by_hand_are_the_models_own():
+    result = load("docs/course/code/experts.py").main(["--preset", "minimind2-moe", "--tokens", "8"])
+    assert max(result["difference"].values()) < 1e-5 and sum(result["load"]) == 8 * 2
+    assert result["balance"]["even"] == pytest.approx(1) and result["balance"]["same_two"] == pytest.approx(2)

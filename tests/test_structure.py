@@ -23,7 +23,7 @@ MAY_IMPORT = {  # room: the rooms below it; docs/design.md draws it
     "sample": ("common", "data"),
     "export": ("common", "model"),
     "inspection": ("common", "model", "inference"),
-    "figures": ("common", "data", "model"),
+    "figures": ("common", "data", "model", "inspection"),
     "course": ("common", "figures"),
     "pages": ("common", "model", "data", "inference", "chat", "inspection", "cleaning"),
 }
