@@ -9,7 +9,7 @@ RECORDS = Path(__file__).resolve().parents[1] / "docs" / "course" / "records"
 
 
 def record_of(name: str) -> dict:
-    """command, output, date, machine, versions and seconds of a recorded run."""
+    """command, output, date, machine, versions and CPU seconds of a recorded run."""
     path = RECORDS / f"{name}.json"
     if not path.is_file():
         raise UserError(f"no record of the command {name}: python scripts/make_docs.py runs it")
