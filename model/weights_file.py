@@ -54,10 +54,11 @@ def read_header(path) -> dict:
 
 
 def all_weights(folder) -> list[Path]:
-    """The weights files in `folder` and the folders in it, newest first; adapters and resume states left out."""
+    """The weights files in `folder` and the folders in it, newest first; no adapters, exports or resume states."""
     folder = Path(folder)
     found = [*folder.glob("*.pth"), *folder.glob("*/*.pth")]
-    found = [p for p in found if not p.stem.endswith(STATE_SUFFIX) and p.parent.name != "lora" and p.name[0] != "."]
+    found = [p for p in found if p.parent.name not in ("lora", "export") and p.name[0] != "."]
+    found = [p for p in found if not p.stem.endswith(STATE_SUFFIX)]
     files = [p for p in found if p.is_file()]  # no folder, no link that leads nowhere
     return sorted(files, key=lambda p: (p.stat().st_mtime_ns, p), reverse=True)  # an unpacked archive has one time
 

@@ -139,7 +139,9 @@ def test_tokenizers_of_another_make(tmp_path):
 
 
 def test_the_newest_weights_are_a_file(tmp_path):
-    """No folder and no link to nothing; of equal age, as an unpacked archive leaves them, always the same."""
+    """No folder, no link to nothing, no export; of equal age, as an unpacked archive leaves them, always the same."""
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "d_32.pth").write_bytes(b"")
     for name in ("c_32.pth", "a_32.pth", "b_32.pth"):
         (tmp_path / name).write_bytes(b"")
         os.utime(tmp_path / name, ns=(10**18, 10**18))
