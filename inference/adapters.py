@@ -95,17 +95,12 @@ class Update(nn.Module):
     def __init__(self, A: Tensor, B: Tensor):
         """A (R, in), B (out, R)."""
         super().__init__()
-        self.A, self.B = linear(A), linear(B)
+        # No nn.Linear, which would be packed on a CPU: for so few columns the packed product is slower.
+        self.A, self.B = nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False)
 
     def forward(self, x: Tensor, own: Tensor) -> Tensor:
         """x (..., in), own (..., R) -> (..., out)."""
-        return self.B(torch.where(own, self.A(x), 0))
-
-
-def linear(matrix: Tensor) -> nn.Linear:
-    layer = nn.Linear(*matrix.T.shape, bias=False, device="meta")  # without memory: no random numbers are drawn
-    layer.weight = nn.Parameter(matrix, requires_grad=False)
-    return layer
+        return F.linear(torch.where(own, F.linear(x, self.A), 0), self.B)
 
 
 @torch.no_grad()
