@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.device import upload
+from inference.adapters import Adapters
 from inference.compiled_step import CompiledStep
 from inference.sampling import choose, token_logprobs
 from inference.stream_text import Piece, Sequence
@@ -126,10 +127,13 @@ class Batch:
 
     compiled: options of torch.compile, for the batch of a server. Decode steps then have the same shapes every time
     (all slots, the cache's whole capacity) and run as one compiled graph, see CompiledStep.
+    adapters: those of the model, if it has any; each sequence has one of them or none.
     """
 
-    def __init__(self, model, slots: int, capacity: int = 256, compiled: dict | None = None):
-        self.model, self.slots = model, slots
+    def __init__(
+        self, model, slots: int, capacity: int = 256, compiled: dict | None = None, adapters: Adapters | None = None
+    ):
+        self.model, self.slots, self.adapters = model, slots, adapters or Adapters()
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         # A compiled step runs every slot, used or not: unused ones write to one row more.
@@ -202,10 +206,11 @@ class Batch:
         if self.compiled:  # one shape for every step, whoever decodes
             unused = self.slots - len(lengths)
             tokens, positions = newest + [[0]] * unused, [[n] for n in lengths] + [[-1]] * unused
-            logits = self.compiled(self._tensor(tokens), self._tensor(positions), max(lengths) + 1)
+            with self.adapters.rows([s.params.adapter for s in self.decoding] + [None] * unused):
+                logits = self.compiled(self._tensor(tokens), self._tensor(positions), max(lengths) + 1)
             return self._continue(self.decoding, logits[: len(lengths)])
         tokens, positions = self._tensor(newest), self._tensor([[length] for length in lengths])
-        logits = self._forward(slice(0, len(lengths)), tokens, positions, max(lengths) + 1)
+        logits = self._forward(self.decoding, slice(0, len(lengths)), tokens, positions, max(lengths) + 1)
         return self._continue(self.decoding, logits[:, -1])
 
     def _first_long(self) -> list[Sequence] | None:
@@ -232,7 +237,8 @@ class Batch:
         tokens = [[0] * (T - len(prompt)) + prompt for prompt in prompts]
         positions = [[-1] * (T - len(prompt)) + list(range(len(prompt))) for prompt in prompts]
         rows = slice(first, first + len(group))
-        logits = self._forward(rows, self._tensor(tokens), self._tensor(positions), T)
+        readers = [samples[0] for samples in group]
+        logits = self._forward(readers, rows, self._tensor(tokens), self._tensor(positions), T)
         return self._start(group, list(range(first, first + len(group))), logits[:, -1])
 
     def _read_long(self, samples: list[Sequence]) -> list[tuple[Sequence, Piece]]:
@@ -247,7 +253,7 @@ class Batch:
         tokens, positions = self._tensor([prompt[begin:end]]), self._tensor([list(range(begin, end))])
         wanted = samples[0].params.prompt_logprobs
         keep = 1 if wanted is None else end - begin
-        logits = self._forward(slice(row, row + 1), tokens, positions, end, keep)
+        logits = self._forward(samples[:1], slice(row, row + 1), tokens, positions, end, keep)
         self.read = end
         if wanted is not None:  # each column predicts the next token; what the prompt's last one predicts is the answer
             target = prompt[begin + 1 : end + 1]
@@ -277,14 +283,17 @@ class Batch:
     def _tensor(self, numbers: list) -> Tensor:
         return upload(numbers, self.device)
 
-    def _forward(self, rows: slice, tokens: Tensor, positions: Tensor, span: int, keep: int = 1) -> Tensor:
-        """tokens, positions (B, T) -> fp32 logits (B, keep, V) of the last columns."""
+    def _forward(
+        self, sequences: list[Sequence], rows: slice, tokens: Tensor, positions: Tensor, span: int, keep: int = 1
+    ) -> Tensor:
+        """tokens, positions (B, T) of B sequences -> fp32 logits (B, keep, V) of the last columns."""
         mask = self.cache.look(rows, positions, span, self.dtype)
         # keep=1 as a rule: only the last column predicts something new, so the output layer runs for it alone.
-        output = self.model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions.clamp(min=0), use_cache=True,
-            logits_to_keep=keep, **{CACHE: self.cache},
-        )  # fmt: skip
+        with self.adapters.rows([s.params.adapter for s in sequences]):
+            output = self.model(
+                input_ids=tokens, attention_mask=mask, position_ids=positions.clamp(min=0), use_cache=True,
+                logits_to_keep=keep, **{CACHE: self.cache},
+            )  # fmt: skip
         return output.logits.float()
 
     def _continue(self, sequences: list[Sequence], logits: Tensor) -> list[tuple[Sequence, Piece]]:

@@ -28,18 +28,29 @@ def prepacked(model: nn.Module) -> nn.Module:
     The copy shares the parameters that are no matrix of a linear layer (norms, embedding). Its packed matrices are its
     own: when the original's weights change later, they do not.
     """
-    plain = all(p.device.type == "cpu" and p.dtype == compute_dtype(p) == torch.float32 for p in model.parameters())
-    if not plain or not has_packed():
+    if not can_be_packed(model):
         return model
     # deepcopy looks objects up in this memo first: modules are copied, parameters are found there and shared
     shared = {id(p): p for p in model.parameters()}
-    twin = copy.deepcopy(model, shared).eval()
-    for parent in list(twin.modules()):
+    return pack(copy.deepcopy(model, shared).eval())
+
+
+def can_be_packed(model: nn.Module) -> bool:
+    plain = all(p.device.type == "cpu" and p.dtype == compute_dtype(p) == torch.float32 for p in model.parameters())
+    return plain and has_packed()
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Replaces the modules of a model by packed ones, in place; returns it."""
+    for parent in list(model.modules()):
         for name, child in parent.named_children():
             replacement = REPLACEMENTS.get(type(child))
+            # A block whose layers are not plain ones stays, and its layers are packed one by one.
+            if type(child) is FeedForward and any(type(layer) is not nn.Linear for layer in child.children()):
+                continue
             if replacement is not None:
                 setattr(parent, name, replacement(child))
-    return twin
+    return model
 
 
 # ------------------------------------------------------------------------------------------------ products x W'

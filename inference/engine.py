@@ -18,8 +18,8 @@ from itertools import islice
 
 import torch
 
+from inference.adapters import with_adapters
 from inference.batch import Batch
-from inference.cpu_kernels import prepacked
 from inference.log_probs import Score, score_sequences
 from inference.sampling import SamplingParams
 from inference.stream_text import Completion, Piece, Sequence, sequences
@@ -50,6 +50,8 @@ class Speed:
 class Engine:
     """model: a decoder of ours or of transformers, in eval mode. tokenizer: needed for text in or out.
 
+    Adapters that the model has (model/lora.py) are chosen by SamplingParams.adapter, for each prompt on its own.
+
     max_batch         sequences generated side by side; more prompts take turns
     enable_thinking   for chats, see model.tokenizer.render: None leaves it to the model
     own_template      chats are written by the tokenizer's own template: for models of other projects
@@ -64,7 +66,8 @@ class Engine:
 
     def __post_init__(self):
         # `source` is what was given, to be exported or counted; `model` is what runs.
-        self.source, self.model = self.model, prepacked(self.model)
+        self.source = self.model
+        self.model, self.adapters = with_adapters(self.source)
         config = self.model.config
         self.context = config.max_position_embeddings
         self.vocab_size = config.vocab_size
@@ -131,15 +134,17 @@ class Engine:
         """compile: decode steps as CUDA graphs, which pays for a batch that lives as long as a server."""
         if compile and next(self.model.parameters()).device.type != "cuda":
             raise ValueError("compiled decode steps pay on CUDA only; leave --compile out")
-        return Batch(self.model, slots, **(COMPILED if compile else {}))
+        return Batch(self.model, slots, adapters=self.adapters, **(COMPILED if compile else {}))
 
     # --------------------------------------------------------------------------------------------------- scoring
-    def score(self, prompts: list, continuations: list) -> list[Score]:
+    def score(self, prompts: list, continuations: list, adapter: str | None = None) -> list[Score]:
         """Log-probability (nats) of each continuation after its prompt; both as in `generate`, text or token ids.
 
         A string as continuation is encoded on its own, not together with its prompt. What prompts have in common is
-        computed once. Raises ValueError for empty ones and pairs longer than the context.
+        computed once. adapter: see SamplingParams. Raises ValueError for empty ones, pairs longer than the context, and
+        an adapter that is not there.
         """
+        self.adapters.check(adapter)
         pairs = []
         for prompt, continuation in zip(prompts, continuations, strict=True):
             p = self.encode(prompt)
@@ -149,7 +154,8 @@ class Engine:
             if len(p) + len(c) > self.context:
                 raise ValueError(f"{len(p)} + {len(c)} tokens to score, but the context holds {self.context}")
             pairs.append((self._checked(p), self._checked(c)))
-        return score_sequences(self.model, pairs, max_batch=self.max_batch)
+        with self.adapters.rows([adapter]):
+            return score_sequences(self.model, pairs, max_batch=self.max_batch)
 
     def bits_per_byte(self, texts: Iterable[str], length: int = 512) -> tuple[float, int]:
         """Bits that the model needs for whole documents, end tokens included, per UTF-8 byte -> (bits per byte, bytes).

@@ -15,6 +15,8 @@ from inference.engine import Engine
 from inference.sampling import SamplingParams
 from model.convert import NoCounterpart
 from model.LMConfig import PRESETS
+from model.lora import load_lora, use_lora
+from model.peft_folder import load_peft
 from model.tokenizer import load_tokenizer
 from model.weights import load_model
 from model.weights_file import newest_weights
@@ -80,10 +82,11 @@ def find_weight(args, base: bool = False) -> Path:
     return found
 
 
-def open_engine(args, path: Path, foreign: bool = False, **options) -> tuple[Engine, dict]:
+def open_engine(args, path: Path, foreign: bool = False, adapters=(), **options) -> tuple[Engine, dict]:
     """-> the engine for the weights at `path`, and their training record.
 
     foreign: a transformers folder of a kind that has no counterpart here is run by transformers' own class.
+    adapters: paths, see add_adapters.
     """
     try:
         model, tokenizer, record = load_model(path, args.preset)
@@ -100,11 +103,28 @@ def open_engine(args, path: Path, foreign: bool = False, **options) -> tuple[Eng
         )
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries, {path} only {model.config.vocab_size}")
+    add_adapters(model, adapters)  # first: what follows changes what tells whether they fit
     if args.rope_scaling:  # before the engine copies the model and reads its context
         stretch(model.config, *args.rope_scaling, record.get("seq_len"))
     device = pick_device(args.device)
     model = model.to(device, pick_dtype(args.dtype, device))
     return Engine(model, tokenizer, **options), record
+
+
+def add_adapters(model, paths) -> None:
+    """Adds the adapters at these paths (files of ours or peft folders) under the names of the files; none is active.
+
+    ValueError for one of another shape, or trained on other weights; a peft folder does not say on which.
+    """
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"no adapter at {path}")
+        if path.is_dir():
+            load_peft(model, path)
+        else:
+            load_lora(model, path, exact=True)
+    if paths:
+        use_lora(model, None)
 
 
 def rows_that_fit(engine: Engine, free: int | None = None, most: int = 32) -> int:

@@ -44,6 +44,7 @@ class SamplingParams:
     ignore_eos          the model's own end token does not end the answer
     grammar             what the answer must match, a think block before it apart; an answer that has come to its
                         grammar's end ends
+    adapter             name of the adapter that answers, see Engine.adapters; None: as the model computes by itself
     """
 
     max_tokens: int | None = None
@@ -66,6 +67,7 @@ class SamplingParams:
     n: int = 1
     ignore_eos: bool = False
     grammar: Grammar | None = None
+    adapter: str | None = None
 
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])

@@ -165,10 +165,11 @@ class Sequence:
 def sequences(engine, prompt: list[int], params: SamplingParams, request: object = None) -> list[Sequence]:
     """The params.n samples of a prompt, ready to join a batch. engine: gives tokenizer, context and end tokens.
 
-    Raises ValueError for a prompt that is empty or fills the context, for a parameter that names no token,
-    and for a grammar that cannot be held.
+    Raises ValueError for a prompt that is empty or fills the context, for a parameter that names no token or no
+    adapter, and for a grammar that cannot be held.
     """
     params.check_tokens(engine.vocab_size)
+    engine.adapters.check(params.adapter)
     if not prompt:
         raise ValueError("the prompt is empty")
     room = engine.context - len(prompt)

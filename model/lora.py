@@ -20,8 +20,11 @@ name, one of which is active. Experts are stacks of matrices, and so are their a
     use_lora(model, "medical")                          make it the active one; None: none is active
     remove_lora(model, "medical")                       delete it
     merge_lora(model)                                   add the active one to the weights: a plain model again
+
+inference/adapters.py answers with several of them at once, each row of a batch with its own.
 """
 
+import copy
 import fnmatch
 import warnings
 from dataclasses import asdict, dataclass
@@ -227,14 +230,27 @@ def merge_lora(model):
     for layer in adapted_layers(model).values():
         for key, adapter in (layer.adapter or {}).items():
             getattr(layer, key).add_(adapter.delta())  # W becomes W' = W + s B A, in place
-        del layer.adapters, layer.active
-        layer.__class__ = PLAIN[type(layer)]
+    _forget_adapters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    # The weights have changed: the fingerprint and the adapters' configs no longer describe this model.
+    return model
+
+
+def without_lora(model):
+    """A copy of the model, in eval mode and without its adapters. It shares the model's parameters."""
+    # deepcopy looks objects up in this memo first: modules are copied, parameters are found there and shared
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+    _forget_adapters(twin)
+    return twin
+
+
+def _forget_adapters(model) -> None:
+    for layer in adapted_layers(model).values():
+        del layer.adapters, layer.active
+        layer.__class__ = PLAIN[type(layer)]
+    # The fingerprint and the adapters' configs no longer describe this model.
     for attribute in ("lora_base", "lora_configs"):
         model.__dict__.pop(attribute, None)
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------- save and load
@@ -266,11 +282,11 @@ def active_lora(model) -> str:
     return names.pop()
 
 
-def load_lora(model, path, name: str | None = None):
+def load_lora(model, path, name: str | None = None, exact: bool = False):
     """Loads a saved adapter beside those that are there and makes it active.
 
-    name: by default the file's. Raises ValueError for a file that is no adapter or one for another shape; warns where
-    it was trained on other weights of this shape.
+    name: by default the file's. Raises ValueError for a file that is no adapter or one for another shape. Where it was
+    trained on other weights of this shape: warns, or raises ValueError if `exact`.
     """
     path = Path(path)
     name = (name or path.absolute().stem).replace(".", "_")  # of ".", which has no name, the folder's
@@ -278,11 +294,11 @@ def load_lora(model, path, name: str | None = None):
         content = read_file(path)
         if not isinstance(content, dict) or content.get("format") != LORA_FORMAT:
             raise ValueError(f"{path} is not an adapter")
-        return attach(model, content, name, path)
+        return attach(model, content, name, path, exact)
 
 
-def attach(model, content: dict, name: str, path):
-    """Adds the adapter that an adapter file holds to the model it fits."""
+def attach(model, content: dict, name: str, path, exact: bool = False):
+    """Adds the adapter that an adapter file holds to the model it fits; exact: see load_lora."""
     # Another shape is an error. Other weights of the same shape are only a warning: an adapter may be tried on a model
     # that was trained further.
     theirs, ours = content["config"], model.config.fields()
@@ -291,7 +307,10 @@ def attach(model, content: dict, name: str, path):
     if wrong:
         raise ValueError(f"{path} is an adapter for another shape: {', '.join(wrong)}")
     if content["base"] != (getattr(model, "lora_base", None) or fingerprint(model)):
-        warnings.warn(f"{path} was trained on other weights of this shape ({describe(model.config)})", stacklevel=3)
+        other = f"{path} was trained on other weights of this shape ({describe(model.config)})"
+        if exact:
+            raise ValueError(f"{other}: {content['record'].get('came_from') or 'the file does not say which'}")
+        warnings.warn(other, stacklevel=3)
     config = LoraConfig(**content["lora"])
     add_lora(model, config.rank, config.alpha, config.dropout, config.targets, name)
     return fill(model, name, content["model"], path)

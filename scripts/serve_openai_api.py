@@ -2,6 +2,7 @@
 
     python scripts/serve_openai_api.py                                   the newest model in out/, port 8998
     python scripts/serve_openai_api.py --weight FILE --api_key SECRET    a key that clients must send
+    python scripts/serve_openai_api.py --lora out/lora/a_512.pth out/lora/b_512.pth    adapters, each a model
     curl http://127.0.0.1:8998/v1/chat/completions -H "Content-Type: application/json" \\
          -d '{"model": "minimind", "messages": [{"role": "user", "content": "你好"}]}'
 
@@ -25,6 +26,7 @@ from common.errors import UserError, run_main, user_errors
 from common.flags import Parser
 from inference import open_model
 from inference.scheduler import Scheduler
+from model.lora import adapter_parameters
 from serving.app import create_app
 from serving.middleware import MEGABYTE, Limits
 from serving.process import Server, listen, raise_descriptor_limit
@@ -58,6 +60,8 @@ def parse(argv):
     parser.flag(parser, "thinking", None, "open a think block (--no-thinking: an empty one), where a request says "
                 "nothing; default: as the model likes")  # fmt: skip
     open_model.add_model_flags(parser)
+    parser.add_argument("--lora", nargs="+", default=[], metavar="PATH",
+                        help="adapters (files, peft folders) for these weights, each a model of its own")  # fmt: skip
     parser.flag(parser, "compile", False, "CUDA: decode steps as graphs; faster, after a minute for the first ones")
     args = parser.parse_args(argv)
     faults = [
@@ -97,7 +101,7 @@ def main(argv=None):
         signal.signal(number, leave)
     with user_errors():
         path = open_model.find_weight(args)
-        engine, record = open_model.open_engine(args, path, enable_thinking=args.thinking)
+        engine, record = open_model.open_engine(args, path, adapters=args.lora, enable_thinking=args.thinking)
     names = args.model_name or list(dict.fromkeys([Path(path).stem, "minimind"]))
     limits = Limits(
         int(args.max_body * MEGABYTE), messages=args.max_messages, max_tokens=args.max_tokens, timeout=args.timeout
@@ -105,13 +109,20 @@ def main(argv=None):
     with user_errors():
         rows = args.slots or open_model.rows_that_fit(engine)
         scheduler = Scheduler(engine, rows, args.queue, args.compile)
-    app = create_app(
-        scheduler, names, args.api_key, limits, {"temperature": args.temperature, "top_p": args.top_p},
-        docs=args.docs, ignore_tools=args.ignore_tools, cors_origins=args.cors_origins,
-    )  # fmt: skip
+        app = create_app(
+            scheduler, names, args.api_key, limits, {"temperature": args.temperature, "top_p": args.top_p},
+            docs=args.docs, ignore_tools=args.ignore_tools, cors_origins=args.cors_origins,
+        )  # fmt: skip
     host, port = listener.getsockname()[:2]
-    note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters, {rows} rows")
-    note(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 serves {', '.join(names)}; Ctrl-C ends it")
+    sizes = {
+        name: sum(p.numel() for p in adapter_parameters(engine.source, name).values()) for name in engine.adapters.names
+    }
+    size = engine.source.num_parameters() - sum(sizes.values())
+    note(f"{path}: {record.get('stage', 'stage unknown')}, {size:,} parameters, {rows} rows")
+    for name, size in sizes.items():
+        note(f"{name}: an adapter, rank {engine.source.lora_configs[name].rank}, {size:,} parameters")
+    names = ", ".join([*names, *sizes])
+    note(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1 serves {names}; Ctrl-C ends it")
     if not args.api_key and not host.startswith("127.") and host != "::1":
         note("anyone who reaches this machine can use it: --api_key asks for a key")
     with scheduler:

@@ -46,8 +46,12 @@ class Service:
     def __init__(
         self, scheduler: Scheduler, names: list[str], limits: Limits, defaults: dict, ignore_tools: bool = False
     ):
-        self.scheduler, self.names, self.limits, self.defaults = scheduler, names, limits, defaults
+        self.scheduler, self.limits, self.defaults = scheduler, limits, defaults
         self.engine = scheduler.engine
+        self.base, self.adapters = names[0], self.engine.adapters.names
+        self.names = [*names, *self.adapters]  # an adapter is a model of its own
+        for name in set(names) & set(self.adapters):
+            raise ValueError(f"the model and an adapter are both called {name}; give one of them another name")
         self.prompts = Prompts(self.engine, ignore_tools)
         self.tokens = Tokens(self.engine.tokenizer, self.engine.token_bytes)
         self.metrics = Metrics(scheduler)
@@ -129,14 +133,16 @@ class Service:
             raise ApiError(404, f"no model {name!r} here; there is {known}", "model_not_found", param="model")
 
     def _card(self, name: str) -> dict:
-        return {"id": name, "object": "model", "created": self.started, "owned_by": "local",
+        card = {"id": name, "object": "model", "created": self.started, "owned_by": "local",
                 "max_model_len": self.engine.context}  # fmt: skip
+        return card | ({"parent": self.base} if name in self.adapters else {})  # as vLLM says it
 
     def _params(self, body: Sampling) -> SamplingParams:
         try:
             params = body.sampling_params(self.limits.max_tokens, self.defaults)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
+        params.adapter = body.model if body.model in self.adapters else None
         if len(params.stop) > self.limits.stops:
             raise ApiError(400, f"{len(params.stop)} stop strings; at most {self.limits.stops}", param="stop")
         return params
@@ -210,7 +216,8 @@ def create_app(
     scheduler: Scheduler, names: list[str], api_key: str | None = None, limits: Limits | None = None,
     defaults: dict | None = None, docs: bool = False, ignore_tools: bool = False, cors_origins: list[str] | None = None,
 ) -> FastAPI:  # fmt: skip
-    """names: what requests may call the model; defaults: SamplingParams' fields for what a request leaves open.
+    """names: what requests may call the model, besides its adapters, which have names of their own (ValueError
+    where two are the same); defaults: SamplingParams' fields for what a request leaves open.
 
     docs: /openapi.json and /docs are served, to everybody. ignore_tools: see Prompts. cors_origins: pages of these
     addresses may ask from a browser; "*": of any.

@@ -40,7 +40,7 @@ def stirred(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in adapted_layers(model).values():
-            for adapter in layer.adapter.values():
+            for adapter in (layer.adapter or {}).values():
                 adapter.B.normal_(std=0.3, generator=generator)
     return model
 
