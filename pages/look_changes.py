@@ -9,7 +9,9 @@ from inspection.tokens import own_model
 from inspection.trace import trace
 from pages import charts
 from pages.frame import LASTS, choose_model
-from pages.look_text import Look, choose_place
+from pages.look_text import Look, choose_place, paint
+
+PARTED = 4  # nats of KL divergence at which a token has its full colour
 
 
 def two(look: Look) -> None:
@@ -27,15 +29,16 @@ def two(look: Look) -> None:
         raise ValueError(note)
     theirs = trace(own_model(second), look.ids)
     apart = changes.divergence(look.traced, theirs)
-    st.altair_chart(charts.strip(look.names, apart, say("divergence")))
-    st.html(charts.coloured(look.names, charts.by_strength(apart / 4, 30), [f"{x:.2f}" for x in apart]))
     place = choose_place(look, "two place", 1, len(look.ids), min(look.answer, len(look.ids)))
+    # Row t is about the token after token t, which is where the models part.
+    paint("two place", charts.by_strength(apart / PARTED, 30), [f"{x:.2f} nats" for x in apart])
     for column, name, traced in zip(st.columns(2), (look.path, other[0]), (look.traced, theirs)):
         expected = next_tokens(traced, 8)
         names = charts.labels(look.tokenizer, expected.best[place - 1])
         with column:
             st.text(str(name))
             st.altair_chart(charts.columns(names, expected.probability[place - 1], say("probability")))
+    st.altair_chart(charts.strip([*look.names, "…"], [np.nan, *apart], say("divergence")))
 
 
 def lora(look: Look) -> None:

@@ -8,7 +8,7 @@ from inspection import layers as by_layer
 from inspection.next_token import watch
 from inspection.tokens import own_model
 from pages import charts
-from pages.look_text import Look, choose_place
+from pages.look_text import Look, choose_place, paint
 
 HOVER = 40  # tokens up to which a map says its pairs under the mouse
 WINDOW = 12  # tokens beside one another under the logit lens
@@ -30,11 +30,9 @@ def attention(look: Look) -> None:
     else:
         st.image(charts.attention_image(chosen), alt=say("attention_alt", layer=layer, head=head))
         st.caption(say("map_help"))
-    place = choose_place(look, "attention place", 0, T - 1, T - 1)
-    row = chosen[place]
-    hints = [f"{i} {name}: {weight:.1%}" for i, (name, weight) in enumerate(zip(look.names, row))]
     st.markdown(say("looks"))
-    st.html(charts.coloured(look.names, charts.by_strength(np.sqrt(row), 210), hints, marked=place))
+    row = chosen[choose_place(look, "attention place", 0, T - 1, T - 1)]
+    paint("attention place", charts.by_strength(np.sqrt(row), 210), [f"{weight:.1%}" for weight in row])
     st.markdown(say("all_heads", layer=layer))
     images = [charts.attention_image(one, 150) for one in maps[layer]]
     st.image(images, caption=[str(h) for h in range(H)], width=150)

@@ -193,9 +193,9 @@ def test_each_view_draws_a_model(here, view):
 def test_rivals_are_the_models_own_and_what_if_goes_on(here):
     stage.chat_weights(here / "out", seed=1)
     app = open_page("look", "en", view="v_next", **LOOK)
-    app.select_slider("next place").set_value(2).run()
-    app.button("what if go").click().run()
-    assert clean(app).text[-1].value.count("[") == 1
+    app.pills("next place").set_value(2).run()
+    app.pills("what if 2").set_value(1).run()
+    assert clean(app).text[-1].value.count("【") == 1
     app.slider("look temperature").set_value(0.0).run()
     assert not clean(app).error
 
