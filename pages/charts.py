@@ -75,6 +75,14 @@ def by_strength(values, hue: int = 0) -> list[str]:
     return [f"hsla({hue}, 85%, 55%, {0.75 * x:.2f})" for x in strong]
 
 
+def told(rows: list[tuple[str, str]], strengths=None) -> str:
+    """HTML of a table with a short name and a text a row. All is escaped; strengths: of the names' colour, 0 to 1."""
+    colours = by_strength([0] * len(rows) if strengths is None else strengths, 130)
+    cells = (f'<tr><td style="background: {colour}">{html.escape(name)}</td><td>{html.escape(text)}</td></tr>'
+             for (name, text), colour in zip(rows, colours, strict=True))  # fmt: skip
+    return f'<table class="told">{"".join(cells)}</table>'
+
+
 # --------------------------------------------------------------------------------------------------------- images
 def attention_image(weights: np.ndarray, side: int = SIDE) -> str:
     """(T, S) weights -> a PNG as a data URI, a square a pair. The root of a weight is drawn: most of them are small.
@@ -186,6 +194,22 @@ def columns(names: list[str], values, title: str):
         .encode(x=x, y=alt.Y("value:Q", title=title), tooltip=["name:N", alt.Tooltip("value:Q", format=",.4~g")])
         .properties(height=220)
     )
+
+
+def exams(rows: list[dict], titles: tuple[str, str], chance: tuple[float, str]):
+    """Rows [{when, exam, accuracy, low, high}] as points with their intervals, in their order; chance as a line."""
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("when:N", sort=None, title=titles[0], axis=alt.Axis(labelAngle=-30, labelLimit=160)),
+        color=alt.Color("exam:N", title=None, legend=alt.Legend(orient="bottom", columns=1, labelLimit=300)),
+        tooltip=["when:N", "exam:N", *(alt.Tooltip(f"{name}:Q", format=".1%") for name in ("accuracy", "low", "high"))],
+    )
+    y = alt.Y("accuracy:Q", title=titles[1], scale=alt.Scale(domain=(0, 1)), axis=alt.Axis(format="%"))
+    level = alt.Chart(alt.Data(values=[{"p": chance[0], "what": chance[1]}]))
+    return alt.layer(
+        level.mark_rule(strokeDash=[4, 4], color="#888").encode(y="p:Q", tooltip=["what:N"]),
+        base.mark_rule().encode(y=alt.Y("low:Q"), y2="high:Q"),
+        base.mark_point(filled=True, size=70).encode(y=y),
+    ).properties(height=320)
 
 
 def token_map(names: list[str], points: np.ndarray):

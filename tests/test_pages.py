@@ -242,7 +242,12 @@ def write_run(folder, name, steps=5, loss=3.0, end=None, **settings):
 def test_runs_are_listed_compared_and_named_where_they_are_broken(here):
     write_run(here / "out", "a_32", end={"how": "failed", "why": "the disk is full", "result": None}, seq_len=64)
     write_run(here / "out", "b_32", end={"how": "stopped", "why": "Ctrl-C", "result": None}, seq_len=128)
-    (here / "out" / "a_32_samples.jsonl").write_text(json.dumps({"step": 5, "prompt": "p", "text": HOSTILE}) + "\n")
+    samples = {"step": 5, "prompt": "p", "text": HOSTILE}, {"step": 1, "prompt": "1+1=?", "text": "2", "reward": 1.2,
+                                                            "answer": "2"}  # fmt: skip
+    (here / "out" / "a_32_samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    exam = {"time": "2026-01-02T03:04:05Z", "data_dir": "x/exam", "split": "val", "format": "text", "shots": 0, "n": 8,
+            "accuracy_micro": 0.5, "interval": [0.2, 0.8], "weights": "out/a_32.pth"}  # fmt: skip
+    (here / "out" / "exams.jsonl").write_text(json.dumps(exam) + "\nno exam\n")
     (here / "out" / "bad.jsonl").write_text('{"question": "x"}\n')
     with open(here / "out" / "b_32.jsonl", "a") as file:
         file.write("no line of a log\n")
@@ -253,7 +258,9 @@ def test_runs_are_listed_compared_and_named_where_they_are_broken(here):
                                               "out/b_32.jsonl"]).run()  # fmt: skip
     told = " ".join(text.value for text in clean(app).text)
     assert "failed at step 5. Why: the disk is full" in told and "stopped at step 5. Why: Ctrl-C" in told
-    assert HOSTILE in [text.value for text in app.text]  # as text
+    written, rewarded = (e.proto.body for e in app.get("html") if 'class="told"' in e.proto.body)
+    assert "<img" not in written + rewarded and "onerror=alert(1)&gt;" in written and "1.2</td>" in rewarded  # as text
+    assert "Right answer: 2" in told and app.subheader[-1].value == "Exams"
     assert "b_32.jsonl:7: not a line of a training log" in told and "bad.jsonl: is not the log" in told
     assert [code.value for code in app.code] == ["python 1-pretrain.py --resume"] * 2
     assert list(app.dataframe[1].value["Setting"]) == ["seq_len"]
