@@ -18,24 +18,25 @@ def show(say: Words) -> None:
 def talk(say: Words) -> None:
     with st.sidebar:
         chat = chosen_chat(say)
-    if not chat["messages"]:
-        st.title(say("chat_title"))  # before the model is opened, which takes seconds the first time
+    title, messages = st.empty(), chat["messages"]
+    if not messages:
+        title.title(say("chat_title"))  # before the model is opened, which takes seconds the first time
     load_rooms(say)
     with st.sidebar:
         source, can, settings = chat_side.source_and_settings(say, chat)
-    messages = chat["messages"]
     drop_empty(messages)
-    if not messages:
+    asked = st.chat_input(say("ask"), disabled=source is None or can.chats is False, key="ask")
+    asked = asked or st.session_state.pop("example", None)
+    if asked:
+        messages.append({"role": "user", "content": asked})
+    if messages:
+        title.empty()
+    else:
         welcome(say, source, can)
     for place, message in enumerate(messages):
         chat_answer.draw(message, say)
         if message["role"] == "user":
             edit(say, chat, place)
-    asked = st.chat_input(say("ask"), disabled=source is None or can.chats is False, key="ask")
-    asked = asked or st.session_state.pop("example", None)
-    if asked:
-        messages.append({"role": "user", "content": asked})
-        chat_answer.draw(messages[-1], say)
     if source and (asked or st.session_state.pop("again", None) == chat["number"]):
         chat_answer.answer(source, settings, messages, say, chat.pop("earlier", []))
         st.rerun()  # the chat has a name now, and its messages their buttons

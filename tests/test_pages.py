@@ -61,7 +61,7 @@ def test_every_word_is_used_and_every_used_word_is_there():
     code = "\n".join(text for path, text in code.items() if not path.name.startswith("words_"))
     said = set(re.findall(r'say\("(\w+)"', code))
     assert said <= CATALOGUE.keys()
-    families = ("fault_", "status_", "is_", "by_")  # keys that are put together
+    families = ("fault_", "status_", "is_", "by_", "form_")  # keys that are put together
     quoted = set(re.findall(r'"(\w+)"', code)) | {f"{view}_help" for view in re.findall(r'"(v_\w+)"', code)}
     quoted |= {f"{key}_of" for key in quoted}
     assert not [key for key in CATALOGUE if key not in quoted and not key.startswith(families)]
@@ -81,6 +81,7 @@ def test_every_word_is_used_and_every_used_word_is_there():
         ("out/full_sft_32.pth cannot be read as weights: bad", "weights"),
         ("out/full_sft_32.pth comes without a tokenizer; name the folder", "tokenizer"),
         ("a.jsonl:3: not JSON", "file_line"),
+        ("this JSON schema cannot be held: nothing matches it", "form"),
         ("something else", "other"),
     ],
 )
@@ -135,12 +136,14 @@ def test_a_stage_writes_what_it_taught_and_the_next_one_keeps_it(tmp_path):
     [
         ({}, None, None, 4), ({"stage": "pretrain"}, False, False, 0), ({"stage": "full_sft"}, True, None, 4),
         ({"stage": "reason"}, True, True, 4), ({"stage": 3, "taught": [1]}, None, None, 4),
+        ({"stage": "grpo", "recipe": {"temperature": 1.0}}, True, True, 4),
         ({"stage": "dpo", "taught": {"full_sft": {"kind": "chat", "turns": {"1": 0.93, "2": 0.07}}}}, True, False, 0),
     ],
 )  # fmt: skip
 def test_abilities_by_record(record, chats, thinking, history):
     can = abilities(record)
     assert (can.chats, can.thinking, can.history) == (chats, thinking, history)
+    assert can.sampling == ((1.0, 1.0) if record.get("recipe") else (0.85, 0.85))
 
 
 def test_counts_and_broken_characters(tmp_path):
