@@ -15,6 +15,7 @@ VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 HUES = (210, 30, 130, 280, 0, 180)  # of neighbouring tokens, degrees
 # Dark blue to yellow, even in lightness; read on light and on dark ground alike.
 MAP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], float)
+SHADES = np.stack([np.interp(np.linspace(0, 4, 256), range(5), channel) for channel in MAP.T], axis=1).astype(np.uint8)
 UNSEEN = str.maketrans("01", "\u200b\u200c")  # characters without width
 UNSAFE = re.compile(r"[^\w .,:%+·-]")  # in a string of CSS
 SQUARE = 8  # characters that are written into a square of a chart
@@ -90,11 +91,11 @@ def attention_image(weights: np.ndarray, side: int = SIDE) -> str:
     A data URI, because Streamlit's own image files are gone as soon as another view is chosen, perhaps before the
     browser has asked for them.
     """
-    strong = np.sqrt(np.clip(weights, 0, 1))
-    rgb = np.stack([np.interp(strong, np.linspace(0, 1, len(MAP)), MAP[:, c]) for c in range(3)], axis=-1)
     size = max(1, side // max(weights.shape))
-    png = io.BytesIO()
-    Image.fromarray(np.kron(rgb.astype(np.uint8), np.ones((size, size, 1), np.uint8))).save(png, "PNG")
+    shade = (255 * np.sqrt(np.clip(weights, 0, 1))).astype(np.uint8).repeat(size, axis=0).repeat(size, axis=1)
+    image, png = Image.fromarray(shade), io.BytesIO()
+    image.putpalette(SHADES.tobytes())
+    image.save(png, "PNG")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
