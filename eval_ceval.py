@@ -8,7 +8,8 @@
     python eval_ceval.py --contamination dataset/*.jsonl           which training rows hold questions of the exam
 
 Every answer goes to <out_dir>/<subject>_<split>_result.csv, the summary to test.log and summary.json beside them, a
-picture to accuracy.png. The last line on standard output is a JSON object.
+picture to accuracy.png; exams.jsonl keeps a line of every exam written there, which the page in the browser draws. The
+last line on standard output is a JSON object.
 """
 
 import json
@@ -84,7 +85,7 @@ def find_data(args) -> Path:
 
 
 def run(args):
-    begin = time.perf_counter()
+    begin, now = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     folder, split = find_data(args), args.split or exam.BENCHMARKS[args.benchmark].split
     subjects = exam.read_exam(folder, args.benchmark, split)
     short = [s.name for s in subjects if len(s.shots) < args.shots]
@@ -123,6 +124,8 @@ def run(args):
         file.write("\n".join(report) + "\n")
     with replaced(out_dir / "summary.json", text=True) as file:
         file.write(json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    with open(out_dir / "exams.jsonl", "a", encoding="utf-8", newline="\n") as file:  # every exam written here so far
+        file.write(json.dumps({"time": now, **result}, ensure_ascii=False) + "\n")
     try:
         exam_report.plot(out_dir / "accuracy.png", graded.answers, summary)
     except ImportError:

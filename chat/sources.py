@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from inference.grammar import Grammar
 from inference.sampling import SamplingParams
 from inference.stream_text import AnswerReader, ToolCall
 
@@ -35,6 +36,7 @@ class Settings:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    form: Grammar | None = None  # what the answer must match; see forms.py
 
     @property
     def tool_names(self) -> set[str]:
@@ -125,6 +127,7 @@ class Local:
         params = SamplingParams(
             max_tokens=settings.max_tokens, temperature=settings.temperature, top_p=settings.top_p,
             top_k=settings.top_k, repetition_penalty=settings.repetition_penalty, seed=settings.seed,
+            grammar=settings.form,
         )  # fmt: skip
         usage.read, usage.written = len(ids), 0
         for piece in self.engine.stream(ids, params):
@@ -213,6 +216,11 @@ class Remote:
             extra["top_k"] = settings.top_k
         if settings.repetition_penalty != 1:
             extra["repetition_penalty"] = settings.repetition_penalty
+        if settings.form is not None and settings.form.kind == "choice":  # vLLM's name for it, and our server's
+            extra["structured_outputs"] = {"choice": json.loads(settings.form.text)}
+        elif settings.form is not None:
+            schema = {"name": "answer", "schema": json.loads(settings.form.text)}
+            request["response_format"] = {"type": "json_schema", "json_schema": schema}
         if settings.thinking is not None:
             # Qwen3's name for the switch, and MiniMind's, which exported models have.
             extra["chat_template_kwargs"] = {"enable_thinking": settings.thinking, "open_thinking": settings.thinking}

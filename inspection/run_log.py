@@ -133,11 +133,14 @@ def is_number(value) -> bool:
 # ------------------------------------------------------------------------------------------------------------ samples
 @dataclass(frozen=True)
 class Sample:
-    """What the model wrote to a prompt of --sample_prompts after a step."""
+    """What the model wrote to a prompt of --sample_prompts after a step, or in reinforcement learning to a question of
+    that step: then with the reward it got and the right answer, else None and ""."""
 
     step: int
     prompt: str
     text: str
+    reward: float | None = None
+    answer: str = ""
 
 
 def read_samples(path) -> list[Sample]:
@@ -151,8 +154,10 @@ def read_samples(path) -> list[Sample]:
     for line in lines:
         try:
             row = json.loads(line)
-            sample = Sample(row["step"], row["prompt"], row["text"])
-        except (ValueError, RecursionError, TypeError, KeyError):
+            reward, answer = row.get("reward"), row.get("answer")
+            sample = Sample(row["step"], row["prompt"], row["text"], reward if is_number(reward) else None,
+                            answer if isinstance(answer, str) else "")  # fmt: skip
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
             continue
         if type(sample.step) is int and isinstance(sample.prompt, str) and isinstance(sample.text, str):
             found.append(sample)

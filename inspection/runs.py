@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import is_locked
+from inspection.exam_results import RESULTS
 from inspection.run_log import RunLog, as_row
 from model.weights_file import STATE_SUFFIX, read_file
 
@@ -73,7 +74,7 @@ def find_runs(folder="out", before: Found | None = None) -> Found:
     logs = {run.log.path: run.log for run in before.runs} if before else {}
     runs, others = [], []
     for path in sorted(paths):
-        if path.name.endswith(SAMPLES):
+        if path.name.endswith(SAMPLES) or path.name == RESULTS:
             continue
         if why := why_no_log(path):
             others.append((path, why))

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 
 import altair as alt
 import numpy as np
@@ -14,6 +15,9 @@ VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 HUES = (210, 30, 130, 280, 0, 180)  # of neighbouring tokens, degrees
 # Dark blue to yellow, even in lightness; read on light and on dark ground alike.
 MAP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], float)
+SHADES = np.stack([np.interp(np.linspace(0, 4, 256), range(5), channel) for channel in MAP.T], axis=1).astype(np.uint8)
+UNSEEN = str.maketrans("01", "\u200b\u200c")  # characters without width
+UNSAFE = re.compile(r"[^\w .,:%+·-]")  # in a string of CSS
 SQUARE = 8  # characters that are written into a square of a chart
 AXES = 130  # pixels that the axes of a chart of squares take of its height
 SIDE = 420  # pixels of a map's side, about
@@ -30,21 +34,35 @@ def places(names: list[str], first: int = 0) -> list[str]:
     return [f"{i} {name}" for i, name in enumerate(names, start=first)]
 
 
+def unlike(name: str, place: int) -> str:
+    """The name and, unseen, its place: Streamlit tells buttons of a row apart by what they say alone."""
+    return name + f"{place:b}".translate(UNSEEN)
+
+
 def shortened(text: str) -> str:
     return text if len(text) <= SQUARE else text[: SQUARE - 1] + "…"
 
 
-def coloured(names: list[str], colours: list[str], hints: list[str], marked: int = -1) -> str:
+def coloured(names: list[str], colours: list[str], hints: list[str]) -> str:
     """HTML of tokens side by side. What they say is escaped: it stays text.
 
-    hints: shown when the mouse rests on one. marked: the place that gets a frame.
+    hints: shown when the mouse rests on one.
     """
     spans = []
-    for i, (name, colour, hint) in enumerate(zip(names, colours, hints, strict=True)):
-        frame = "outline: 2px solid #d33;" if i == marked else ""
-        spans.append(f'<span class="tok" style="background: {colour};{frame}" title="{html.escape(hint)}">'
+    for name, colour, hint in zip(names, colours, hints, strict=True):
+        spans.append(f'<span class="tok" style="background: {colour}" title="{html.escape(hint)}">'
                      f"{html.escape(name)}</span>" + ("<br>" if "⏎" in name else ""))  # fmt: skip
     return f'<div style="line-height: 2">{"".join(spans)}</div>'
+
+
+def painted(row: str, colours: list[str], hints: list[str]) -> str:
+    """A style sheet for the tokens that can be clicked, the buttons in the container with the key `row`: a colour for
+    each, and a hint while the mouse rests on it. Of the hints only what cannot end a string of CSS is kept."""
+    rules = []
+    for i, (colour, hint) in enumerate(zip(colours, hints, strict=True), start=1):
+        button = f".st-key-{row} button:nth-of-type({i})"
+        rules.append(f'{button} {{background: {colour}}} {button}:hover::after {{content: "{UNSAFE.sub("", hint)}"}}')
+    return f"<style>{' '.join(rules)}</style>"
 
 
 def by_turns(groups: list[int]) -> list[str]:
@@ -58,6 +76,14 @@ def by_strength(values, hue: int = 0) -> list[str]:
     return [f"hsla({hue}, 85%, 55%, {0.75 * x:.2f})" for x in strong]
 
 
+def told(rows: list[tuple[str, str]], strengths=None) -> str:
+    """HTML of a table with a short name and a text a row. All is escaped; strengths: of the names' colour, 0 to 1."""
+    colours = by_strength([0] * len(rows) if strengths is None else strengths, 130)
+    cells = (f'<tr><td style="background: {colour}">{html.escape(name)}</td><td>{html.escape(text)}</td></tr>'
+             for (name, text), colour in zip(rows, colours, strict=True))  # fmt: skip
+    return f'<table class="told">{"".join(cells)}</table>'
+
+
 # --------------------------------------------------------------------------------------------------------- images
 def attention_image(weights: np.ndarray, side: int = SIDE) -> str:
     """(T, S) weights -> a PNG as a data URI, a square a pair. The root of a weight is drawn: most of them are small.
@@ -65,11 +91,11 @@ def attention_image(weights: np.ndarray, side: int = SIDE) -> str:
     A data URI, because Streamlit's own image files are gone as soon as another view is chosen, perhaps before the
     browser has asked for them.
     """
-    strong = np.sqrt(np.clip(weights, 0, 1))
-    rgb = np.stack([np.interp(strong, np.linspace(0, 1, len(MAP)), MAP[:, c]) for c in range(3)], axis=-1)
     size = max(1, side // max(weights.shape))
-    png = io.BytesIO()
-    Image.fromarray(np.kron(rgb.astype(np.uint8), np.ones((size, size, 1), np.uint8))).save(png, "PNG")
+    shade = (255 * np.sqrt(np.clip(weights, 0, 1))).astype(np.uint8).repeat(size, axis=0).repeat(size, axis=1)
+    image, png = Image.fromarray(shade), io.BytesIO()
+    image.putpalette(SHADES.tobytes())
+    image.save(png, "PNG")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
@@ -97,19 +123,16 @@ def rivals(names: list[str], model: np.ndarray, drawn: np.ndarray, said: tuple[s
 
 
 def strip(names: list[str], values, title: str, others=None, other_title: str = ""):
-    """A bar for each place, which can be clicked; a line of other values over it."""
+    """A bar for each place; a line of other values over it."""
     rows = [{"place": i, "token": name, "value": None if np.isnan(v) else float(v)}
             for i, (name, v) in enumerate(zip(names, values))]  # fmt: skip
     if others is not None:
         for row, v in zip(rows, others):
             row["other"] = float(v)
-    pick = alt.selection_point(name="pick", fields=["place"], on="click")
     x = alt.X("place:O", title=None, axis=alt.Axis(labelOverlap=True))
     tips = ["place:O", "token:N", alt.Tooltip("value:Q", format=".2f", title=title)]
     base = alt.Chart(alt.Data(values=rows))
-    bars = base.mark_bar(cursor="pointer").encode(
-        x=x, y=alt.Y("value:Q", title=title), tooltip=tips, opacity=alt.condition(pick, alt.value(1), alt.value(0.6))
-    ).add_params(pick)  # fmt: skip
+    bars = base.mark_bar().encode(x=x, y=alt.Y("value:Q", title=title), tooltip=tips)
     if others is None:
         return bars.properties(height=160)
     line = base.mark_line(color="#e8710a", point=True).encode(
@@ -172,6 +195,22 @@ def columns(names: list[str], values, title: str):
         .encode(x=x, y=alt.Y("value:Q", title=title), tooltip=["name:N", alt.Tooltip("value:Q", format=",.4~g")])
         .properties(height=220)
     )
+
+
+def exams(rows: list[dict], titles: tuple[str, str], chance: tuple[float, str]):
+    """Rows [{when, exam, accuracy, low, high}] as points with their intervals, in their order; chance as a line."""
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("when:N", sort=None, title=titles[0], axis=alt.Axis(labelAngle=-30, labelLimit=160)),
+        color=alt.Color("exam:N", title=None, legend=alt.Legend(orient="bottom", columns=1, labelLimit=300)),
+        tooltip=["when:N", "exam:N", *(alt.Tooltip(f"{name}:Q", format=".1%") for name in ("accuracy", "low", "high"))],
+    )
+    y = alt.Y("accuracy:Q", title=titles[1], scale=alt.Scale(domain=(0, 1)), axis=alt.Axis(format="%"))
+    level = alt.Chart(alt.Data(values=[{"p": chance[0], "what": chance[1]}]))
+    return alt.layer(
+        level.mark_rule(strokeDash=[4, 4], color="#888").encode(y="p:Q", tooltip=["what:N"]),
+        base.mark_rule().encode(y=alt.Y("low:Q"), y2="high:Q"),
+        base.mark_point(filled=True, size=70).encode(y=y),
+    ).properties(height=320)
 
 
 def token_map(names: list[str], points: np.ndarray):

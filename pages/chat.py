@@ -3,7 +3,7 @@
 import streamlit as st
 
 from pages import chat_answer, chat_side, compare
-from pages.frame import LASTS, escaped, fault, load_rooms
+from pages.frame import LASTS, fault, load_rooms
 from pages.words import Words
 
 MODES = ("talk", "compare", "continue")
@@ -18,24 +18,25 @@ def show(say: Words) -> None:
 def talk(say: Words) -> None:
     with st.sidebar:
         chat = chosen_chat(say)
-    if not chat["messages"]:
-        st.title(say("chat_title"))  # before the model is opened, which takes seconds the first time
+    title, messages = st.empty(), chat["messages"]
+    if not messages:
+        title.title(say("chat_title"))  # before the model is opened, which takes seconds the first time
     load_rooms(say)
     with st.sidebar:
         source, can, settings = chat_side.source_and_settings(say, chat)
-    messages = chat["messages"]
     drop_empty(messages)
-    if not messages:
+    asked = st.chat_input(say("ask"), disabled=source is None or can.chats is False, key="ask")
+    asked = asked or st.session_state.pop("example", None)
+    if asked:
+        messages.append({"role": "user", "content": asked})
+    if messages:
+        title.empty()
+    else:
         welcome(say, source, can)
     for place, message in enumerate(messages):
         chat_answer.draw(message, say)
         if message["role"] == "user":
             edit(say, chat, place)
-    asked = st.chat_input(say("ask"), disabled=source is None or can.chats is False, key="ask")
-    asked = asked or st.session_state.pop("example", None)
-    if asked:
-        messages.append({"role": "user", "content": asked})
-        chat_answer.draw(messages[-1], say)
     if source and (asked or st.session_state.pop("again", None) == chat["number"]):
         chat_answer.answer(source, settings, messages, say, chat.pop("earlier", []))
         st.rerun()  # the chat has a name now, and its messages their buttons
@@ -53,10 +54,13 @@ def chosen_chat(say: Words) -> dict:
     chats = st.session_state.setdefault("chats", {})
     if not chats:
         new_chat()
-    if "open" in st.session_state:
-        st.session_state["chat"] = st.session_state.pop("open")
     names = {number: f"{number}. {title_of(chat['messages']) or say('new_chat')}" for number, chat in chats.items()}
-    number = st.selectbox(say("chats"), list(reversed(names)), format_func=names.get, key="chat", **LASTS)
+    numbers = list(reversed(names))
+    # Streamlit knows a choice by its name, and a chat gets another one with its first question: the box is a new one
+    # then, and the choice is kept here.
+    number = st.selectbox(say("chats"), numbers, numbers.index(st.session_state["chat"]), format_func=names.get,
+                          key=f"chat of {names}")  # fmt: skip
+    st.session_state["chat"] = number
     new, read = st.columns(2)
     new.button(say("new_chat"), key="new", icon=":material/add:", on_click=new_chat, width="stretch")
     with read.popover(say("import"), icon=":material/upload:", width="stretch"):
@@ -85,7 +89,7 @@ def import_chat(raw: bytes) -> None:
         return
     chats = st.session_state["chats"]
     chats[max(chats) + 1] = {"number": max(chats) + 1, "messages": messages, "system": system}
-    st.session_state["open"] = max(chats)
+    st.session_state["chat"] = max(chats)
     st.rerun()
 
 
@@ -101,15 +105,8 @@ def welcome(say: Words, source, can) -> None:
     if source is None:
         return
     st.caption(say("can_base") if can.chats is False else say("can_ask"))
-    if not can.examples or can.chats is False:
-        return
-    with st.container(horizontal=True):
-        for n, question in enumerate(can.examples):
-            st.button(escaped(question), key=f"example {n}", on_click=ask, args=(question,))
-
-
-def ask(question: str) -> None:
-    st.session_state["example"] = question
+    if can.chats is not False:
+        compare.examples(can.examples)
 
 
 def edit(say: Words, chat: dict, place: int) -> None:

@@ -6,6 +6,11 @@ from pages.frame import LASTS, choose_model, fault, nothing_trained
 from pages.words import Words
 
 TOOLS = ("calculator", "clock")
+SCHEMA = """{"type": "object",
+ "properties": {"answer": {"type": "string", "maxLength": 20},
+                "sure": {"type": "boolean"}},
+ "required": ["answer", "sure"]}"""
+FORMS = {"choice": "是\n不是", "schema": SCHEMA}  # to begin with
 
 
 def source_and_settings(say: Words, chat: dict):
@@ -77,20 +82,43 @@ def settings(say: Words, can, chat: dict):
     if can.tools is False:
         names = []
         st.caption(say("no_tools"))
+    with st.expander(say("form")):
+        wanted = form(say)
     with st.expander(say("sampling")):
-        chosen = sampling(say, "chat")
+        chosen = sampling(say, "chat", can.sampling)
     tools = tuple(tool for tool in demo_tools.SIGNATURES if tool["function"]["name"] in names)
     think = {"free": None, "on": True, "off": False}[thinking]
-    return sources.Settings(system, history, think, tools, **chosen)
+    return sources.Settings(system, history, think, tools, form=wanted, **chosen)
 
 
-def sampling(say: Words, place: str) -> dict:
-    """Controls of the sampling -> keyword arguments of sources.Settings."""
+def form(say: Words):
+    """The grammar that answers must match, None for free text."""
+    from chat.forms import KINDS, form_of
+
+    kind = st.radio(
+        say("form_kind"), ("any", *KINDS), format_func=lambda name: say(f"form_{name}"), key="form", **LASTS
+    )
+    if kind == "any":
+        return None
+    text = st.text_area(say(f"form_{kind}_help"), FORMS[kind], key=f"form {kind}", height=140, **LASTS)
+    try:
+        with st.spinner(say("loading")):
+            return form_of(kind, text)
+    except ValueError as error:
+        fault(error, say)
+        return None
+
+
+def sampling(say: Words, place: str, begin: tuple[float, float] = (0.85, 0.85)) -> dict:
+    """Controls of the sampling -> keyword arguments of sources.Settings. begin: temperature and top_p before anything
+    is chosen; models with other ones have controls of their own."""
+    warmth, top_p = begin
     seed = st.number_input(say("seed"), -1, 2**31 - 1, -1, key=f"{place} seed", **LASTS)
     return {
         "max_tokens": st.slider(say("max_tokens"), 16, 4096, 512, 16, key=f"{place} max_tokens", **LASTS),
-        "temperature": st.slider(say("temperature"), 0.0, 2.0, 0.85, 0.05, key=f"{place} temperature", **LASTS),
-        "top_p": st.slider("top_p", 0.05, 1.0, 0.85, 0.05, key=f"{place} top_p", **LASTS),
+        "temperature": st.slider(say("temperature"), 0.0, 2.0, warmth, 0.05, key=f"{place} temperature {warmth}",
+                                 **LASTS),
+        "top_p": st.slider("top_p", 0.05, 1.0, top_p, 0.05, key=f"{place} top_p {top_p}", **LASTS),
         "top_k": st.slider("top_k", 0, 100, 0, key=f"{place} top_k", **LASTS),
         "repetition_penalty": st.slider(say("repetition_penalty"), 1.0, 2.0, 1.0, 0.05, key=f"{place} penalty",
                                         **LASTS),

@@ -25,8 +25,10 @@ def two(say: Words) -> None:
     for column, (key, order) in zip(st.columns(2), (("first", paths), ("second", paths[1:] + paths[:1]))):
         with column:
             sides.append((choose_model(say, say(key), key, order), st.empty(), st.empty()))
-    question = st.chat_input(say("ask"), key="ask two")
+    question = st.chat_input(say("ask"), key="ask two") or st.session_state.pop("example", None)
     asked = st.session_state.setdefault("two", {})
+    if not asked and not question:
+        examples(next((can.examples for model, *_ in sides if model for can in model[2:] if can.chats), ()))
     if question:
         asked["question"], asked["answers"] = question, {}
     if not asked:
@@ -41,6 +43,17 @@ def two(say: Words) -> None:
         if (answer := asked["answers"][key]) is not None:
             text.text(answer["content"])
             under.caption(" · ".join(remarks(answer, say)))
+
+
+def examples(questions) -> None:
+    """Buttons with questions that a model was taught."""
+    with st.container(horizontal=True):
+        for n, question in enumerate(questions):
+            st.button(escaped(question), key=f"example {n}", on_click=ask, args=(question,))
+
+
+def ask(question: str) -> None:
+    st.session_state["example"] = question
 
 
 def written(say: Words, model, question: str, chosen: dict, place) -> dict | None:

@@ -11,6 +11,8 @@ PATTERNS = {  # key of the words, after "fault_": what the error says
     "no_client": r"pip install openai",
     "adapter": r"is an adapter for the weights (?P<base>.+), which are not there",
     "tokenizer": r"comes without a tokenizer|the tokenizer has .* entries",
+    "form": r"^(?:this (?:JSON schema|choice) |the schema is |a JSON schema is |a choice is )",
+    "no_grammar": r"pip install llguidance",
     "weights": r"(?P<file>\S+\.(?:pth|safetensors|bin))",
     "not_a_chat": r"not a chat: ",
     "empty_text": r"no text to look at",

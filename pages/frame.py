@@ -18,6 +18,14 @@ NARROW = """<style>
 [data-testid="stText"] {white-space: pre-wrap; overflow-wrap: anywhere; font-family: inherit}
 .tok {display: inline-block; padding: 0 .15em; margin: 1px; border-radius: 3px; white-space: pre-wrap;
       font-family: ui-monospace, monospace; border-bottom: 2px solid rgba(128,128,128,.35)}
+.told {border-collapse: collapse; width: 100%}
+.told td {padding: .3em .6em; border: 1px solid rgba(128,128,128,.3); white-space: pre-wrap; overflow-wrap: anywhere}
+.told td:first-child {white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums; width: 1%}
+[class*="st-key-tokens-"] [role="radiogroup"] {gap: 4px 2px}
+[class*="st-key-tokens-"] button {padding: 0 .3em; min-height: 1.8rem; border-radius: 3px; position: relative}
+[class*="st-key-tokens-"] button[aria-checked="true"] {outline: 2px solid #d33}
+[class*="st-key-tokens-"] button:hover::after {position: absolute; bottom: 100%; left: 0; z-index: 9; padding: 0 .4em;
+      white-space: nowrap; border-radius: 3px; background: #333; color: #fff; font-size: .8rem}
 </style>"""
 
 

@@ -3,13 +3,19 @@
 import numpy as np
 import streamlit as st
 
+from common.errors import UserError
+from data.reading import check_file, raw_rows
+from data.row_shapes import as_pair, parse_record
 from inspection import changes
 from inspection.next_token import next_tokens
 from inspection.tokens import own_model
 from inspection.trace import trace
 from pages import charts
 from pages.frame import LASTS, choose_model
-from pages.look_text import Look, choose_place
+from pages.look_text import Look, choose_place, paint
+
+SAMPLE = "dataset/sample/dpo_heldout.jsonl"
+PARTED = 4  # nats of KL divergence at which a token has its full colour
 
 
 def two(look: Look) -> None:
@@ -27,15 +33,16 @@ def two(look: Look) -> None:
         raise ValueError(note)
     theirs = trace(own_model(second), look.ids)
     apart = changes.divergence(look.traced, theirs)
-    st.altair_chart(charts.strip(look.names, apart, say("divergence")))
-    st.html(charts.coloured(look.names, charts.by_strength(apart / 4, 30), [f"{x:.2f}" for x in apart]))
     place = choose_place(look, "two place", 1, len(look.ids), min(look.answer, len(look.ids)))
+    # Row t is about the token after token t, which is where the models part.
+    paint("two place", charts.by_strength(apart / PARTED, 30), [f"{x:.2f} nats" for x in apart])
     for column, name, traced in zip(st.columns(2), (look.path, other[0]), (look.traced, theirs)):
         expected = next_tokens(traced, 8)
         names = charts.labels(look.tokenizer, expected.best[place - 1])
         with column:
             st.text(str(name))
             st.altair_chart(charts.columns(names, expected.probability[place - 1], say("probability")))
+    st.altair_chart(charts.strip([*look.names, "…"], [np.nan, *apart], say("divergence")))
 
 
 def lora(look: Look) -> None:
@@ -65,10 +72,10 @@ def dpo(look: Look) -> None:
         st.info(say("one_model"))
         return
     reference = choose_model(say, say("reference"), "reference", others)
-    question = st.text_input(say("pair_question"), look.can.examples[1] if len(look.can.examples) > 1 else "",
-                             key="pair question", **LASTS)  # fmt: skip
-    chosen = st.text_input(say("chosen"), key="chosen", **LASTS)
-    rejected = st.text_input(say("rejected"), key="rejected", **LASTS)
+    texts = example_pair()
+    question = st.text_input(say("pair_question"), texts[0], key="pair question", **LASTS)
+    chosen = st.text_input(say("chosen"), texts[1], key="chosen", **LASTS)
+    rejected = st.text_input(say("rejected"), texts[2], key="rejected", **LASTS)
     if reference is None or not all(text.strip() for text in (question, chosen, rejected)):
         st.caption(say("pair_help"))
         return
@@ -83,3 +90,12 @@ def dpo(look: Look) -> None:
         colours = [charts.by_strength([abs(g) / 3], 130 if g > 0 else 0)[0] for g in gained]
         st.html(charts.coloured(names, colours, [f"{g:+.2f}" for g in gained]))
     st.caption(say("gained_help"))
+
+
+def example_pair() -> tuple[str, str, str]:
+    """A question, the chosen and the rejected answer of the embedded sample, held out; "" where it is not there."""
+    try:
+        pair = as_pair(parse_record(next(raw_rows(check_file(SAMPLE)))[1]))
+    except UserError:
+        return "", "", ""
+    return pair["chosen"][0]["content"], *(pair[side][-1]["content"] for side in ("chosen", "rejected"))

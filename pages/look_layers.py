@@ -1,5 +1,7 @@
 """Attention by layer and head, what each layer would say, how long its vectors are, where experts get their tokens."""
 
+from dataclasses import replace
+
 import numpy as np
 import streamlit as st
 
@@ -8,7 +10,7 @@ from inspection import layers as by_layer
 from inspection.next_token import watch
 from inspection.tokens import own_model
 from pages import charts
-from pages.look_text import Look, choose_place
+from pages.look_text import Look, choose_place, paint
 
 HOVER = 40  # tokens up to which a map says its pairs under the mouse
 WINDOW = 12  # tokens beside one another under the logit lens
@@ -30,11 +32,9 @@ def attention(look: Look) -> None:
     else:
         st.image(charts.attention_image(chosen), alt=say("attention_alt", layer=layer, head=head))
         st.caption(say("map_help"))
-    place = choose_place(look, "attention place", 0, T - 1, T - 1)
-    row = chosen[place]
-    hints = [f"{i} {name}: {weight:.1%}" for i, (name, weight) in enumerate(zip(look.names, row))]
     st.markdown(say("looks"))
-    st.html(charts.coloured(look.names, charts.by_strength(np.sqrt(row), 210), hints, marked=place))
+    row = chosen[choose_place(look, "attention place", 0, T - 1, T - 1)]
+    paint("attention place", charts.by_strength(np.sqrt(row), 210), [f"{weight:.1%}" for weight in row])
     st.markdown(say("all_heads", layer=layer))
     images = [charts.attention_image(one, 150) for one in maps[layer]]
     st.image(images, caption=[str(h) for h in range(H)], width=150)
@@ -56,18 +56,19 @@ def write_on(look: Look, layer: int, head) -> None:
 
 
 def layers(look: Look) -> None:
-    say, T = look.say, len(look.ids)
-    lens = by_layer.logit_lens(own_model(look.engine), look.traced, 5)
-    L = len(lens.best)
+    say, T, L = look.say, len(look.ids), len(look.traced.residuals)
     last = max(0, T - WINDOW)
     begin = min(max(0, look.answer - 3), last)
     first = st.slider(say("from_place"), 0, last, begin, key="lens place") if last else 0
-    places = range(first, min(first + WINDOW, T))
+    end = min(first + WINDOW, T)
+    # Of the places that are shown only: the head on all layers of all places costs as much as the pass itself.
+    shown = replace(look.traced, ids=look.ids[first:end], residuals=look.traced.residuals[:, first:end])
+    lens = by_layer.logit_lens(own_model(look.engine), shown, 1)
     rows = range(L - 1, -1, -1)  # the last layer on top: the stream flows upward
-    texts = [charts.labels(look.tokenizer, lens.best[r, places, 0]) for r in rows]
+    texts = [charts.labels(look.tokenizer, lens.best[r, :, 0]) for r in rows]
     names = [say("embedding") if r == 0 else say("after_layer", n=r) for r in rows]
-    values = np.stack([lens.probability[r, places, 0] for r in rows])
-    st.altair_chart(charts.heat(values, names, charts.places([look.names[t] for t in places], first),
+    values = np.stack([lens.probability[r, :, 0] for r in rows])
+    st.altair_chart(charts.heat(values, names, charts.places(look.names[first:end], first),
                                 (say("layer"), say("token"), say("probability")), texts))  # fmt: skip
     st.markdown(say("norms_help"))
     sizes = by_layer.norms(look.traced)

@@ -10,8 +10,8 @@ from inference.engine import Engine
 from inference.sampling import SamplingParams
 from inspection.tokens import own_model, read
 from inspection.trace import Trace, trace
-from pages.charts import labels
-from pages.frame import LASTS
+from pages import charts
+from pages.frame import LASTS, escaped
 from pages.words import Words
 
 ANSWER = 64  # tokens of an answer that is looked at
@@ -52,7 +52,7 @@ def read_text(look: Look) -> bool:
     with st.spinner(say("computing")):
         changed = look.path.stat().st_mtime_ns
         look.traced, look.answer = traced(str(look.path), changed, text, look.as_chat, look.engine)
-    look.names = tuple(labels(look.tokenizer, look.ids))
+    look.names = tuple(charts.labels(look.tokenizer, look.ids))
     return True
 
 
@@ -69,8 +69,19 @@ def traced(path: str, changed: int, text: str, as_chat: bool, _engine: Engine) -
 
 
 def choose_place(look: Look, key: str, first: int, last: int, begin: int) -> int:
-    """A slider over the places of the text, with the token it stands at."""
+    """The tokens from `first` to `last`, to click on -> the place that is chosen; `begin` before anything is."""
     if st.session_state.get(key) not in range(first, last + 1):
         st.session_state[key] = begin
-    names = [*look.names, "…"]
-    return st.select_slider(look.say("place"), range(first, last + 1), key=key, format_func=lambda i: f"{i} {names[i]}")
+    names = [charts.unlike(escaped(name), i) for i, name in enumerate((*look.names, "…"))]
+    with st.container(key=row_of(key)):
+        return st.pills(look.say("place"), range(first, last + 1), key=key, format_func=names.__getitem__,
+                        required=True, label_visibility="collapsed")  # fmt: skip
+
+
+def paint(key: str, colours: list[str], hints: list[str]) -> None:
+    """Colours the tokens of choose_place, from the first of them on. It may come after: it may depend on the choice."""
+    st.html(charts.painted(row_of(key), colours, hints))
+
+
+def row_of(key: str) -> str:
+    return f"tokens-{key.replace(' ', '-')}"

@@ -59,6 +59,7 @@ def board(say: Words, folder: str, axis: str, log: bool) -> None:
         watch_run.settings_that_differ(say, chosen, [named(str(run.log.path), folder) for run in chosen])
         for run in chosen:
             watch_run.one(say, run)
+    watch_run.exams(say, folder)
     if found.others:
         with st.expander(say("other_files", n=len(found.others))):
             for path, why in found.others:

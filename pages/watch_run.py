@@ -1,7 +1,6 @@
 """The curves of runs over one another, what differs between their settings, and what one run is."""
 
 import json
-from itertools import groupby
 
 import numpy as np
 import streamlit as st
@@ -9,6 +8,7 @@ import streamlit as st
 from pages.frame import escaped
 from pages.words import Words
 
+CHANCE = 0.25  # of four options
 MOST_POINTS = 1200  # of a curve: as many as a screen has
 FIRST = ("loss", "val_loss", "reward", "lr", "grad_norm", "tokens_per_second")
 
@@ -93,26 +93,44 @@ def why(say: Words, run) -> str:
 
 
 def samples(say: Words, run) -> None:
-    """What the model wrote to the same prompts at each validation."""
+    """What the model wrote to one prompt, validation after validation; of GRPO also what it was rewarded for."""
     from inspection.run_log import read_samples
     from inspection.runs import SAMPLES
+    from pages.charts import told
 
     found = read_samples(run.beside(SAMPLES))
+    written = [sample for sample in found if sample.reward is None]
+    if written:
+        prompt = st.selectbox(say("samples"), list(dict.fromkeys(sample.prompt for sample in written)),
+                              key=f"prompt of {run.log.path}")  # fmt: skip
+        st.html(told([(f"{one.step:,}", one.text) for one in written if one.prompt == prompt]))
+    rewarded = [sample for sample in found if sample.reward is not None]
+    if rewarded:
+        steps = list(dict.fromkeys(sample.step for sample in rewarded))
+        key = f"rewarded step {run.log.path}"
+        if st.session_state.get(key) not in steps:
+            st.session_state.pop(key, None)
+        step = st.select_slider(say("rewarded"), steps, steps[-1], key=key) if len(steps) > 1 else steps[0]
+        group = [sample for sample in rewarded if sample.step == step]
+        st.text(say("asked", question=group[0].prompt, answer=group[0].answer))
+        group.sort(key=lambda sample: -sample.reward)
+        st.html(told([(f"{one.reward:g}", one.text) for one in group], [one.reward for one in group]))
+        st.caption(say("rewarded_help"))
+
+
+def exams(say: Words, folder: str) -> None:
+    """The exams that were written in the folder or in ceval/, the earliest first."""
+    from inspection.exam_results import find_exams
+    from pages import charts
+
+    found = find_exams((folder.strip() or "out", "ceval"))
     if not found:
         return
-    by_step = {step: list(rows) for step, rows in groupby(found, key=lambda sample: sample.step)}
-    steps = list(by_step)
-    st.caption(say("samples"))
-    key = f"sample step {run.log.path}"
-    if st.session_state.get(key) not in steps:
-        st.session_state.pop(key, None)
-    step = st.select_slider(say("step"), steps, steps[-1], key=key) if len(steps) > 1 else steps[0]
-    for sample in by_step[step]:
-        with st.container(border=True):
-            st.caption(say("prompt"))
-            st.text(sample.prompt)
-            st.caption(say("written"))
-            st.text(sample.text)
+    st.subheader(say("exams"), anchor=False)
+    st.caption(say("exams_help"))
+    rows = [{"when": f"{one.time[5:16].replace('T', ' ')} {one.weights.rsplit('/', 1)[-1]}", "exam": one.exam,
+             "accuracy": one.accuracy, "low": one.low, "high": one.high} for one in found]  # fmt: skip
+    st.altair_chart(charts.exams(rows, (say("when"), say("accuracy")), (CHANCE, say("chance"))))
 
 
 def speed(run) -> int | None:

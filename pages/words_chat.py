@@ -54,6 +54,14 @@ CHAT = {
         "{file} 读不出来：文件可能不完整，或不是权重文件。请选别的模型，或重新训练它。",
         "{file} cannot be read: it may be incomplete, or no weights file. Choose another model, or train it again.",
     ),
+    "fault_form": (
+        "回答的形式不能用：请检查左侧的 JSON Schema 或选项。在改好之前，回答的形式不受限制。",
+        "This form cannot be used: check the JSON schema or the choices on the left. Until then answers are free.",
+    ),
+    "fault_no_grammar": (
+        "限定回答的形式需要先安装：`pip install llguidance`",
+        "Answers of a given form need a package: `pip install llguidance`",
+    ),
     "fault_not_a_chat": (
         "这个文件不是聊天记录。请选用本页“导出”得到的 JSON。",
         "This file is not a chat. Take a JSON file that “Export” on this page has written.",
@@ -145,6 +153,19 @@ CHAT = {
     "temperature": ("温度（0：贪心）", "Temperature (0: greedy)"),
     "repetition_penalty": ("重复惩罚", "Repetition penalty"),
     "seed": ("随机种子（-1：每次不同）", "Seed (-1: a new one each time)"),
+    "form": ("回答的形式", "Form of the answer"),
+    "form_kind": ("形式", "Form"),
+    "form_any": ("不限", "any"),
+    "form_choice": ("几选一", "one of these"),
+    "form_schema": ("JSON 对象", "JSON"),
+    "form_choice_help": (
+        "每行一个可能的回答。其余的 token 在采样时被挡住，模型只能写出其中一个。",
+        "A possible answer a line. All other tokens are barred when one is drawn, so the model writes one of these.",
+    ),
+    "form_schema_help": (
+        "JSON Schema：回答一定符合它，内容对不对仍由模型决定。",
+        "A JSON schema: the answer is sure to match it; whether it is right is still up to the model.",
+    ),
     # chat: compare, continue
     "compare_help": (
         "同一个问题、同样的设置，两个模型各答一遍：看看微调、LoRA 或 DPO 改变了什么。",

@@ -17,14 +17,16 @@ LOOK = {
     "v_lora": ("LoRA", "LoRA"),
     "v_dpo": ("DPO", "DPO"),
     "v_tokens_help": (
-        "模型读到的不是字，而是 token。同色相邻的几块合起来才是一个字；把鼠标停在上面可以看到编号和字节。",
-        "The model reads tokens, not characters. Neighbours of one colour share a character; rest the mouse on one to "
-        "see its id and bytes.",
+        "模型读到的不是字，而是 token。点一个，看它是怎样合并出来的；鼠标停在上面可以看到编号和字节。"
+        "相邻的几块同色时，合起来才是一个字。",
+        "The model reads tokens, not characters. Click one to see which merges made it; rest the mouse on it to see "
+        "its id and bytes. Neighbours of one colour share a character.",
     ),
     "v_next_help": (
-        "每个位置上，模型给下一个 token 的概率。颜色越红，这个 token 越出乎模型的意料。点一根柱子看它的对手。",
-        "What the model expects at every place. The redder a token, the less it was expected. Click a bar to see its "
-        "rivals.",
+        "点一个 token，看模型在这个位置上还考虑过哪些。颜色越红，这个 token 越出乎模型的意料。"
+        "微调只学回答，所以问题里的 token 大多很红。",
+        "Click a token to see what else the model considered at its place. The redder a token, the less it was "
+        "expected. Fine-tuning learns answers only, so most tokens of a question are red.",
     ),
     "v_attention_help": (
         "每个 token 从前面的哪些 token 取信息。每一层、每个头各看各的。",
@@ -82,7 +84,8 @@ LOOK = {
     ),
     "of_model": ("模型的概率", "the model's"),
     "with_sampling": ("温度 {t}、top_p {p} 时", "with temperature {t}, top_p {p}"),
-    "what_if": ("如果这里换成……", "What if it were …"),
+    "what_if": ("如果这里换成……（点一个，让模型接着写）", "What if it were …? Click one, and the model goes on."),
+    "along": ("整段文字上的意外程度和熵：", "Surprise and entropy along the text:"),
     "layer": ("层", "Layer"),
     "head": ("头", "Head"),
     "mean": ("平均", "mean"),
@@ -94,7 +97,7 @@ LOOK = {
         "行：正在看的 token；列：被看的 token；越亮权重越大。",
         "Rows: the token that looks; columns: the token looked at; the brighter, the more weight.",
     ),
-    "looks": ("红框里的 token 看向哪里：", "Where the framed token looks:"),
+    "looks": ("点一个 token，看它从哪里取信息：", "Click a token to see where it looks:"),
     "all_heads": ("第 {layer} 层的所有头：", "All heads of layer {layer}:"),
     "watch_writing": ("看它边写边看", "Watch it write"),
     "from_place": ("从第几个 token 起", "From place"),

@@ -59,9 +59,26 @@ WATCH = {
     "resume": ("接着训练，在 {folder} 里运行：", "To go on, in {folder}:"),
     "resume_here": ("接着训练：", "To go on:"),
     "fault_in_run": ("有文件读不懂：", "A file of it cannot be read:"),
-    "samples": ("每次验证时模型写的文字", "What the model wrote at each validation"),
-    "prompt": ("提示", "Prompt"),
-    "written": ("模型写的", "Written"),
+    "samples": (
+        "每次验证时，模型对同一个提示写的文字（左列是步数）",
+        "What the model wrote to one prompt at each validation (on the left, the step)",
+    ),
+    "rewarded": ("哪一步的回答", "Answers of step"),
+    "asked": ("问题：{question}　　正确答案：{answer}", "Question: {question}    Right answer: {answer}"),
+    "rewarded_help": (
+        "左列是奖励。同一个问题的一组回答互相比较：高于平均的以后更常写，低于平均的更少。",
+        "On the left, the reward. The answers to one question are compared: those above the mean become likelier, "
+        "those below it less likely.",
+    ),
+    "exams": ("考试", "Exams"),
+    "exams_help": (
+        "每个点是一次考试，竖线是 95% 区间，虚线是瞎猜。随时可以再考：`python eval_ceval.py --format text`",
+        "Each point is an exam, with its 95% interval; the dashed line is guessing. Take another at any time: "
+        "`python eval_ceval.py --format text`",
+    ),
+    "when": ("时间（UTC）和模型", "Time (UTC) and model"),
+    "accuracy": ("正确率", "Accuracy"),
+    "chance": ("瞎猜：25%", "guessing: 25%"),
     "other_files": ("{n} 个文件不是训练记录", "{n} files that are no training log"),
     # data
     "data_title": ("看数据", "Look at the data"),

@@ -36,6 +36,7 @@ PRETRAIN = "--seq_len 256 --batch_size 8 --accumulation_steps 1 --epochs 7 --lea
 SFT = "--seq_len 256 --batch_size 8 --accumulation_steps 1 --epochs 4 --learning_rate 4e-3 --optimizer muon"
 WATCH = "--log_interval 25 --eval_interval 100 --save_interval 50 --val_split 0.01"
 DIALOGUES = 8  # questions of the held-out file whose answers are shown
+BEGINNINGS = ("甘肃省的省会是", "彩虹有", "9乘4等于", "问：氧的原子序数是多少？答：", "The capital of Norway is")
 
 
 def commands(out: str, again: str) -> dict[str, str]:
@@ -46,9 +47,9 @@ def commands(out: str, again: str) -> dict[str, str]:
         "tokenizer": f"scripts/train_tokenizer.py --data_path {pretrain} {sft} --vocab_size 2400 "
                      f"--out_dir {out}/tokenizer{fresh}",
         "pretrain": f"1-pretrain.py --data_path {pretrain} --tokenizer {out}/tokenizer {SHAPE} {PRETRAIN} {WATCH} "
-                    f"--out_dir {out} {again}",
+                    f"--sample_prompts {out}/beginnings.txt --out_dir {out} {again}",
         "full_sft": f"3-full_sft.py --data_path {sft} --from_weight {out}/pretrain_160.pth {SFT} {WATCH} "
-                    f"--out_dir {out} {again}",
+                    f"--sample_prompts {out}/dialogues.txt --out_dir {out} {again}",
         "questions": f"2-eval.py --questions {SAMPLE}/heldout.jsonl --weight {out}/full_sft_160.pth "
                      f"--answers_file {out}/answers.jsonl",
         "exam": f"eval_ceval.py --format text --data_dir {exam} --weight {out}/full_sft_160.pth --out_dir {out}/exam",
@@ -58,11 +59,13 @@ def commands(out: str, again: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def write_dialogues(path: Path) -> None:
-    """Writes a few held-out questions, spread over the file. The model is not trained on them."""
+def write_prompts(folder: Path) -> None:
+    """What the models write to while they learn: beginnings of texts, and a few held-out questions, spread over their
+    file. The model is not trained on these questions."""
     rows = (ROOT / SAMPLE / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    chosen = rows[:: len(rows) // DIALOGUES][:DIALOGUES]
-    path.write_text("".join(json.loads(row)["question"] + "\n" for row in chosen), encoding="utf-8")
+    questions = [json.loads(row)["question"] for row in rows[:: len(rows) // DIALOGUES][:DIALOGUES]]
+    for name, prompts in (("beginnings", BEGINNINGS), ("dialogues", questions)):
+        (folder / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
 
 
 def run(command: str) -> dict:
@@ -95,7 +98,7 @@ def main(argv=None) -> dict:
     args = parser.parse_args(argv)
     out = Path(args.out_dir).as_posix()
     (ROOT / out).mkdir(parents=True, exist_ok=True)
-    write_dialogues(ROOT / out / "dialogues.txt")
+    write_prompts(ROOT / out)
     results, seconds = {}, {}
     for stage, command in commands(out, "--overwrite" if args.fresh else "--resume").items():
         begin = time.perf_counter()

@@ -22,6 +22,7 @@ from exams.published import arrange
 from export.transformers_folder import write_transformers_folder
 from inference import open_model
 from inference.engine import Engine
+from inspection.exam_results import find_exams
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
 from model.tokenizer import encode_text, load_tokenizer
@@ -403,6 +404,8 @@ def test_program_writes_answers_summary_and_json(weights, little_exam, tmp_path,
     assert len(rows) == 10
     assert all((row["answer"] == row["llm_answer"]) == (row["is_right"] == "True") for row in rows)
     assert json.loads((out / "summary.json").read_text("utf-8")) == result and (out / "accuracy.png").stat().st_size > 0
+    (kept,) = find_exams([tmp_path])
+    assert (kept.accuracy, kept.n, kept.weights) == (result["accuracy_micro"], 20, result["weights"])
 
 
 def test_bare_command_takes_the_sample_exam(weights, tmp_path, monkeypatch, capsys):

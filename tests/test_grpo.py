@@ -400,6 +400,10 @@ def test_a_run_says_what_it_did(folder, tmp_path):
     assert len(steps) == 5 and wanted <= steps[0].keys()
     for r in steps:
         assert r["reward"] == pytest.approx(r["right"] + 0.2 * r["well_formed"])
+    examples = numbers_of(tmp_path / "grpo_32_samples.jsonl")
+    assert [(r["step"], r["prompt"]) for r in examples[::8]] == [(r["step"], r["prompt"]) for r in examples[7::8]]
+    assert [r["step"] for r in examples[::8]] == [1, 2, 4] and examples[0]["prompt"]
+    assert all(r["reward"] == reward(r["text"], r["answer"], 0.2) or r["reward"] == 0 for r in examples)
     assert load_model(result["weights"])[2]["recipe"]["group"] == 8
     assert main(folder, tmp_path, *more, "--resume") == result
 
@@ -434,7 +438,8 @@ def test_a_run_that_dies_amid_a_step_goes_on_as_if_nothing_had_happened(folder, 
     assert all(torch.equal(one[name], two[name]) for name in one)
     base = load_model(folder / "reason_32.pth")[0].state_dict()
     assert any(not torch.equal(one[name], base[name]) for name in one)
-    assert history(tmp_path / "whole/grpo_32.jsonl") == history(tmp_path / "broken/grpo_32.jsonl")
+    for name in ("grpo_32.jsonl", "grpo_32_samples.jsonl"):
+        assert history(tmp_path / "whole" / name) == history(tmp_path / "broken" / name)
     drop = ("seconds", "tokens_per_second", "peak_memory_bytes", "weights")
     assert {k: v for k, v in whole.items() if k not in drop} == {k: v for k, v in again.items() if k not in drop}
 

@@ -61,7 +61,7 @@ def test_every_word_is_used_and_every_used_word_is_there():
     code = "\n".join(text for path, text in code.items() if not path.name.startswith("words_"))
     said = set(re.findall(r'say\("(\w+)"', code))
     assert said <= CATALOGUE.keys()
-    families = ("fault_", "status_", "is_", "by_")  # keys that are put together
+    families = ("fault_", "status_", "is_", "by_", "form_")  # keys that are put together
     quoted = set(re.findall(r'"(\w+)"', code)) | {f"{view}_help" for view in re.findall(r'"(v_\w+)"', code)}
     quoted |= {f"{key}_of" for key in quoted}
     assert not [key for key in CATALOGUE if key not in quoted and not key.startswith(families)]
@@ -81,6 +81,7 @@ def test_every_word_is_used_and_every_used_word_is_there():
         ("out/full_sft_32.pth cannot be read as weights: bad", "weights"),
         ("out/full_sft_32.pth comes without a tokenizer; name the folder", "tokenizer"),
         ("a.jsonl:3: not JSON", "file_line"),
+        ("this JSON schema cannot be held: nothing matches it", "form"),
         ("something else", "other"),
     ],
 )
@@ -135,12 +136,14 @@ def test_a_stage_writes_what_it_taught_and_the_next_one_keeps_it(tmp_path):
     [
         ({}, None, None, 4), ({"stage": "pretrain"}, False, False, 0), ({"stage": "full_sft"}, True, None, 4),
         ({"stage": "reason"}, True, True, 4), ({"stage": 3, "taught": [1]}, None, None, 4),
+        ({"stage": "grpo", "recipe": {"temperature": 1.0}}, True, True, 4),
         ({"stage": "dpo", "taught": {"full_sft": {"kind": "chat", "turns": {"1": 0.93, "2": 0.07}}}}, True, False, 0),
     ],
 )  # fmt: skip
 def test_abilities_by_record(record, chats, thinking, history):
     can = abilities(record)
     assert (can.chats, can.thinking, can.history) == (chats, thinking, history)
+    assert can.sampling == ((1.0, 1.0) if record.get("recipe") else (0.85, 0.85))
 
 
 def test_counts_and_broken_characters(tmp_path):
@@ -193,9 +196,9 @@ def test_each_view_draws_a_model(here, view):
 def test_rivals_are_the_models_own_and_what_if_goes_on(here):
     stage.chat_weights(here / "out", seed=1)
     app = open_page("look", "en", view="v_next", **LOOK)
-    app.select_slider("next place").set_value(2).run()
-    app.button("what if go").click().run()
-    assert clean(app).text[-1].value.count("[") == 1
+    app.pills("next place").set_value(2).run()
+    app.pills("what if 2").set_value(1).run()
+    assert clean(app).text[-1].value.count("【") == 1
     app.slider("look temperature").set_value(0.0).run()
     assert not clean(app).error
 
@@ -242,7 +245,12 @@ def write_run(folder, name, steps=5, loss=3.0, end=None, **settings):
 def test_runs_are_listed_compared_and_named_where_they_are_broken(here):
     write_run(here / "out", "a_32", end={"how": "failed", "why": "the disk is full", "result": None}, seq_len=64)
     write_run(here / "out", "b_32", end={"how": "stopped", "why": "Ctrl-C", "result": None}, seq_len=128)
-    (here / "out" / "a_32_samples.jsonl").write_text(json.dumps({"step": 5, "prompt": "p", "text": HOSTILE}) + "\n")
+    samples = {"step": 5, "prompt": "p", "text": HOSTILE}, {"step": 1, "prompt": "1+1=?", "text": "2", "reward": 1.2,
+                                                            "answer": "2"}  # fmt: skip
+    (here / "out" / "a_32_samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    exam = {"time": "2026-01-02T03:04:05Z", "data_dir": "x/exam", "split": "val", "format": "text", "shots": 0, "n": 8,
+            "accuracy_micro": 0.5, "interval": [0.2, 0.8], "weights": "out/a_32.pth"}  # fmt: skip
+    (here / "out" / "exams.jsonl").write_text(json.dumps(exam) + "\nno exam\n")
     (here / "out" / "bad.jsonl").write_text('{"question": "x"}\n')
     with open(here / "out" / "b_32.jsonl", "a") as file:
         file.write("no line of a log\n")
@@ -253,7 +261,9 @@ def test_runs_are_listed_compared_and_named_where_they_are_broken(here):
                                               "out/b_32.jsonl"]).run()  # fmt: skip
     told = " ".join(text.value for text in clean(app).text)
     assert "failed at step 5. Why: the disk is full" in told and "stopped at step 5. Why: Ctrl-C" in told
-    assert HOSTILE in [text.value for text in app.text]  # as text
+    written, rewarded = (e.proto.body for e in app.get("html") if 'class="told"' in e.proto.body)
+    assert "<img" not in written + rewarded and "onerror=alert(1)&gt;" in written and "1.2</td>" in rewarded  # as text
+    assert "Right answer: 2" in told and app.subheader[-1].value == "Exams"
     assert "b_32.jsonl:7: not a line of a training log" in told and "bad.jsonl: is not the log" in told
     assert [code.value for code in app.code] == ["python 1-pretrain.py --resume"] * 2
     assert list(app.dataframe[1].value["Setting"]) == ["seq_len"]

@@ -51,7 +51,7 @@ def test_grpo_writes_samples_at_each_of_its_validations(tmp_path):
     watched = run("grpo", tmp_path, "watched", "--sample_prompts", write_prompts(tmp_path / "p.txt"))
     one, two = (torch.load(path, weights_only=True)["model"] for path in (plain, watched))
     assert all(torch.equal(one[name], two[name]) for name in one) and history(plain) == history(watched)
-    assert [row["step"] for row in samples(watched)] == [0, 0, 5, 5, 6, 6]
+    assert [row["step"] for row in samples(watched) if "reward" not in row] == [0, 0, 5, 5, 6, 6]
 
 
 def test_a_resumed_run_writes_no_step_twice(tmp_path):

@@ -21,6 +21,7 @@ from chat import demo_tools, sources
 from chat.demo_tools import calculate
 from data.row_shapes import as_chat
 from inference.engine import Engine
+from inference.grammar import Grammar
 from inference.stream_text import ToolCall
 from model.LMConfig import LMConfig
 from model.tokenizer import encode_text, load_tokenizer, render
@@ -174,6 +175,8 @@ def test_an_api_is_asked_and_heard():
         plain, full = stub.requests
         assert "top_k" not in plain and "seed" not in plain and stub.keys == ["Bearer secret"] * 2
         assert (full["top_k"], full["seed"], full["repetition_penalty"]) == (5, 3, 1.1)
+        chosen = source.request(ASK, sources.Settings(form=Grammar.choice(["a", "b"])))
+        assert chosen["extra_body"] == {"structured_outputs": {"choice": ["a", "b"]}}
         assert full["chat_template_kwargs"] == {"enable_thinking": False, "open_thinking": False} and full[
             "tools"
         ] == list(TOOLS)
@@ -238,12 +241,18 @@ def test_a_chat_on_the_page(here):
     assert message["content"] == answer and message["earlier"] == [answer]  # the same seed
     learned = as_chat(json.loads(sources.exported(app.session_state["chats"][1]["messages"], "s")))
     assert [m["role"] for m in learned] == ["system", "user", "assistant"] and render(load_tokenizer(), learned)
-    app.radio("thinking").set_value("off").run()
+    app.radio("thinking").set_value("off")
+    app.session_state["form choice"] = "甲\n乙"
+    app.radio("form").set_value("choice").run()
+    app.chat_input[0].set_value("甲还是乙？").run()
+    assert said(app).pop()[1] in ("甲", "乙")
+    app.radio("form").set_value("schema").run()
+    app.text_area("form schema").set_value("{").run()
+    assert "form" in app.error[0].value
+    app.radio("form").set_value("any")
     app.segmented_control("language").set_value("zh").run()
     assert (app.slider("chat max_tokens").value, app.radio("thinking").value) == (16, "off")  # what was set stays set
-    assert app.button("clear").label == "清空" and len(said(app)) == 2
-    app.chat_input[0].set_value("再见").run()
-    assert len(said(app)) == 4
+    assert app.button("clear").label == "清空" and len(said(app)) == 4
     app.button("clear").click().run()
     assert said(app) == []
 
@@ -255,7 +264,7 @@ def test_several_chats_are_kept_and_a_question_is_said_otherwise(here):
     app.button("new").click().run()
     app.chat_input[0].set_value("two").run()
     assert said(app)[0] == ("user", "two")
-    app.selectbox("chat").set_value(1).run()
+    next(box for box in app.selectbox if "chat of" in box.key).set_value(1).run()
     assert said(app)[0] == ("user", "one")
     app.text_area("text 1 0").set_value("three").run()
     app.button("send 1 0").click().run()

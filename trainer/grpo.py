@@ -38,6 +38,7 @@ class SampledAnswer:
     right: bool
     truncated: bool
     advantage: float = 0.0
+    text: str = ""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.tokens)
@@ -76,7 +77,11 @@ def train(run, problems, held_out, reference, rollout, world, write=None) -> dic
         session.samples.take(engine, 0)
         session.log.validation(0, **validation)
     for step in session.steps():
-        numbers, amounts = take_grpo_step(engine, rollout, problems, reference, plan, session.rate_factor, step)
+        answers, numbers, amounts = take_grpo_step(
+            engine, rollout, problems, reference, plan, session.rate_factor, step
+        )
+        if is_shown(step + 1, plan.steps, args.eval_interval):
+            session.samples.add(step + 1, example_rows(answers, problems, world))
         session.end_step(numbers, amounts, *world.sum(*session.news()))
 
     gain = {}
@@ -98,7 +103,8 @@ def step_indices(plan: Plan, step: int) -> list[int]:
 def take_grpo_step(engine: TrainingEngine, rollout, problems, reference, plan: Plan, factor: float, step: int):
     """Samples answers, judges them, and learns from them inner_steps times.
 
-    -> (numbers for the log; over all processes, how many real tokens, row slots and learned tokens there were).
+    -> (this process's answers; numbers for the log; over all processes, how many real tokens, row slots and learned
+    tokens there were).
     """
     args, world = engine.args, engine.world
     answers = sample(engine, rollout, problems, step_indices(plan, step), args)
@@ -114,7 +120,7 @@ def take_grpo_step(engine: TrainingEngine, rollout, problems, reference, plan: P
         sums = add_gradients(engine, micro_batches, loss_fn, count, tokens)
         learned, _ = move_weights(engine, sums, count, factor, step)
         numbers.update({name: value / args.inner_steps for name, value in learned.items()})
-    return numbers, {"tokens": int(tokens), "slots": int(slots), "learned": int(count)}
+    return answers, numbers, {"tokens": int(tokens), "slots": int(slots), "learned": int(count)}
 
 
 # ------------------------------------------------------------------------------------------------- what was sampled
@@ -129,8 +135,23 @@ def sample(engine: TrainingEngine, rollout, problems, indices: list[int], args) 
         text, tokens, cut_off = complete_text(completion), completion.token_ids, completion.finish_reason != "stop"
         worth = reward(text, problem.answer, args.format_reward)
         right, well_formed = exact_match(text, problem.answer), answer_block(text) is not None
-        answers.append(SampledAnswer(index, problem.prompt, tokens, worth, well_formed, right, cut_off))
+        answers.append(SampledAnswer(index, problem.prompt, tokens, worth, well_formed, right, cut_off,
+                                     text=completion.text))  # fmt: skip
     return answers
+
+
+def is_shown(step: int, steps: int, every: int) -> bool:
+    """Whether a step's answers are written for a reader: the first's, and those of steps that validate. Not the last's:
+    what a saved run has written of its last step is written again when it is resumed, and these were not."""
+    return step < steps and (step == 1 or bool(every) and step % every == 0)
+
+
+def example_rows(answers: list[SampledAnswer], problems, world) -> list[dict]:
+    """A step's first question with all answers of its group. All processes must call it: the group may be spread."""
+    everyone = sorted(row for part in world.gather([(a.index, a.text, a.reward) for a in answers]) for row in part)
+    asked = problems[everyone[0][0]]
+    return [{"prompt": asked.question, "text": text, "reward": round(worth, 4), "answer": asked.answer}
+            for _, text, worth in everyone[: problems.group]]  # fmt: skip
 
 
 def roll_out(engine: TrainingEngine, rollout, prompts, seeds, temperature: float) -> list:

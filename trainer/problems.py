@@ -20,10 +20,12 @@ from model.tokenizer import render
 
 @dataclass
 class Problem:
-    """prompt: token ids up to where the assistant's answer begins; answer: the right one, as text."""
+    """prompt: token ids up to where the assistant's answer begins; answer: the right one; question: the last one asked,
+    for a reader. Both as text."""
 
     prompt: list[int]
     answer: str
+    question: str = ""
 
 
 class Problems:
@@ -88,7 +90,7 @@ def read_problems(paths, tokenizer, longest: int, skip_bad_lines=False) -> list[
                     raise UserError(f"{path}:{line}: {error} (--skip_bad_lines leaves such lines out)") from None
                 skipped.append(f"{path}:{line}: {error}")
                 continue
-            found.append(Problem(prompt, answer))
+            found.append(Problem(prompt, answer, messages[-1]["content"]))
     if skipped:
         note(f"{len(skipped)} bad line(s) left out, the first: {skipped[0]}")
     if not found:

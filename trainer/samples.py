@@ -1,4 +1,5 @@
-"""--sample_prompts: what the model writes at each validation, kept beside its log. Nothing of it changes the run."""
+"""What the model writes while it learns, kept beside its log: to --sample_prompts at each validation, and in
+reinforcement learning the answers that were rewarded. Nothing of it changes the run."""
 
 import json
 import os
@@ -75,10 +76,15 @@ class Samples:
             with self.world.autocast():
                 texts = self.write(model, self.run.tokenizer, list(self.run.prompts))
             model.train(training)
-        rows = [{"step": step, "prompt": p, "text": t} for p, t in zip(self.run.prompts, texts, strict=True)]
+        self.add(step, [{"prompt": p, "text": t} for p, t in zip(self.run.prompts, texts, strict=True)])
+
+    def add(self, step: int, rows: list[dict]) -> None:
+        """Writes rows {"prompt", "text", ...} of a step, by the first process."""
+        if not self.world.first:
+            return
         path = self.run.files.samples
         with named(path), open(path, "a", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())  # no power cut may leave a saved state that is ahead of its samples
 
