@@ -43,7 +43,7 @@ def test_spans_are_told_in_the_unit_one_would_use(seconds, words):
 def test_the_estimate_is_operations_by_speed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
     tokens = 3600 * 2 * REACHED["cuda"] * 71e12 / operations(CONFIG, arguments(), 1)  # an hour of two such GPUs
-    told = "about 60 minutes (estimate: 30% of the device's 142.00 TFLOP/s; without validation)"
+    told = "about 60 minutes (estimate: 30% of the device's 142,000 GFLOP/s; without validation)"
     assert time_line(CONFIG, arguments(), GPU, tokens) == told
     assert time_line(CONFIG, arguments(), GPU, 3 * tokens).startswith("about 3.0 hours (estimate")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Unheard-of 1")

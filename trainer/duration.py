@@ -29,7 +29,7 @@ def time_line(config, args, world, tokens: int, learned_share=1.0, others=0) -> 
         return "not estimated: this GPU is not in the table of trainer/log.py; the log says how much is left"
     reached = REACHED[world.device.type]
     seconds = operations(config, args, tokens, learned_share, others) / (reached * peak)
-    at = f"{reached:.0%} of the device's {peak / 1e12:,.2f} TFLOP/s"
+    at = f"{reached:.0%} of the device's {peak / 1e9:,.0f} GFLOP/s"
     return f"about {in_words(seconds)} (estimate: {at}; without validation)"
 
 
