@@ -7,8 +7,9 @@
     ... --compare A B --judge http://HOST:PORT/v1      and have a third model score them (key: OPENAI_API_KEY)
     ... --schema FILE.json                             every answer is JSON that a JSON schema allows
 
-In a chat: an empty line or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer. The last line of
---questions, --prompts and --judge on standard output is a JSON object; every text is kept in its "answers_file".
+In a chat: exit, quit, an empty line or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer. With
+--questions, --prompts and --judge the last line on standard output is a JSON object; every text is kept in its
+"answers_file".
 """
 
 import json
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from chat import terminal
+from chat.abilities import abilities
 from chat.sources import Local, Settings
 from chat.terminal import note
 from common.errors import UserError, disk_fault, run_main, user_errors
@@ -77,20 +79,24 @@ def sampling(args, temperature: float) -> SamplingParams:
     return replace(open_model.sampling(args, temperature), grammar=args.grammar)
 
 
-def open_chat(args, path):
+def open_with_record(args, path):
     engine, record = open_model.open_engine(args, path, foreign=True, enable_thinking=args.thinking)
     note(f"{path}: {record.get('stage', 'stage unknown')}, {engine.source.num_parameters():,} parameters")
-    return engine
+    return engine, record
+
+
+def open_chat(args, path):
+    return open_with_record(args, path)[0]
 
 
 def chat(args):
     params = sampling(args, temperature=0.85)
-    engine = open_chat(args, open_model.find_weight(args))
+    engine, record = open_with_record(args, open_model.find_weight(args))
     settings = Settings(
         args.system or "", args.history, args.thinking, max_tokens=params.max_tokens, temperature=params.temperature,
         top_p=params.top_p, top_k=params.top_k, repetition_penalty=params.repetition_penalty, seed=params.seed,
     )  # fmt: skip
-    terminal.converse(Local(engine), settings, answered=lambda: note(f"[{engine.speed}]"))
+    terminal.converse(Local(engine), settings, abilities(record), answered=lambda: note(f"[{engine.speed}]"))
 
 
 def answer_all(args, engine, rows):

@@ -5,7 +5,7 @@
 # make lock      the exact versions of constraints*.txt, anew: what a renewal is reviewed by
 # make test-matrix   the tests with the locked, the lowest and the newest versions (VERSIONS="locked lowest newest")
 PYTHON ?= python3
-PIP_INSTALL = .venv/bin/python -m pip install --disable-pip-version-check -q
+PIP_INSTALL = .venv/bin/python -m pip install --disable-pip-version-check
 LOCKED = -c constraints.txt
 VERSIONS ?= locked lowest newest
 
@@ -34,7 +34,7 @@ docs: .venv/installed
 COMPILE = .venv/bin/uv pip compile -q --upgrade --universal --python-version 3.11 --annotation-style line \
 	--custom-compile-command "make lock" requirements-dev.txt requirements-export.txt requirements-eval.txt requirements-ray.txt
 lock: | .venv/bin/python
-	$(PIP_INSTALL) --upgrade uv
+	$(PIP_INSTALL) -q --upgrade uv
 	$(COMPILE) -o constraints.txt
 	$(COMPILE) -o constraints-lowest.txt --resolution lowest-direct
 

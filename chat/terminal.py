@@ -2,28 +2,50 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 
+from chat.abilities import Abilities
 from chat.sources import Refused, Settings
+from chat.words import Words
+from common.words import language_here
 
+CHINESE = re.compile("[\u4e00-\u9fff]")
+LEAVE = ("", "exit", "quit")
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 def typed(forget) -> Iterator[str]:
-    """The questions of a chat, until an empty line, Ctrl-D or Ctrl-C. At /clear it calls forget()."""
+    """The questions of a chat, until exit, quit, an empty line, Ctrl-D or Ctrl-C. At /clear it calls forget()."""
     while True:
         try:
             question = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        if question.lower() in LEAVE:
+            return
         if question == "/clear":
             forget()
-        elif question:
-            yield question
         else:
-            return
+            yield question
+
+
+def introduction(can: Abilities, say: Words) -> list[str]:
+    """The chat's first lines: what the model was taught, as far as its record tells, and how to leave."""
+    if can.chats is False:
+        return [say("base"), say("leave")]
+    forms = {name: getattr(can, name) for name in ("several_turns", "thinking", "tools")}
+    lines = [
+        say(key, forms=say("and").join(say(name) for name in names))
+        for key, wanted in (("taught", True), ("not_taught", False))
+        if (names := [name for name, held in forms.items() if held is wanted])
+    ]
+    if can.examples:  # those in the reader's language, where there are any
+        readable = [text for text in can.examples if bool(CHINESE.search(text)) == (say.language == "zh")]
+        lines += [say("examples", questions="  ".join((readable or can.examples)[:3])), say("small")]
+    return [*lines, say("leave")]
 
 
 def print_answer(parts) -> str:
@@ -48,8 +70,9 @@ def print_answer(parts) -> str:
     return said
 
 
-def converse(source, settings: Settings, answered: Callable[[], None] = lambda: None) -> None:
+def converse(source, settings: Settings, can: Abilities, answered: Callable[[], None] = lambda: None) -> None:
     """Asks the source (chat/sources.py) each question of typed(). answered: is called after each answer."""
+    note("\n".join(introduction(can, Words(language_here()))))
     messages: list[dict] = []
     for question in typed(forget=messages.clear):
         messages.append({"role": "user", "content": question})

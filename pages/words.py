@@ -1,19 +1,14 @@
 """The catalogue of the page's words: each in Chinese and in English, by one key."""
 
+from common import words
 from pages.words_chat import CHAT
 from pages.words_look import LOOK
 from pages.words_watch import WATCH
 
-CATALOGUE: dict[str, tuple[str, str]] = CHAT | LOOK | WATCH  # key: (Chinese, English)
-LANGUAGES = ("zh", "en")
+CATALOGUE: words.Catalogue = CHAT | LOOK | WATCH
 
 
-class Words:
-    """The words of one language: say("counts", read=3, written=5)."""
+class Words(words.Words):
+    """The page's words of one language."""
 
-    def __init__(self, language: str):
-        self.language = language
-
-    def __call__(self, key: str, **values) -> str:
-        text = CATALOGUE[key][LANGUAGES.index(self.language)]
-        return text.format(**values) if values else text
+    catalogue = CATALOGUE

@@ -3,7 +3,7 @@
     python scripts/chat_openai_api.py                                           http://127.0.0.1:8998/v1
     OPENAI_API_KEY=... python scripts/chat_openai_api.py --base_url https://HOST/v1 --model NAME
 
-An empty line or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer. The key is read from
+exit, quit, an empty line or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer. The key is read from
 OPENAI_API_KEY, or else from MINIMIND_API_KEY, the server's own variable.
 """
 
@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import os
 
 from chat import terminal
+from chat.abilities import Abilities
 from chat.sources import Remote, Settings
 from common.errors import UserError, run_main, user_errors
 from common.flags import Parser
@@ -46,7 +47,7 @@ def main(argv=None):
         settings = Settings(
             args.system or "", args.history, max_tokens=args.max_tokens, temperature=args.temperature, top_p=None
         )
-        terminal.converse(source, settings)
+        terminal.converse(source, settings, Abilities())  # what a server's model was taught is not told
 
 
 if __name__ == "__main__":

@@ -25,8 +25,10 @@ import shlex
 import subprocess
 import time
 
+from chat.words import Words
 from common.errors import RunFailed, UserError, run_main
 from common.flags import Parser
+from common.words import language_here
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = "dataset/sample"
@@ -70,7 +72,8 @@ def write_prompts(folder: Path) -> None:
 
 def run(command: str) -> dict:
     """Runs one command, shows what it prints and returns the JSON object of its last line."""
-    print(f"\n$ python {command}", flush=True)
+    say = Words(language_here())
+    print(f"$ python {command}", flush=True)
     process = subprocess.Popen([sys.executable, *shlex.split(command)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
                                encoding="utf-8", env=os.environ | {"PYTHONIOENCODING": "utf-8"})  # fmt: skip
     last = ""
@@ -80,9 +83,9 @@ def run(command: str) -> dict:
             last = line
     except KeyboardInterrupt:  # the stage has received the signal too: wait until it has saved
         process.wait()
-        raise UserError("stopped; the same command goes on from here") from None
+        raise UserError(say("demo_stopped")) from None
     if process.wait():
-        raise RunFailed(f"`python {command}` ended with exit code {process.returncode}")
+        raise RunFailed(say("demo_failed", command=command, code=process.returncode))
     return json.loads(last)
 
 
@@ -99,20 +102,15 @@ def main(argv=None) -> dict:
     out = Path(args.out_dir).as_posix()
     (ROOT / out).mkdir(parents=True, exist_ok=True)
     write_prompts(ROOT / out)
-    results, seconds = {}, {}
+    results, seconds, say = {}, {}, Words(language_here())
     for stage, command in commands(out, "--overwrite" if args.fresh else "--resume").items():
         begin = time.perf_counter()
+        print(f"\n== {say(f'demo_{stage}')}", flush=True)
         results[stage] = run(command)
         seconds[stage] = round(time.perf_counter() - begin, 1)
 
     by_kind = results["questions"]["by_kind"]
-    print(f"""
-Curves: {out}/pretrain_160.png, {out}/full_sft_160.png    all answers: {out}/answers.jsonl
-Next{" (after `. .venv/bin/activate`)" if inside_venv_only() else ""}:
-  python 2-eval.py                                            chat with it
-  python 1-pretrain.py --data_path my_text.jsonl              pretrain on your own text ({{"text": ...}} a line)
-  python 3-full_sft.py --data_path my_chats.jsonl             then on your own conversations
-  python scripts/demo.py --fresh                              this again, from the beginning""")
+    print(say("demo_next", out=out, first=say("demo_activate") if inside_venv_only() else ""))
     result = {
         "sample_qa_accuracy": by_kind["fact_phrasing"],
         "unseen_template_accuracy": by_kind["unseen_template"],

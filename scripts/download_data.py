@@ -7,11 +7,13 @@
     HF_ENDPOINT=https://MIRROR python scripts/download_data.py ...     a mirror of Hugging Face
     MODELSCOPE_ENDPOINT=https://HOST python scripts/download_data.py --source modelscope ...
 
-The sources' own client libraries do the transfer. A broken transfer goes on where it stopped, also when the command is
-given again. Sizes and licences are shown, and the free disk is checked, before anything is fetched. If the source
-publishes a file's SHA-256, the file is compared with it.
+Without --source Hugging Face is asked, and where that does not answer ModelScope, if its client is installed (pip
+install modelscope-hub); it has no exams. The sources' own client libraries do the transfer. A broken transfer goes on
+where it stopped, also when the command is given again. Sizes and licences are shown, and the free disk is checked,
+before anything is fetched. If the source publishes a file's SHA-256, the file is compared with it.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -102,6 +104,10 @@ class Remote:
             raise ValueError(f"it lists a file of the name {self.path!r} and the size {self.size!r}")
 
 
+class NoAnswer(RunFailed):
+    """A source could not be reached, or sent something else than was asked for."""
+
+
 class HuggingFace:
     """Through huggingface_hub; HF_ENDPOINT names a mirror."""
 
@@ -118,7 +124,8 @@ class HuggingFace:
     def listing(self, item: Item) -> tuple[str, list[Remote]]:
         from huggingface_hub import HfApi
 
-        info = HfApi(endpoint=self.endpoint).repo_info(item.huggingface, repo_type=item.kind, files_metadata=True)
+        hub = HfApi(endpoint=self.endpoint)
+        info = hub.repo_info(item.huggingface, repo_type=item.kind, files_metadata=True, timeout=CONNECT)
         licence = (info.card_data or {}).get("license") or "not stated"
         return str(licence), [Remote(f.rfilename, f.size or 0, f.lfs.sha256 if f.lfs else None) for f in info.siblings]
 
@@ -175,36 +182,65 @@ class ModelScope:
 
 
 SOURCES = {source.name: source for source in (HuggingFace, ModelScope)}
+CONNECT = 20.0  # seconds to wait for Hugging Face: where it is blocked the system alone would wait for minutes
+
+
+def sources_of(name: str | None) -> list:
+    """The source of that name; without one all, in the order in which they are asked, whose clients are installed."""
+    if name:
+        return [SOURCES[name]()]
+    with contextlib.suppress(UserError):
+        return [HuggingFace(), ModelScope()]
+    return [HuggingFace()]
+
+
+def other_ways(source, item: Item) -> str:
+    """For a source that does not answer: where else the same files may be had."""
+    mirror = "a mirror of Hugging Face (HF_ENDPOINT=https://MIRROR before the command)"
+    other = "modelscope (pip install modelscope-hub)" if source.name == "huggingface" else "huggingface"
+    return f"{mirror} or --source {other}" if item.modelscope else mirror
 
 
 # ----------------------------------------------------------------------------------------------------------- download
-def download(names: list[str], source, out_dir: str | None, overwrite: bool) -> dict:
-    """Fetches the named items; returns what was fetched, verified and already there."""
+def download(names: list[str], sources: list, out_dir: str | None, overwrite: bool) -> dict:
+    """Fetches the named items, each from the first source that answers -> what was fetched, verified, there before."""
     if unknown := [name for name in names if name not in ITEMS]:
         raise UserError(f"unknown: {', '.join(unknown)}; there are {', '.join(ITEMS)}")
-    plan = []  # (item, file, where it goes)
+    plan = []  # (source, item, file, where it goes)
     for name in names:
         item = ITEMS[name]
         folder = Path(out_dir or item.folder)
-        licence, files = _listing(source, item, folder)
-        print(f"{name}: {item.about}; from {source.repository(item)}; licence: {licence}")
+        source, licence, files = _first_answer(sources, item, folder)
+        print(f"{name}: {item.about}; from {source.name}, {source.repository(item)}; licence: {licence}")
         for file in files:
             print(f"  {file.size / 2**20:>12,.1f} MB  {folder / file.path}")
-            plan.append((item, file, folder))
-    missing = [entry for entry in plan if not _is_there(*entry[1:], overwrite)]
-    needed = sum(file.size for _, file, _ in missing)
+            plan.append((source, item, file, folder))
+    missing = [entry for entry in plan if not _is_there(*entry[2:], overwrite)]
+    needed = sum(file.size for *_, file, _ in missing)
     _check_disk({folder for *_, folder in plan}, needed)
     print(f"{len(missing)} of {len(plan)} files to fetch, {needed / 2**30:.2f} GB")
     verified = 0
-    for item, file, folder in missing:
+    for source, item, file, folder in missing:
         _attempt(source, item, folder, file.path, partial(source.fetch, item, file, folder))
         verified += _verify(folder / file.path, file)
-    for folder in sorted({folder for item, _, folder in plan if item.exam}):
+    for folder in sorted({folder for _, item, _, folder in plan if item.exam}):
         print(f"{folder}: {arrange(folder)} files of questions")
     return {
-        "stage": "download", "source": source.name, "files": [str(folder / file.path) for _, file, folder in plan],
+        "stage": "download", "source": ", ".join(dict.fromkeys(source.name for source, *_ in plan)),
+        "files": [str(folder / file.path) for *_, file, folder in plan],
         "fetched": len(missing), "bytes": needed, "verified": verified,
     }  # fmt: skip
+
+
+def _first_answer(sources: list, item: Item, folder: Path) -> tuple:
+    """-> (the first source that answers, licence, files of the item)."""
+    *first, last = [source for source in sources if item.modelscope or source.name != "modelscope"] or sources
+    for source in first:
+        try:
+            return source, *_listing(source, item, folder)
+        except NoAnswer as error:
+            print(f"{str(error).partition(';')[0]}; asking {last.name}", flush=True)
+    return last, *_listing(last, item, folder)
 
 
 def _listing(source, item: Item, folder: Path) -> tuple[str, list[Remote]]:
@@ -238,9 +274,10 @@ def _attempt(source, item: Item, folder: Path, path: str, action):
         if disk_fault(error):
             raise OSError(error.errno, error.strerror, str(folder / path)) from None
         said = str(error).strip().splitlines() or [""]
-        raise RunFailed(
-            f"{source.name} did not answer ({type(error).__name__}: {said[0][:200]}); the same command goes on where "
-            f"it stopped. By hand: fetch {source.address(item, path)} and put it at {folder / path}"
+        raise NoAnswer(
+            f"{source.name} did not answer ({type(error).__name__}: {said[0][:200].replace(';', ',')}); the same "
+            f"command goes on where it stopped. Other ways: {other_ways(source, item)}. By hand: fetch "
+            f"{source.address(item, path)} and put it at {folder / path}"
         ) from None
 
 
@@ -287,7 +324,7 @@ def sha256_of(path: Path) -> str:
 def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to fetch; without any the list is shown")
-    parser.add_argument("--source", choices=tuple(SOURCES), default="huggingface", help="(%(default)s)")
+    parser.add_argument("--source", choices=tuple(SOURCES), help="(huggingface, else modelscope)")
     parser.add_argument("--out_dir", metavar="FOLDER", help="default: dataset, dataset/exams/NAME, weights/NAME")
     parser.flag(parser, "overwrite", False, "replace files of the same name that are not the source's")
     args = parser.parse_args(argv)
@@ -301,7 +338,7 @@ def main(argv=None):
         args.names = args.names[1:]
         if not args.names or set(args.names) - set(releases):
             raise UserError(f"weights of which release? There are {', '.join(releases)}")
-    result = download(args.names, SOURCES[args.source](), args.out_dir, args.overwrite)
+    result = download(args.names, sources_of(args.source), args.out_dir, args.overwrite)
     print(json.dumps(result, ensure_ascii=False))
 
 

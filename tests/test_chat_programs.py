@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -110,6 +111,14 @@ def test_a_chat_remembers_and_forgets(capsys, monkeypatch):
     assert first == again and clear == ""  # after /clear the same question gets the same greedy answer
     prompts = [int(line.split()[1]) for line in captured.err.splitlines() if line.startswith("[prompt")]
     assert prompts[0] == prompts[2] < prompts[1]
+
+
+def test_a_chat_is_introduced_and_left(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("你好\nquit\n你好\n"))
+    chat.main(["--weight", "out/full_sft_32.pth", *SHORT])
+    captured = capsys.readouterr()
+    assert captured.out.count("> ") == 2 and captured.err.count("[prompt") == 1
+    assert re.search("To leave: exit|退出：exit", captured.err.split("[prompt")[0])
 
 
 def test_base_model_continues_texts(capsys):

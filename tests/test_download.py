@@ -124,7 +124,7 @@ def test_weights_are_releases_only(fetch):
     for names in ((), ("pretrain_hq",)):
         code, _, err = fetch(Hub(), "weights", *names)
         assert code == 2 and "There are minimind2, minimind2-pth, minimind-3" in err
-    code, _, err = fetch(Hub(), "weights", "minimind2")  # which the stub does not have
+    code, _, err = fetch(Hub(), "weights", "minimind2", "--source", "huggingface")  # which the stub does not have
     assert code == 1 and "jingyaogong/MiniMind2/resolve" in err
 
 
@@ -176,6 +176,24 @@ def test_without_network_the_address_and_the_place_are_named(fetch, tmp_path, so
     assert f"fetch http://127.0.0.1:9/{address}/lora_identity.jsonl and put it at {tmp_path}/lora_identity.jsonl" in err
 
 
+@pytest.mark.parametrize(("name", "other"), [("lora_identity", " or --source modelscope"), ("openbookqa", ". By hand")])
+def test_a_source_that_is_out_of_reach_names_the_other_ways(fetch, name, other):
+    code, _, err = fetch("http://127.0.0.1:9", name, "--source", "huggingface")
+    assert code == 1 and "a mirror of Hugging Face (HF_ENDPOINT=https://MIRROR before the command)" + other in err
+    assert "By hand: fetch http://127.0.0.1:9/" in err
+
+
+def test_without_a_named_source_the_other_one_is_asked(fetch, tmp_path):
+    pytest.importorskip("modelscope_hub")
+    code, out, err = fetch("http://127.0.0.1:9", "lora_identity")
+    assert code == 1 and out.startswith("huggingface did not answer (") and "; asking modelscope\n" in out
+    assert err.startswith("failed: modelscope did not answer") and "or --source huggingface" in err
+    code, out, err = fetch("http://127.0.0.1:9", "openbookqa")  # which ModelScope does not have
+    assert code == 1 and "asking" not in out and err.startswith("failed: huggingface did not answer")
+    code, out, _ = fetch("http://127.0.0.1:9", "lora_identity", "--source", "huggingface")
+    assert code == 1 and "asking" not in out
+
+
 class Mirror:
     """A source that lists what it likes."""
 
@@ -195,6 +213,15 @@ class Mirror:
         (folder / file.path).write_bytes(b"{}")
 
 
+def test_each_item_comes_from_the_first_source_that_answers(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    result = download(["minimind2"], [HuggingFace(), Mirror("x.json")], str(tmp_path), False)
+    assert result["fetched"] == 2 and result["source"] == "mirror" and "asking mirror" in capsys.readouterr().out
+    result = download(["minimind2"], [Mirror("y.json"), HuggingFace()], str(tmp_path), False)
+    assert result["fetched"] == 1 and "asking" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", [
     "../x.json", "a/../../x.json", "{outside}/x.json", "..\\x.json", "C:\\x.json", "C:x.json", "a/x.json:b.json",
     "link/x.json", "link/deep/x.json",
@@ -206,14 +233,14 @@ def test_a_source_writes_nothing_outside_its_folder(path, tmp_path):
     (folder / "link").symlink_to(tmp_path / "elsewhere")
     path = path.format(outside=outside)
     with pytest.raises(RunFailed, match="which lies outside .*weights: nothing was fetched"):
-        download(["minimind2"], Mirror(path), str(folder), False)
+        download(["minimind2"], [Mirror(path)], str(folder), False)
     assert {p.name for p in tmp_path.rglob("*")} == {"in", "weights", "link", "elsewhere"}
 
 
 def test_files_in_folders_and_a_folder_that_is_a_link_are_fetched(tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "weights").symlink_to(tmp_path / "big")
-    assert download(["minimind2"], Mirror("a/b..c/x.json"), str(tmp_path / "weights"), False)["fetched"] == 2
+    assert download(["minimind2"], [Mirror("a/b..c/x.json")], str(tmp_path / "weights"), False)["fetched"] == 2
     assert (tmp_path / "big" / "a" / "b..c" / "x.json").exists()
 
 

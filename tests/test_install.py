@@ -118,6 +118,13 @@ def test_make_refuses_an_old_python_before_pip_runs(clone, tmp_path):
         assert not done.stdout and not (clone / ".venv").exists()
 
 
+@WITH_MAKE
+def test_pip_shows_what_it_downloads(clone):
+    """Gigabytes, for minutes: without a line a newcomer thinks that nothing happens."""
+    commands = [line for line in make(clone, "-n", ".venv/installed").stdout.splitlines() if "pip install" in line]
+    assert len(commands) == 1 and not {"-q", "--quiet", "off"} & set(commands[0].split())
+
+
 def test_the_demo_refuses_an_old_python_before_it_imports_anything(tmp_path):
     script = ROOT / "scripts" / "demo.py"
     fake = fake_old_python(tmp_path / "python3.10")

@@ -17,6 +17,7 @@ from chat.abilities import abilities
 from chat.models import found_models
 from cleaning.preview import preview
 from common.errors import UserError
+from common.words import LANGUAGES
 from data.rows import packed_splits
 from data.taught import taught
 from data.token_cache import tokenised
@@ -27,7 +28,7 @@ from model.weights_file import read_header
 from pages import charts
 from pages.faults import PATTERNS, explained
 from pages.frame import escaped
-from pages.words import CATALOGUE, LANGUAGES, Words
+from pages.words import CATALOGUE, Words
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "![x](http://127.0.0.1:9/x.png) <img src=x onerror=alert(1)> [l](http://127.0.0.1:9) $x$ **b**"

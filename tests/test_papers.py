@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from stage import load
+from stage import STAGES, load
 
 ROOT = Path(__file__).resolve().parent.parent
 TWINS = [(en, en.with_name(en.stem + "_zh.md")) for en in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
@@ -57,24 +57,54 @@ def test_parameter_counts_in_the_table_are_the_presets(name):
         assert LMConfig.from_preset(preset).parameter_count() == int(count.replace(",", ""))
 
 
-def test_the_memory_in_the_table_is_the_formula_s(monkeypatch):
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_what_the_presets_cost_is_what_the_formulas_and_the_measurements_say(name, monkeypatch):
     import torch
 
     from model.LMConfig import LMConfig
+    from trainer.duration import REACHED, operations
+    from trainer.log import GPU_TFLOPS
     from trainer.memory import GB, training_bytes
     from trainer.world import World
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))  # an RTX 3090's
-    columns = [("cpu", torch.float32, 8), ("cuda", torch.bfloat16, 8), ("cuda", torch.bfloat16, 32)]
-    rows = re.findall(r"^\| (minimind\S+) \| [\d,]+ \| (.*) \|$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    speed, tokens, yuan = REACHED["cuda"] * GPU_TFLOPS["RTX 3090"] * 1e12, 0.9e9, 1.3
+    args = SimpleNamespace(seq_len=512, optimizer="muon", gradient_checkpointing=False)
+    measured = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+    rows = re.findall(r"^\| (minimind\S+) \| [\d,]+ \| (.*) \|$", (ROOT / name).read_text("utf-8"), re.M)
     assert len(rows) == 8
     for preset, figures in rows:
         config = LMConfig.from_preset(preset)
-        for figure, (device, dtype, batch) in zip(figures.split(" | "), columns, strict=True):
-            args = SimpleNamespace(seq_len=512, optimizer="muon", gradient_checkpointing=False)
-            world = World(0, 1, torch.device(device), dtype)
-            need = training_bytes(config, args, world, batch, config.parameter_count()) / GB
-            assert f"{need:.1f}" == figure, (preset, device)
+        hours = operations(config, args, tokens) / speed / 3600
+        gpu = training_bytes(
+            config, args, World(0, 1, torch.device("cuda"), torch.bfloat16), 32, config.parameter_count()
+        )
+        (cpu,) = re.findall(rf"^\| {preset} \| pretrain \| [\d.]+ \| ([\d.]+) \|", measured, re.M)
+        wanted = (hours, hours * yuan, gpu / GB, float(cpu))
+        for figure, value in zip(map(float, figures.split(" | ")), wanted, strict=True):
+            assert figure == pytest.approx(value, abs=0.0501), preset
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_what_the_demo_knows_is_what_was_measured(name):
+    """The five figures of the demo, in their order, are those of docs/benchmarks.md."""
+    known = re.findall(r"^\| .*\D \| (\d+\.\d%) \|$", (ROOT / name).read_text("utf-8"), re.M)
+    table = (ROOT / "docs" / "benchmarks.md").read_text("utf-8").split("## The sample")[1].split("\n## ")[0]
+    assert len(known) == 5
+    assert known == re.findall(r"\| (\d+\.\d%)(?: \([^)]*\))? \|$", table, re.M)[:5]
+
+
+PAPERS = ["README.md", "README_zh.md"] + [f"docs/{stem}{end}.md" for stem in ("tutorial", "data", "devices")
+                                          for end in ("", "_zh")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_commands_that_train_name_their_data(name):
+    """Else they would take MiniMind's gigabytes as soon as those are there. ("..." stands for flags given before.)"""
+    text = re.sub(r"\\\n", " ", (ROOT / name).read_text("utf-8"))
+    commands = [line for line in text.splitlines() for script in STAGES.values() if f"{script} " in line + " "]
+    commands = [line for line in commands if line.startswith(("python ", "torchrun ", "deepspeed "))]
+    assert commands and not [line for line in commands if "--data_path" not in line and " ... " not in line]
 
 
 def test_flags_of_the_commands_exist(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from common.flags import BOOLEANS
 from model.expert_loop import experts_kind
 from model.weights_file import describe
+from trainer.duration import time_line
 from trainer.engine import by_deepspeed_launcher, engine_in_words
 from trainer.memory import memory_line
 from trainer.plan import Plan
@@ -40,6 +41,9 @@ def announce(run, plan: Plan, rows: list[tuple[str, str]], world) -> None:
         shape = (config.n_routed_experts, 2 * config.moe_hidden_dim, config.dim)
         print(f"  experts   {experts_kind(world.device, world.dtype, shape)}")
     print(f"  memory    {memory_line(config, args, world, plan.batch_size, learned, run.other_parameters)}")
+    steps = plan.steps - (run.state["step"] if run.state is not None else 0)
+    tokens = steps * plan.global_batch_size * args.seq_len
+    print(f"  time      {time_line(config, args, world, tokens, min(1.0, learned / total), run.other_parameters)}")
     print(f"  output    {run.files.weights}")
     if run.state is not None:
         print(f"  resumed   at step {run.state['step']}")

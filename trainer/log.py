@@ -1,5 +1,6 @@
 """The log of a run: a line on the screen, every step in a file, a curve at the end."""
 
+import functools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ GPU_TFLOPS = {
     "RTX 3060 Ti": 32, "RTX 3060": 25, "RTX 2080 Ti": 57,
 }  # fmt: skip
 
+BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed} so far"
 LOSS_CURVES = (("loss", "training"), ("val_loss", "held out"))
 
 
@@ -39,7 +41,8 @@ class Log:
         if world.first:
             self.file = self._open(start_step)
             show = sys.stderr.isatty()
-            self.bar = tqdm(total=total_steps, initial=start_step, disable=not show, leave=False, unit=" steps")
+            # No time left in the bar: tqdm's is an average since the start, and the line of the log tells one.
+            self.bar = tqdm(total=total_steps, initial=start_step, disable=not show, leave=False, bar_format=BAR)
 
     def _open(self, start_step: int):
         """Opens the log file, cuts it off after step `start_step`, and reads what is left into the history.
@@ -173,19 +176,25 @@ def flops_per_token(config, seq_len: int, learned_share=1.0) -> float:
 
 def device_flops(world) -> float:
     """Peak floating-point operations a second, of all processes: for a GPU from the table, 0 if it is not there; for
-    other devices as measured, the best of three matrix products."""
+    other devices as measured."""
     if world.device.type == "cuda":
         name = torch.cuda.get_device_name(world.device)
         known = [model for model in GPU_TFLOPS if re.search(rf"\b{model}\b(?!.*Laptop)", name)]
         return GPU_TFLOPS[max(known, key=len)] * 1e12 * world.size if known else 0.0
+    return product_flops(world.device) * world.size
+
+
+@functools.cache  # the start of a run and its log want the same figure
+def product_flops(device: torch.device) -> float:
+    """Operations a second of the best of three matrix products."""
     size = 1024
-    a = torch.full((size, size), 0.5, device=world.device)  # not random: the run's random numbers stay as they are
+    a = torch.full((size, size), 0.5, device=device)  # not random: the run's random numbers stay as they are
     best = float("inf")
     for _ in range(3):
         begin = time.perf_counter()
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best * world.size
+    return 2 * size**3 / best
 
 
 def peak_memory(device: torch.device) -> int:

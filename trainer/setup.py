@@ -174,7 +174,8 @@ def resolve_data(args, minimind_files, sample: str) -> list[Path]:
     for name in minimind_files:
         if (ROOT / "dataset" / name).exists():
             path = ROOT / "dataset" / name
-            note(f"no --data_path given: training on {path.relative_to(ROOT)}")
+            size = f"{path.stat().st_size / 1e9:.1f} GB"
+            note(f"no --data_path given: training on {path.relative_to(ROOT)}, {size}; --data_path names another file")
             return [check_file(path)]
     path = check_file(SAMPLE / sample)
     wanted = f"dataset/{minimind_files[0]} is not there" if minimind_files else "no --data_path given"
