@@ -160,4 +160,4 @@ def function_of(tool: dict) -> dict:
             400, f"a tool of type {tool.get('type')!r:.60} is not supported: they are functions", param="tools"
         )
     function = {name: tool[name] for name in ("name", "description", "parameters", "strict") if name in tool}
-    return {"type": kind, "function": function}
+    return {"type": "function", "function": function}
