@@ -77,7 +77,7 @@ def test_where_no_variable_is_set_the_systems_own_name_counts(locale, monkeypatc
 
 
 # --------------------------------------------------------------------------------------------------------------- chat
-TAUGHT = Abilities("full_sft", True, False, False, True, 1, ("What colour is the sky?", "天空是什么颜色？"))
+TAUGHT = Abilities("full_sft", True, False, False, True, 1, examples=("What colour is the sky?", "天空是什么颜色？"))
 
 
 @pytest.mark.parametrize(
