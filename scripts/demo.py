@@ -99,10 +99,11 @@ def main(argv=None) -> dict:
     parser.add_argument("--out_dir", default="out", help="where everything is written (out)")
     parser.flag(parser, "fresh", False, "begin anew, over what an earlier run left")
     args = parser.parse_args(argv)
+    say = Words(language_here())
     out = Path(args.out_dir).as_posix()
     (ROOT / out).mkdir(parents=True, exist_ok=True)
     write_prompts(ROOT / out)
-    results, seconds, say = {}, {}, Words(language_here())
+    results, seconds = {}, {}
     for stage, command in commands(out, "--overwrite" if args.fresh else "--resume").items():
         begin = time.perf_counter()
         print(f"\n== {say(f'demo_{stage}')}", flush=True)

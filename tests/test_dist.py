@@ -258,7 +258,7 @@ def test_every_stage_learns_in_two_processes_what_it_does_in_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_are_one_process(tmp_path, job):
-    """README's command for several machines, here one process on each of two that are both this one."""
+    """The command of docs/devices.md for several machines, here one process on each of two that are both this one."""
     flags = flags_of("pretrain", job.folder, "nodes", "--accumulation_steps", 2)
     launch = [*TORCHRUN[:3], "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint",
               f"127.0.0.1:{free_port()}", "--rdzv_id", "night"]  # fmt: skip

@@ -1,5 +1,5 @@
-"""README's command for several machines, here two launchers on one: what is lost is started again, and the run goes on
-by itself from the last save and ends as the run that nobody disturbed."""
+"""The command of docs/devices.md for several machines, here two launchers on one: what is lost is started again, and
+the run goes on by itself from the last save and ends as the run that nobody disturbed."""
 
 import contextlib
 import os

@@ -1,5 +1,6 @@
 """The command line: wrong input gets one clear line and exit code 2, and nothing is half-written."""
 
+import argparse
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from model.tokenizer import load_tokenizer
 from model.tokenizer_files import save_tokenizer
 from model.vocabulary import train_tokenizer
 from model.weights import save_weights
+from trainer import setup
 from trainer.checkpoint import FORMAT
 from trainer.stage_flags import parse, stage_parser
 
@@ -300,6 +302,18 @@ def test_bare_commands_take_the_sample_and_say_so(tmp_path):
     weight = ("--weight", tmp_path / "o" / "full_sft_32.pth")
     result = run("2-eval.py", *weight, "--max_new_tokens", 4, input="你好\n再来\n\n")
     assert result.returncode == 0 and result.stderr.count("[prompt ") == 2, result.stderr
+
+
+def test_minimind_s_file_is_taken_with_its_size_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    (tmp_path / "dataset").mkdir()
+    path = tmp_path / "dataset" / "pretrain_hq.jsonl"
+    with open(path, "wb") as file:
+        file.truncate(1_600_000_000)  # a hole: it takes no room on the disk
+    args = argparse.Namespace(data_path=None)
+    assert setup.resolve_data(args, ("pretrain_hq.jsonl",), "pretrain.jsonl") == [path]
+    told = capsys.readouterr().out
+    assert "training on dataset/pretrain_hq.jsonl, 1.6 GB; --data_path names another file" in told
 
 
 SAMPLES = {"lora": "lora_domain", "dpo": "dpo", "full_dist": "sft", "reason": "reason", "grpo": "reason"}
