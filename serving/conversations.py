@@ -80,3 +80,15 @@ class NamedFunction(BaseModel):
 class NamedTool(Loose):
     type: Literal["function"] = "function"
     function: NamedFunction
+
+
+class AllowedNames(Loose):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(fail_fast=True), Field(min_length=1, max_length=128)]
+
+
+class AllowedTools(Loose):
+    """A tool_choice among some of the tools, as if the others were not offered."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedNames

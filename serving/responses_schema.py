@@ -75,6 +75,9 @@ class ResponsesRequest(Loose):
             raise ValueError("truncation is not supported: shorten the input")
         if "message.output_text.logprobs" in (self.include or []):
             raise ValueError(f"include is not supported: {REFUSED['top_logprobs']}")
+        form = self.text and self.text.format
+        if form and form.type == "json_schema" and form.schema_ is None:
+            raise ValueError("text.format of type json_schema needs a schema")
         return self
 
     def chat(self) -> ChatRequest:
@@ -84,10 +87,8 @@ class ResponsesRequest(Loose):
         fields |= {"messages": self._messages(), "max_tokens": self.max_output_tokens, "add_generation_prompt": True}
         if self.tools:
             fields["tools"] = [function_of(tool) for tool in self.tools]
-        if isinstance(self.tool_choice, dict):
-            fields["tool_choice"] = {"type": self.tool_choice.get("type"), "function": self.tool_choice}
-        elif self.tool_choice:
-            fields["tool_choice"] = self.tool_choice
+        if self.tool_choice:
+            fields["tool_choice"] = choice_of(self.tool_choice)
         if self.text and self.text.format:
             form = self.text.format
             fields["response_format"] = {"type": form.type, "json_schema": {"schema": form.schema_}}
@@ -135,7 +136,26 @@ def text_of(content: str | list[InputPart] | None) -> str | None:
     return "".join(part.text or part.refusal or "" for part in content)
 
 
+def choice_of(choice: str | dict) -> str | dict:
+    """A tool_choice as chats have it."""
+    if isinstance(choice, str):
+        return choice
+    if choice.get("type") != "allowed_tools":
+        return named(choice)
+    tools = choice["tools"] if isinstance(choice.get("tools"), list) else []
+    return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": list(map(named, tools))}}
+
+
+def named(choice) -> dict:
+    kind = choice.get("type") if isinstance(choice, dict) else choice
+    if kind != "function":
+        raise ApiError(400, f"{kind!r:.60} cannot be chosen: the tools are functions", param="tool_choice")
+    return {"type": "function", "function": choice}
+
+
 def function_of(tool: dict) -> dict:
     """A tool as chats have it."""
+    if (kind := tool.get("type")) != "function":
+        raise ApiError(400, f"a tool of type {kind!r:.60} is not supported: they are functions", param="tools")
     function = {name: tool[name] for name in ("name", "description", "parameters", "strict") if name in tool}
-    return {"type": tool.get("type"), "function": function}
+    return {"type": kind, "function": function}

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from inference.sampling import SamplingParams
-from serving.conversations import Message, NamedTool, Tool
+from serving.conversations import AllowedTools, Message, NamedTool, Tool
 from serving.forms import Formed, Loose
 
 
@@ -149,7 +149,7 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True), Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None
     chat_template_kwargs: TemplateArguments | None = None
@@ -166,8 +166,9 @@ class ChatRequest(Sampling):
         names = [tool.function.name for tool in self.tools or []]
         if self.tool_choice not in (None, "none", "auto") and not names:
             raise ValueError("tool_choice needs tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools")
+        for name in self.chosen_names:
+            if name not in names:
+                raise ValueError(f"tool_choice names {name!r}, which is not among the tools")
         return self
 
     def _check_continuation(self) -> None:
@@ -193,11 +194,22 @@ class ChatRequest(Sampling):
         return self._can_be_continued and not (self.add_generation_prompt or self.asked_form() or self.must_call)
 
     @property
+    def chosen_names(self) -> list[str]:
+        """The functions that tool_choice names."""
+        choice = self.tool_choice
+        chosen = choice.allowed_tools.tools if isinstance(choice, AllowedTools) else [choice]
+        return [tool.function.name for tool in chosen if isinstance(tool, NamedTool)]
+
+    @property
     def offered(self) -> list[Tool]:
+        if isinstance(self.tool_choice, AllowedTools):
+            return [tool for tool in self.tools if tool.function.name in self.chosen_names]
         return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def must_call(self) -> bool:
+        if isinstance(self.tool_choice, AllowedTools):
+            return self.tool_choice.allowed_tools.mode == "required"
         return self.tool_choice not in (None, "none", "auto")
 
     @property

@@ -190,6 +190,19 @@ def test_a_call_that_must_be_made(client):
         assert arguments(calls) == arguments(answer.message.tool_calls)
 
 
+def test_a_choice_among_some_tools_is_that_of_a_request_with_only_these(client):
+    named = {"type": "function", "function": {"name": "add"}}
+    other = {"type": "function", "function": ADD["function"] | {"name": "other"}}
+    for mode in ("auto", "required"):
+        among = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named]}}
+        answer = ask(client, "1+2, 3+4", tools=[other, ADD], tool_choice=among)
+        alone = ask(client, "1+2, 3+4", tools=[ADD], tool_choice=mode)
+        assert answer.usage.prompt_tokens == alone.usage.prompt_tokens
+        assert arguments(answer.choices[0].message.tool_calls) == arguments(alone.choices[0].message.tool_calls)
+    with pytest.raises(openai.BadRequestError, match="names 'add', which is not among the tools"):
+        ask(client, tools=[other], tool_choice=among)
+
+
 def test_the_terminal_client_prints_thinking_apart(live, capsys):
     settings = Settings(max_tokens=50, temperature=0, top_p=None)
     said = print_answer(Remote(live.url, "any", "tiny").stream(user("1+2"), settings))

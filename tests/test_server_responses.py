@@ -75,8 +75,11 @@ def test_calls_and_thinking(client):
     again = [*user("1+2, 3+4"), *(item.model_dump(exclude_none=True) for item in answer.output)]
     again += [{"type": "function_call_output", "call_id": call.call_id, "output": "3"} for call in calls]
     assert ask(client, again, tools=[FUNCTION], max_output_tokens=3).output
-    for choice in ("required", {"type": "function", "name": "add"}):
-        forced = ask(client, "你好", tools=[FUNCTION], tool_choice=choice, max_output_tokens=200)
+    chosen = {"type": "function", "name": "add"}
+    other = FUNCTION | {"name": "other"}
+    among = {"type": "allowed_tools", "mode": "required", "tools": [chosen]}
+    for choice, tools in (("required", [FUNCTION]), (chosen, [other, FUNCTION]), (among, [other, FUNCTION])):
+        forced = ask(client, "你好", tools=tools, tool_choice=choice, max_output_tokens=200)
         assert forced.output[0].type == "function_call" and forced.output[0].name == "add"
     thought = ask(client, "1+2")
     assert [item.type for item in thought.output] == ["reasoning", "message"]
@@ -129,7 +132,10 @@ def test_what_needs_a_store_is_refused_by_name(client, live):
         with pytest.raises(openai.BadRequestError, match=f"{next(iter(fields))} is not supported"):
             ask(client, **fields)
     for fields, words in (
-        ({"tools": [{"type": "web_search"}]}, "tools"), ({"temperature": 9}, "temperature"),
+        ({"tools": [{"type": "web_search"}]}, "a tool of type 'web_search' is not supported"),
+        ({"tools": [FUNCTION], "tool_choice": {"type": "web_search"}}, "'web_search' cannot be chosen"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format of type json_schema needs a schema"),
+        ({"temperature": 9}, "temperature"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"), ({"input": []}, "input"),
         ({"input": user([{"type": "input_image", "image_url": "data:"}])}, "input_image"),
         ({"input": "好" * 3000}, "maximum context length is 1024"),
@@ -142,6 +148,10 @@ def test_what_needs_a_store_is_refused_by_name(client, live):
     )]  # fmt: skip
     odd += [{"input": "hi"} | fields for fields in (
         {"tools": [5]}, {"tools": [{"type": "function", "name": 5}]}, {"tool_choice": {"type": "x"}}, {"text": 5},
+        {"tools": [FUNCTION], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [5]}},
+        {"tools": [FUNCTION], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": {}}},
+        {"tools": [FUNCTION], "tool_choice": {"type": "allowed_tools", "mode": "no",
+                                              "tools": [{"type": "function", "name": "add"}]}},
     )]  # fmt: skip
     for body in odd:
         refused = httpx.post(f"{live.url}/responses", json={"model": "tiny"} | body)
