@@ -155,7 +155,9 @@ def named(choice) -> dict:
 
 def function_of(tool: dict) -> dict:
     """A tool as chats have it."""
-    if (kind := tool.get("type")) != "function":
-        raise ApiError(400, f"a tool of type {kind!r:.60} is not supported: they are functions", param="tools")
+    if tool.get("type") != "function":
+        raise ApiError(
+            400, f"a tool of type {tool.get('type')!r:.60} is not supported: they are functions", param="tools"
+        )
     function = {name: tool[name] for name in ("name", "description", "parameters", "strict") if name in tool}
-    return {"type": kind, "function": function}
+    return {"type": "function", "function": function}
