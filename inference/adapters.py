@@ -95,7 +95,8 @@ class Update(nn.Module):
     def __init__(self, A: Tensor, B: Tensor):
         """A (R, in), B (out, R)."""
         super().__init__()
-        # No nn.Linear, which would be packed on a CPU: for so few columns the packed product is slower.
+        # No nn.Linear, which would be packed on a CPU: for so few columns the packed product is slower. The price: the
+        # last bits of a row with an adapter may depend on how many rows there are.
         self.A, self.B = nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False)
 
     def forward(self, x: Tensor, own: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from test_engine import GREEDY, assert_same, plain_greedy, random_prompts, small
 from test_lora import stirred
 
 import inference.batch
+from inference.adapters import Update
 from inference.batch import Batch
 from inference.continuations import answer_questions
 from inference.engine import Engine, SamplingParams
@@ -83,6 +84,17 @@ def test_rows_without_an_adapter_are_the_base_models_bit_for_bit(tokenizer):
         with engine.adapters.rows([None, "a0"] * 4):
             mixed = engine.model(ids).logits
     assert torch.equal(mixed[::2], alone[::2]) and not torch.equal(mixed[1], alone[1])
+
+
+def test_a_pass_without_adapters_computes_none(tokenizer):
+    engine, (prompt,), calls = Engine(adapted_model(), tokenizer), random_prompts(5), []
+    updates = [module for module in engine.model.modules() if isinstance(module, Update)]
+    for update in updates:
+        update.register_forward_hook(lambda *_: calls.append(1))
+    engine.generate([prompt], asked(None, 4))
+    assert not calls
+    engine.generate([prompt, prompt], [asked("a1", 4), asked(None, 4)])
+    assert len(calls) == 4 * len(updates)
 
 
 def test_nothing_of_one_adapter_is_left_for_the_next_request(tokenizer, monkeypatch):

@@ -11,6 +11,7 @@ from serve import HELLO, learned_model, serve, user, wait_until
 from stage import load
 from test_lora import stirred
 
+from common.errors import UserError
 from inference.engine import Engine
 from inference.open_model import open_engine
 from inference.sampling import SamplingParams
@@ -115,7 +116,7 @@ def test_requests_of_different_models_share_a_batch(client, live, expected):
     assert after["steps"] - before["steps"] < 0.7 * (after["new_tokens"] - before["new_tokens"])
 
 
-def test_an_adapter_that_does_not_fit_is_refused_at_the_start(files, tmp_path):
+def test_an_adapter_that_does_not_fit_is_refused_at_the_start(files, tmp_path, monkeypatch):
     model, _, _ = load_model(files / "chat.pth")
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
@@ -130,5 +131,9 @@ def test_an_adapter_that_does_not_fit_is_refused_at_the_start(files, tmp_path):
         opened(files, files / "poet.pth", files / "poet.pth")
     with pytest.raises(ValueError, match="the model and an adapter are both called poet"):
         load("scripts/serve_openai_api.py").create_app(Namespace(engine=opened(files, files / "poet.pth")), ["poet"])
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the program's handlers would outlive the test
+    with pytest.raises(UserError, match="other.pth was trained on other weights"):
+        flags = ["--weight", files / "chat.pth", "--lora", tmp_path / "other.pth", "--port", 0, "--device", "cpu"]
+        load("scripts/serve_openai_api.py").main(list(map(str, flags)))
     longer = opened(files, files / "poet.pth", rope_scaling=("yarn", 2.0))  # the stretched model is the same base
     assert longer.adapters.names == ["poet"] and longer.context == 1024
