@@ -208,9 +208,9 @@ def exams(rows: list[dict], titles: tuple[str, str], chance: tuple[float, str]):
     level = alt.Chart(alt.Data(values=[{"p": chance[0], "what": chance[1]}]))
     return alt.layer(
         level.mark_rule(strokeDash=[4, 4], color="#888").encode(y="p:Q", tooltip=["what:N"]),
-        base.mark_rule().encode(y=alt.Y("low:Q"), y2="high:Q"),
+        base.mark_rule(strokeWidth=3, opacity=0.5).encode(y=alt.Y("low:Q"), y2="high:Q"),
         base.mark_point(filled=True, size=70).encode(y=y),
-    ).properties(height=320)
+    ).properties(height=400)
 
 
 def token_map(names: list[str], points: np.ndarray):
