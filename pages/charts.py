@@ -115,7 +115,9 @@ def rivals(names: list[str], model: np.ndarray, drawn: np.ndarray, said: tuple[s
             y=alt.Y("token:N", sort=order, title=None, axis=alt.Axis(labelOverlap=False)),
             x=alt.X("p:Q", title=None, axis=alt.Axis(format="%")),
             yOffset=alt.YOffset("kind:N", sort=list(said)),
-            color=alt.Color("kind:N", sort=list(said), title=None, legend=alt.Legend(orient="bottom")),
+            color=alt.Color(
+                "kind:N", sort=list(said), title=None, legend=alt.Legend(orient="bottom", columns=1, labelLimit=300)
+            ),
             tooltip=["token:N", "kind:N", alt.Tooltip("p:Q", format=".2%")],
         )
         .properties(height=90 + 26 * len(names))
@@ -161,8 +163,9 @@ def heat(values: np.ndarray, rows: list[str], columns: list[str], titles: tuple[
     )
     squares = base.mark_rect().encode(color=alt.Color("v:Q", scale=alt.Scale(scheme="viridis"), legend=None))
     if texts:
+        inside = alt.ExprRef("bandwidth('x') - 2")  # pixels: on a phone a square is narrow
         light = alt.condition(alt.datum.v > 0.6 * float(np.nanmax(values)), alt.value("black"), alt.value("white"))
-        squares = alt.layer(squares, base.mark_text(fontSize=11).encode(text="t:N", color=light))
+        squares = alt.layer(squares, base.mark_text(fontSize=11, limit=inside).encode(text="t:N", color=light))
     return squares.properties(height=height or AXES + 30 * len(rows))
 
 

@@ -14,7 +14,7 @@ from pages.words import Words
 LASTS = {"persist_state": "session"}  # of controls whose value outlives a visit to another page
 NARROW = """<style>
 .block-container {padding-top: 4.5rem}
-@media (max-width: 640px) {.block-container {padding: 3.5rem 1rem 1rem 1rem}}
+@media (max-width: 640px) {.block-container {padding: 4.5rem 1rem 1rem 1rem}}
 [data-testid="stText"] {white-space: pre-wrap; overflow-wrap: anywhere; font-family: inherit}
 .tok {display: inline-block; padding: 0 .15em; margin: 1px; border-radius: 3px; white-space: pre-wrap;
       font-family: ui-monospace, monospace; border-bottom: 2px solid rgba(128,128,128,.35)}

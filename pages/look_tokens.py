@@ -66,12 +66,16 @@ def next_token(look: Look) -> None:
     probability = expected.probability[place - 1]
     drawn = say("with_sampling", t=temperature, p=top_p)
     st.altair_chart(charts.rivals(names, probability, expected.drawn[place - 1], (say("of_model"), drawn)))
-    other_way(look, place, best, [f"{name} {p:.1%}" for name, p in zip(names, probability)], params)
+    other_way(look, place, best, [f"{name} {share(p)}" for name, p in zip(names, probability)], params)
     st.markdown(say("along"))
     st.altair_chart(charts.strip(look.names, surprise, say("surprise"), np.nan_to_num(entropy), say("entropy")))
     if look.as_chat and look.answer < len(look.ids):
         said = surprise[look.answer :]
         st.caption(say("answer_bits", n=len(said), bits=f"{said.sum():.1f}", each=f"{said.mean():.2f}"))
+
+
+def share(probability: float) -> str:
+    return f"{probability:.1%}" if probability >= 0.001 else "<0.1%"
 
 
 def other_way(look: Look, place: int, best, names: list[str], params: SamplingParams) -> None:
