@@ -1,11 +1,11 @@
-"""Loss, held-out loss and gradient norm of two recorded runs: on all of the text, and on little of it (`read_log`)."""
+"""Loss, held-out loss and gradient norm of two recorded runs: on most of the text, and on little of it (`read_log`)."""
 
 from figures.records import result_of
 
 WORDS = {
-    "en": {"many": "all of the text", "few": "a tenth of it", "norm": "gradient norm", "train": "training, each step",
+    "en": {"many": "95% of the text", "few": "10% of it", "norm": "gradient norm", "train": "training, each step",
            "mean": "training, mean of 10", "held": "held out", "step": "step", "loss": "loss"},
-    "zh": {"many": "用全部文本", "few": "只用十分之一", "norm": "梯度的长度", "train": "训练，每一步",
+    "zh": {"many": "95% 的文本", "few": "10% 的文本", "norm": "梯度的长度", "train": "训练，每一步",
            "mean": "训练，10 步平均", "held": "留出集", "step": "步", "loss": "损失"},
 }  # fmt: skip
 
