@@ -3,16 +3,19 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from stage import ROOT, load
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from course import checks, pages
+from data.packing import pack
 from figures.records import record_of, result_of
 from inspection.trace import trace
 from model.LMConfig import LMConfig
 from model.model import MiniMindForCausalLM
+from trainer.optimizers import orthogonalise
 
 CODE = ROOT / "docs" / "course" / "code"
 
@@ -166,3 +169,68 @@ def test_norm_and_experts_by_hand_are_the_models_own():
     result = load("docs/course/code/experts.py").main(["--preset", "minimind2-moe", "--tokens", "8"])
     assert max(result["difference"].values()) < 1e-5 and sum(result["load"]) == 8 * 2
     assert result["balance"]["even"] == pytest.approx(1) and result["balance"]["same_two"] == pytest.approx(2)
+
+
+def test_backpropagation_by_hand_is_autograd_s_and_a_nudge_s():
+    result = load("docs/course/code/backprop.py").main([])
+    assert result["difference"] < 1e-12 and result["slope"] == pytest.approx(result["by_hand"], rel=1e-6)
+
+
+def test_optimizers_by_hand_are_torch_s_and_ours():
+    optimizers = load("docs/course/code/optimizers.py")
+    assert optimizers.largest_difference_to_torch() < 1e-12
+    torch.manual_seed(0)
+    matrix = torch.randn(6, 9)
+    torch.testing.assert_close(optimizers.muon_direction(matrix), orthogonalise(matrix), atol=1e-4, rtol=1e-4)
+    # Along the steep side a step multiplies a by 1 - 50 rate: below 2 / 50 it shrinks, above it grows.
+    a = [optimizers.walk("sgd", rate, 60)[0][-1][0] for rate in (0.02, 0.039, 0.041)]
+    assert a[0] == 0 and a[1] == pytest.approx(0.95**60, rel=1e-3) and a[2] == pytest.approx(1.05**60, rel=1e-3)
+    path = optimizers.walk("adamw", 0.1, 60)[0]
+    assert path[1] == pytest.approx([0.9, 0.9]) and path[-1][0] == pytest.approx(path[-1][1], rel=1e-4)
+
+
+def test_bfloat16_loses_small_steps_and_float16_small_numbers():
+    precision = load("docs/course/code/precision.py")
+    assert precision.moved(torch.bfloat16, 0.001, 10) == 1 and precision.moved(torch.float32, 0.001, 10) < 0.991
+    small = torch.tensor(1e-8, dtype=torch.float16)
+    assert small == 0 and torch.tensor(1e-8 * 2**16, dtype=torch.float16) != 0
+
+
+def test_bits_per_byte_by_hand():
+    bits = load("docs/course/code/bits.py")
+    model = MiniMindForCausalLM(LMConfig.from_preset("tiny", n_layers=1, vocab_size=50)).eval()
+    ids = [3, 7, 9, 4]
+    wanted = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
+    assert sum(bits.nats(model, ids)) / 3 == pytest.approx(wanted, rel=1e-5)
+    assert bits.bits_per_byte(6 * math.log(2), ["国", "abc"]) == 1  # six bits over 3 + 3 bytes
+    # Of 2 training tokens one is 1; with 1 added to each of 4 entries its share is 2 / 6.
+    assert bits.by_frequency([[0, 1, 2]], [[0, 1]], 4) == pytest.approx(math.log(3))
+    assert bits.by_pairs(["abab"], ["ab"]) == pytest.approx(math.log2(4 / 3) / 2)  # (2 + 1) / (2 + 2), two bytes
+
+
+def test_a_loss_is_smoothed_over_the_last_steps():
+    assert load("docs/course/code/read_log.py").smoothed([4.0, 2.0, 0.0, 1.0], window=3) == [4, 3, 2, 1]
+
+
+def test_documents_are_packed_by_hand_as_the_project_packs_them():
+    packing = load("docs/course/code/packing.py")
+    assert packing.in_order([5, 5, 3, 2], 8) == [[5], [5, 3], [2]]
+    assert packing.best_fit([5, 5, 3, 2], 8) == [[5, 3], [5, 2]]
+    lengths = np.random.default_rng(0).integers(2, 40, 300)
+    assert len(packing.best_fit(lengths.tolist(), 64)) == len(pack(lengths, 64)[1]) - 1
+
+    documents = [[3, 7, 9], [4, 8]]
+    row = packing.one_row(documents, 7)
+    assert row["labels"] == [-100, 7, 9, -100, 8, -100, -100] and row["segments"] == [1, 1, 1, 2, 2, 0, 0]
+    model = MiniMindForCausalLM(LMConfig.from_preset("tiny", n_layers=1, vocab_size=50)).eval()
+    with torch.no_grad():
+        packed = model(torch.tensor([row["ids"]]), segment_ids=torch.tensor([row["segments"]])).logits[0, 3:5]
+        torch.testing.assert_close(packed, model(torch.tensor([documents[1]])).logits[0])
+
+
+def test_near_copies_by_hand():
+    copies = load("docs/course/code/copies.py")
+    assert copies.shingles("一 二，三四") == {"一二三", "二三四"}
+    assert copies.jaccard({"a", "b", "c"}, {"b", "c", "d"}) == 0.5
+    result = copies.main(["--data_path", str(CODE / "dirty.jsonl")])
+    assert result["estimate"] == pytest.approx(result["similarity"], abs=0.12)  # three standard errors
