@@ -1,11 +1,15 @@
 """The course agrees with the code and with its records, and its small programs compute what they say."""
 
+import json
 import math
+import multiprocessing
+import os
 from collections import Counter
 
 import pytest
 import torch
 from stage import ROOT, load
+from test_dist import free_port
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from course import checks, pages
@@ -166,3 +170,32 @@ def test_norm_and_experts_by_hand_are_the_models_own():
     result = load("docs/course/code/experts.py").main(["--preset", "minimind2-moe", "--tokens", "8"])
     assert max(result["difference"].values()) < 1e-5 and sum(result["load"]) == 8 * 2
     assert result["balance"]["even"] == pytest.approx(1) and result["balance"]["same_two"] == pytest.approx(2)
+
+
+def ring_of(rank: int, size: int, port: int, folder) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    found = load("docs/course/code/ring.py").main(["--preset", "tiny", "--steps", "2", "--rows", "3"])
+    (folder / str(rank)).write_text(json.dumps(found))
+
+
+def test_three_processes_in_a_ring_learn_what_one_does(tmp_path):
+    start, port = multiprocessing.get_context("fork").Process, free_port()
+    processes = [start(target=ring_of, args=(rank, 3, port, tmp_path)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    parameters = LMConfig.from_preset("tiny").parameter_count()
+    for rank in range(3):
+        found = json.loads((tmp_path / str(rank)).read_text())
+        assert found["alone"]["moved"] > 1e-3
+        assert max(found["ddp"]["difference"], found["zero"]["difference"]) < 1e-4
+        assert found["alone"]["state"] == found["ddp"]["state"] == pytest.approx(8 * parameters, abs=100)
+        assert found["zero"]["state"] == pytest.approx(8 * parameters / 3, abs=100)
+        assert found["zero"]["sent"] == found["ddp"]["sent"] == pytest.approx(4 * 4 * parameters / 3, abs=100)
+
+
+def test_memory_of_the_zero_stages():
+    memory = load("docs/course/code/zero_memory.py").memory
+    assert [sum(memory(7e9, stage, 8).values()) / 1e9 for stage in range(4)] == pytest.approx([112, 63, 38.5, 14])
+    assert all(memory(5, stage, 1) == {"weights": 20, "gradients": 20, "moments": 40} for stage in range(4))
