@@ -8,14 +8,15 @@ from collections import Counter
 
 import pytest
 import torch
-from stage import ROOT, load
+from stage import ROOT, chat_weights, load, write_texts
 from test_dist import free_port
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from common.errors import UserError
 from course import checks, pages
 from figures.records import record_of, result_of
 from inspection.trace import trace
-from model.LMConfig import LMConfig
+from model.LMConfig import PRESETS, LMConfig
 from model.model import MiniMindForCausalLM
 
 CODE = ROOT / "docs" / "course" / "code"
@@ -199,3 +200,30 @@ def test_memory_of_the_zero_stages():
     memory = load("docs/course/code/zero_memory.py").memory
     assert [sum(memory(7e9, stage, 8).values()) / 1e9 for stage in range(4)] == pytest.approx([112, 63, 38.5, 14])
     assert all(memory(5, stage, 1) == {"weights": 20, "gradients": 20, "moments": 40} for stage in range(4))
+
+
+def test_the_budget_counts_every_parameter_and_divides_by_the_rate():
+    budget = load("docs/course/code/budget.py")
+    for preset in PRESETS:
+        config = LMConfig.from_preset(preset)
+        assert sum(budget.parts(config).values()) == config.parameter_count(), preset
+    assert budget.seconds(6 * 50e6 * 1e9, 71, 0.3) == pytest.approx(14_085, abs=1)
+
+
+def test_shapes_differ_in_layers_and_width_alone(tmp_path):
+    shapes = load("docs/course/code/shapes.py")
+    config = shapes.config_of("6x96", 2400)
+    assert (config.n_layers, config.dim, config.n_heads, config.head_dim) == (6, 96, 3, 32)
+    with pytest.raises(UserError, match="multiple of 32"):
+        shapes.config_of("2x100", 2400)
+    data, tokenizer = write_texts(tmp_path / "t.jsonl"), ROOT / "model" / "minimind_tokenizer"
+    flags = ["--data_path", data, "--tokenizer", tokenizer, "--shapes", "1x32", "--epochs", "0.1", "--val_split", "0.2"]
+    (found,) = shapes.main([*map(str, flags), "--out_dir", str(tmp_path)])["shapes"]
+    assert found["embedding"] == 6400 * 32 and 2 < found["mean"] < 6
+
+
+@pytest.mark.slow
+def test_the_server_is_started_asked_and_stopped(tmp_path):
+    flags = ["--weight", str(chat_weights(tmp_path)), "--questions", "你好", "--port", str(free_port())]
+    result = load("docs/course/code/served.py").main(flags)
+    assert result["model"] == "full_sft_32" and 0 < result["answers"][0]["tokens"] <= 64
