@@ -24,7 +24,7 @@ def draw(language: str):
     left.set_xscale("log")
     left.margins(x=0.15, y=0.12)
     ticks = {}
-    for record, label, colour in (("depth", words["one"], COLOURS[0]),):
+    for record, label, colour in (("depth", words["one"], COLOURS[0]), ("depth_longer", words["three"], COLOURS[1])):
         shapes = result_of(record)["shapes"]
         layers = [int(x["shape"].partition("x")[0]) for x in shapes]
         right.plot(layers, [x["mean"] for x in shapes], "-", color=INK, lw=1)
