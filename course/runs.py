@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 from common.errors import RunFailed, UserError
 from common.files import replaced
@@ -29,11 +30,13 @@ def run(name: str, command: str) -> None:
     """Runs a command's lines one after the other and records what they print (progress bars go to stderr)."""
     print(f"running {name}: {command}", flush=True)
     output, before = "", os.times()
+    # torchrun and the like stand beside this Python; PATH need not name that folder.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for line in command.splitlines():
         words = shlex.split(line)
         program = [sys.executable, *words[1:]] if words[0] == "python" else words
         done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
-                              env=os.environ | {"PYTHONIOENCODING": "utf-8"})  # fmt: skip
+                              env=os.environ | {"PYTHONIOENCODING": "utf-8", "PATH": path})  # fmt: skip
         if done.returncode:
             raise RunFailed(f"`{line}` ended with exit code {done.returncode}: {done.stderr[-500:]}")
         output += done.stdout

@@ -1,19 +1,24 @@
 """The course agrees with the code and with its records, and its small programs compute what they say."""
 
+import json
 import math
+import multiprocessing
+import os
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from stage import ROOT, load
+from stage import ROOT, chat_weights, load, write_texts
+from test_dist import free_port
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from common.errors import UserError
 from course import checks, pages
 from data.packing import pack
 from figures.records import record_of, result_of
 from inspection.trace import trace
-from model.LMConfig import LMConfig
+from model.LMConfig import PRESETS, LMConfig
 from model.model import MiniMindForCausalLM
 from trainer.optimizers import orthogonalise
 
@@ -234,3 +239,57 @@ def test_near_copies_by_hand():
     assert copies.jaccard({"a", "b", "c"}, {"b", "c", "d"}) == 0.5
     result = copies.main(["--data_path", str(CODE / "dirty.jsonl")])
     assert result["estimate"] == pytest.approx(result["similarity"], abs=0.12)  # three standard errors
+def ring_of(rank: int, size: int, port: int, folder) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    found = load("docs/course/code/ring.py").main(["--preset", "tiny", "--steps", "2", "--rows", "3"])
+    (folder / str(rank)).write_text(json.dumps(found))
+
+
+def test_three_processes_in_a_ring_learn_what_one_does(tmp_path):
+    start, port = multiprocessing.get_context("fork").Process, free_port()
+    processes = [start(target=ring_of, args=(rank, 3, port, tmp_path)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    parameters = LMConfig.from_preset("tiny").parameter_count()
+    for rank in range(3):
+        found = json.loads((tmp_path / str(rank)).read_text())
+        assert found["alone"]["moved"] > 1e-3
+        assert max(found["ddp"]["difference"], found["zero"]["difference"]) < 1e-4
+        assert found["alone"]["state"] == found["ddp"]["state"] == pytest.approx(8 * parameters, abs=100)
+        assert found["zero"]["state"] == pytest.approx(8 * parameters / 3, abs=100)
+        assert found["zero"]["sent"] == found["ddp"]["sent"] == pytest.approx(4 * 4 * parameters / 3, abs=100)
+
+
+def test_memory_of_the_zero_stages():
+    memory = load("docs/course/code/zero_memory.py").memory
+    assert [sum(memory(7e9, stage, 8).values()) / 1e9 for stage in range(4)] == pytest.approx([112, 63, 38.5, 14])
+    assert all(memory(5, stage, 1) == {"weights": 20, "gradients": 20, "moments": 40} for stage in range(4))
+
+
+def test_the_budget_counts_every_parameter_and_divides_by_the_rate():
+    budget = load("docs/course/code/budget.py")
+    for preset in PRESETS:
+        config = LMConfig.from_preset(preset)
+        assert sum(budget.parts(config).values()) == config.parameter_count(), preset
+    assert budget.seconds(6 * 50e6 * 1e9, 71, 0.3) == pytest.approx(14_085, abs=1)
+
+
+def test_shapes_differ_in_layers_and_width_alone(tmp_path):
+    shapes = load("docs/course/code/shapes.py")
+    config = shapes.config_of("6x96", 2400)
+    assert (config.n_layers, config.dim, config.n_heads, config.head_dim) == (6, 96, 3, 32)
+    with pytest.raises(UserError, match="multiple of 32"):
+        shapes.config_of("2x100", 2400)
+    data, tokenizer = write_texts(tmp_path / "t.jsonl"), ROOT / "model" / "minimind_tokenizer"
+    flags = ["--data_path", data, "--tokenizer", tokenizer, "--shapes", "1x32", "--epochs", "0.1", "--val_split", "0.2"]
+    (found,) = shapes.main([*map(str, flags), "--out_dir", str(tmp_path)])["shapes"]
+    assert found["embedding"] == 6400 * 32 and 2 < found["mean"] < 6
+
+
+@pytest.mark.slow
+def test_the_server_is_started_asked_and_stopped(tmp_path):
+    flags = ["--weight", str(chat_weights(tmp_path)), "--questions", "你好", "--port", str(free_port())]
+    result = load("docs/course/code/served.py").main(flags)
+    assert result["model"] == "full_sft_32" and 0 < result["answers"][0]["tokens"] <= 64
