@@ -239,6 +239,8 @@ def test_near_copies_by_hand():
     assert copies.jaccard({"a", "b", "c"}, {"b", "c", "d"}) == 0.5
     result = copies.main(["--data_path", str(CODE / "dirty.jsonl")])
     assert result["estimate"] == pytest.approx(result["similarity"], abs=0.12)  # three standard errors
+
+
 def ring_of(rank: int, size: int, port: int, folder) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     found = load("docs/course/code/ring.py").main(["--preset", "tiny", "--steps", "2", "--rows", "3"])
