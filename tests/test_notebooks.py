@@ -39,7 +39,8 @@ def test_links_lead_to_files(language):
 
 def test_the_programs_take_the_commands():
     values = {"OUT": "out/notebook", "DTYPE": "float32", "PRETRAIN_STEPS": "1", "SFT_STEPS": "1"}
-    commands = re.findall(r"^!(python .+)$", "\n".join(source(cell) for cell in cells("en", "code")), re.M)
+    code = "\n".join(source(cell) for cell in cells("en", "code")).replace("\\\n", "")
+    commands = re.findall(r"^!(python .+)$", code, re.M)
     assert len(commands) >= 5
     for command in commands:
         assert of_command(re.sub(r"\{(\w+)\}", lambda name: values[name[1]], command)) is None
