@@ -17,9 +17,14 @@ from common.errors import UserError
 from course import checks, pages
 from data.packing import pack
 from figures.records import record_of, result_of
+from inference.engine import Engine
+from inference.sampling import SamplingParams, filtered
 from inspection.trace import trace
 from model.LMConfig import PRESETS, LMConfig
+from model.lora import add_lora
 from model.model import MiniMindForCausalLM
+from model.tokenizer import load_tokenizer, render_spans
+from trainer.losses import lm_loss
 from trainer.optimizers import orthogonalise
 
 CODE = ROOT / "docs" / "course" / "code"
@@ -295,3 +300,59 @@ def test_the_server_is_started_asked_and_stopped(tmp_path):
     flags = ["--weight", str(chat_weights(tmp_path)), "--questions", "你好", "--port", str(free_port())]
     result = load("docs/course/code/served.py").main(flags)
     assert result["model"] == "full_sft_32" and 0 < result["answers"][0]["tokens"] <= 64
+
+
+def test_what_is_drawn_from_is_the_samplers_own():
+    sampling = load("docs/course/code/sampling.py")
+    p = sampling.probabilities(torch.tensor([2.0, 1.0, 0.0]), top_p=0.9)
+    torch.testing.assert_close(p, torch.tensor([0.731, 0.269, 0]), atol=5e-4, rtol=0)  # exercise 1 of chapter 9
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 3
+    for options in ({"temperature": 0.5}, {"top_k": 7}, {"top_p": 0.8}, {"temperature": 2, "top_k": 20, "top_p": 0.9}):
+        ours = filtered(logits.unsqueeze(0), [SamplingParams(**options)])[0].softmax(dim=-1)
+        torch.testing.assert_close(sampling.probabilities(logits, **options), ours)
+    pieces = torch.tensor([0.5, 0.25, 0.25])
+    assert [sampling.draw(pieces, u) for u in (0, 0.49, 0.5, 0.74, 0.75, 0.999)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_simple_cache_gives_the_engines_text_at_the_cost_that_the_formula_says():
+    cache, m, n = load("docs/course/code/cache.py"), 5, 12
+    torch.manual_seed(1)
+    model = MiniMindForCausalLM(LMConfig.from_preset("tiny", n_layers=2, vocab_size=50)).eval()
+    ids = [3, 7, 9, 4, 11]
+    (without, dear), (with_cache, cheap) = (cache.write(model, ids, n, cached) for cached in (False, True))
+    engine = Engine(model, load_tokenizer())
+    params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
+    assert without == with_cache == ids + engine.generate([ids], params)[0].token_ids
+    assert dear[-1][0] == n * m + n * (n - 1) // 2 and cheap[-1][0] == m + n - 1
+    assert dear[-1][1] == sum((m + i) ** 2 for i in range(n)) and cheap[-1][1] == m**2 + sum(range(m + 1, m + n))
+
+
+def test_the_masked_loss_by_hand_is_the_projects_and_counts_what_the_assistant_says():
+    mask, tokenizer = load("docs/course/code/mask.py"), load_tokenizer()
+    ids, learned, _ = render_spans(tokenizer, mask.CONVERSATION)
+    said = [message["content"] + "<|im_end|>" for message in mask.CONVERSATION if message["role"] == "assistant"]
+    assert tokenizer.decode([i for i, m in zip(ids, learned, strict=True) if m]) == "".join(said)
+    logits = torch.randn(len(ids), len(tokenizer), generator=torch.Generator().manual_seed(0))
+    nats, mean = mask.masked_loss(logits, torch.tensor(ids), torch.tensor(learned))
+    labels = torch.tensor([[i if m else -100 for i, m in zip(ids, learned, strict=True)]])
+    total, count = lm_loss(logits.unsqueeze(0), labels)
+    assert mean.item() == pytest.approx((total / count).item()) and len(nats) == len(ids) - 1
+    assert mask.markers_in(tokenizer, "你好") == mask.markers_in(tokenizer, mask.TYPED) == 2
+
+
+def test_lora_by_hand_its_start_and_its_sizes_are_the_projects():
+    lora = load("docs/course/code/lora.py")
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(LMConfig.from_preset("tiny", vocab_size=50))
+    add_lora(model, 8, 16)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == lora.sizes("tiny")["trained"][8]
+    ids = torch.randint(50, (1, 8))
+    A, B = lora.start_gradients(model, ids, False)
+    assert A == 0 < B and lora.start_gradients(model, ids, True) == (0, 0)
+    layer = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        for p in layer.adapter["weight"].parameters():
+            p.normal_(0, 0.1)
+        x = torch.randn(3, layer.in_features)
+        by_hand = lora.lora_by_hand(x, layer.weight, layer.adapter["weight"].A, layer.adapter["weight"].B, 16)
+        torch.testing.assert_close(by_hand, layer(x))
