@@ -1,6 +1,7 @@
 """The 95% interval of a score against the number of questions, for a guesser and for a model that gets 60% right."""
 
 from figures.canvas import INK, LINE, plot, write
+from figures.records import result_of
 
 SCORES = {0.25: "#c0562b", 0.60: "#2f6fb3"}
 EXAMS = {44: ("one subject", "一科"), 308: ("sample exam", "样本考试"), 1346: ("C-Eval val", "C-Eval val"),
@@ -9,13 +10,11 @@ WORDS = {"en": ("questions", "score"), "zh": ("题数", "得分")}
 
 
 def draw(language: str):
-    from exams.exam_report import wilson
-
     figure, axes = plot(760, 360)
     axes.set_position((0.09, 0.14, 0.88, 0.72))
-    numbers = [round(10 * 1.04**i) for i in range(208)]
+    curve = {share: result_of("chance")["curve"][str(share)] for share in SCORES}  # (questions, low, high) each
     for share, colour in SCORES.items():
-        low, high = zip(*(wilson(share * n, n) for n in numbers), strict=True)
+        numbers, low, high = zip(*curve[share], strict=True)
         axes.fill_between(numbers, low, high, color=colour, alpha=0.22, lw=0)
         axes.axhline(share, color=colour, lw=1)
     for n, names in EXAMS.items():
@@ -24,7 +23,7 @@ def draw(language: str):
         write(axes, n, 1.1, name, 8)
         write(axes, n, 1.04, f"{n:,}", 8)
         for share in SCORES:
-            low, high = wilson(share * n, n)
+            low, high = next(ends for size, *ends in curve[share] if size == n)
             axes.plot([n, n], [low, high], color=INK, lw=1.4)
             write(axes, n * 1.07, high + 0.022, f"{100 * low:.0f}–{100 * high:.0f}%", 8, align="left")
     axes.set(xscale="log", xlim=(10, 33000), ylim=(0, 1))

@@ -83,8 +83,10 @@ def main(argv=None) -> dict:
     for p, q in ((0.25, 0.27), (0.25, 0.30), (0.25, 0.40), (0.60, 0.65)):
         needed[f"{p:.0%} {q:.0%}"] = questions_needed(p, q)
         print(f"  {p:.0%} and {q:.0%}: {questions_needed(p, q):,}")
+    sizes = sorted({round(10 * 1.15**i) for i in range(59)} | {44, 308, 1346, 12342})
+    curve = {p: [(size, *(round(end, 4) for end in wilson(p * size, size))) for size in sizes] for p in (0.25, 0.6)}
     result = {"questions": n, "low": low, "high": high, "best": best, "intervals": intervals, "coverage": kept,
-              "difference": difference, "needed": needed}  # fmt: skip
+              "difference": difference, "needed": needed, "curve": curve}  # fmt: skip
     print(json.dumps(result))
     return result
 
