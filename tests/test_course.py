@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from common.errors import UserError
 from course import checks, pages
 from data.packing import pack
+from exams import exam, exam_report
 from figures.records import record_of, result_of
 from inference.engine import Engine
 from inference.sampling import SamplingParams, filtered
@@ -23,7 +25,8 @@ from inspection.trace import trace
 from model.LMConfig import PRESETS, LMConfig
 from model.lora import add_lora
 from model.model import MiniMindForCausalLM
-from model.tokenizer import load_tokenizer, render_spans
+from model.tokenizer import load_tokenizer, render, render_spans
+from trainer import losses
 from trainer.losses import lm_loss
 from trainer.optimizers import orthogonalise
 
@@ -356,3 +359,81 @@ def test_lora_by_hand_its_start_and_its_sizes_are_the_projects():
         x = torch.randn(3, layer.in_features)
         by_hand = lora.lora_by_hand(x, layer.weight, layer.adapter["weight"].A, layer.adapter["weight"].B, 16)
         torch.testing.assert_close(by_hand, layer(x))
+
+
+def test_dpo_by_hand_is_the_trainers_own():
+    preference = load("docs/course/code/preference.py")
+    model, tokenizer = MiniMindForCausalLM(LMConfig.from_preset("tiny", n_layers=1)).eval(), load_tokenizer()
+    messages = [{"role": "user", "content": "1+1=？"}, {"role": "assistant", "content": "2"}]
+    ids, mask = map(torch.tensor, render(tokenizer, messages))
+    with torch.no_grad():
+        nats = model(ids[None], labels=torch.where(mask == 1, ids, -100)[None], reduction="none").loss
+    assert preference.log_prob_by_hand(model, tokenizer, messages) == pytest.approx(-nats.sum().item(), rel=1e-5)
+    # The numbers of the exercise: the first policy makes both answers likelier, the second both less likely.
+    for policy, margin, kl, loss in (((-14.0, -17.0), 0.5, -3.5, 0.4741), ((-26.0, -31.0), 0.7, 9.5, 0.4032)):
+        ours = preference.dpo_by_hand(policy, (-20.0, -18.0), 0.1)
+        assert (ours["margin"], ours["kl"], ours["loss"]) == pytest.approx((margin, kl, loss), abs=1e-4)
+        four = (torch.tensor(x) for x in (*policy, -20.0, -18.0))
+        assert losses.dpo_loss(*four, 0.1).item() == pytest.approx(loss, abs=1e-4)
+
+
+def test_a_student_s_gradient_is_what_it_says_minus_what_the_teacher_says():
+    distil = load("docs/course/code/distil.py")
+    student, teacher = torch.randn(7, requires_grad=True), torch.randn(7)
+    for temperature in (1.0, 2.5):
+        wanted = torch.autograd.grad(losses.divergence(student[None], teacher[None], temperature), student)[0]
+        by_hand = distil.gradient_by_hand(student.detach(), teacher, temperature)
+        torch.testing.assert_close(by_hand, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loose_rule_is_cheated_and_the_gradient_is_grpo_s():
+    cheat = load("docs/course/code/cheat.py")
+    rewards = torch.tensor([[1.2, 1.2, 0.2, 0.2, 0.2, 0.2, 0, 0], [0.2] * 6 + [0, 0]])  # the exercise's two groups
+    by_hand = cheat.advantages_by_hand(rewards)
+    torch.testing.assert_close(by_hand, losses.group_advantages(rewards))
+    torch.testing.assert_close(by_hand[:, [0, -1]], torch.tensor([[1.595, -0.798], [0.539, -1.618]]), rtol=0, atol=2e-3)
+    tokens, mask = torch.tensor([[3, 7, 10], [7, 10, 7]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    found = cheat.judged(tokens, mask, torch.tensor([7, 7]))
+    assert found["loose"].tolist() == [1, 1] and found["strict"].tolist() == [0, 1]
+    torch.manual_seed(0)
+    rows, difference, _ = cheat.train("loose", steps=20, group=8, rate=0.3)
+    assert difference < 1e-7
+    assert rows[-1]["loose"] > rows[0]["loose"] + 0.2 and rows[-1]["strict"] < 0.15
+    assert rows[-1]["length"] > rows[0]["length"]
+
+
+def test_sums_without_a_carry_are_kept_and_their_steps_dropped(tmp_path):
+    sums = load("docs/course/code/sums.py")
+    totals = {"用竖式算出23+11的结果。": 34, "27+15=？": None, "61+52=？": 113, "12+5=？": None, "23-11=？": None}
+    assert {question: sums.sum_without_carry(question) for question in totals} == totals
+    sums.main(["--data_path", str(ROOT / "dataset/sample/reason.jsonl"), "--out", str(tmp_path / "sums.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "sums.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) > 100 and all(set(row) == {"question", "answer"} for row in rows)
+    assert all(sums.sum_without_carry(row["question"]) == int(row["answer"]) for row in rows)
+
+
+def test_intervals_by_trying_are_the_reports_own():
+    chance = load("docs/course/code/chance.py")
+    for right, n in ((0, 10), (3, 10), (10, 10), (77, 308)):
+        assert chance.wilson_by_hand(right, n) == pytest.approx(exam_report.wilson(right, n), abs=1e-4)
+    assert chance.plain(10, 10) == (1, 1)  # as if ten questions could make one sure
+    assert chance.questions_needed(0.25, 0.75) == 14  # (0.1875 + 0.1875) * 36 = 13.5
+
+
+def test_half_an_exam_is_leaked_as_the_exam_asks_it_and_counted_apart(tmp_path):
+    leak, subjects = load("docs/course/code/leak.py"), exam.read_exam(ROOT / "dataset/sample/exam", "ceval")
+    rows = leak.leaked(subjects)
+    assert len(rows) == sum(-(-len(s.questions) // 2) for s in subjects)
+    engine = SimpleNamespace(tokenizer=load_tokenizer(), encode=lambda messages: messages)
+    asked = [exam.AskByChat(engine)(subjects[0], question)[0] for question in subjects[0].questions[:3:2]]
+    assert asked == [row["conversations"][:-1] for row in rows[:2]]
+    subject = exam.Subject("a", "a", None, subjects[0].questions[:4], [])
+    answers = [exam.Answer(q, q.answer if i in (0, 1, 2) else "X", [0.25] * 4) for i, q in enumerate(subject.questions)]
+    exam_report.write_answers(tmp_path, "val", {"a": answers})
+    (tmp_path / "contamination.csv").write_text("subject,number\na,0\na,2\n", encoding="utf-8")
+    assert leak.two_halves(tmp_path, [subject], "val") == {"found in training": (2, 2), "not found": (1, 2)}
+
+
+def test_bits_per_byte_of_an_answer():
+    smooth = load("docs/course/code/smooth.py")
+    assert smooth.bits_per_byte(math.log(1 / 64), "春天") == pytest.approx(1)  # 6 bits, 6 bytes
