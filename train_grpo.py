@@ -2,7 +2,8 @@
 
   in    --data_path FILE...   {"question": ..., "answer": ...}, or worked examples with <answer>...</answer>
         --from_weight         a reasoning model; default: the newest reason_* in --out_dir or out/
-  out   out/grpo_<dim>.pth  (weights, config, tokenizer), .jsonl (every step), .png (curve)
+  out   out/grpo_<dim>.pth  (weights, config, tokenizer), .jsonl (every step), .png (curve),
+        _samples.jsonl (all answers to one question with their rewards, at the first step and at each validation)
 
 Each question is answered --group times, sampled from softmax(logits / temperature). An answer's reward is 1 where it is
 right, plus --format_reward where it is one <think> block and one <answer> block. Its advantage is how far the reward is

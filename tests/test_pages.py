@@ -186,12 +186,13 @@ def test_models_are_offered_in_the_order_of_use(tmp_path):
 LOOK = {"look_text as_question": "1+1=?", "look_text as_text": "春天来了"}
 
 
-@pytest.mark.parametrize("view", ["v_tokens", "v_next", "v_attention", "v_layers", "v_space", "v_two"])
-def test_each_view_draws_a_model(here, view):
+def test_each_view_draws_a_model(here):
     stage.chat_weights(here / "out", seed=1)
     stage.chat_weights(here / "out", seed=2, name="dpo_32.pth")
-    app = open_page("look", "en", view=view, **LOOK)
-    assert not app.error and app.title[0].value == "Look inside"
+    app = open_page("look", "en", **LOOK)
+    for view in ("v_tokens", "v_next", "v_attention", "v_layers", "v_space", "v_two"):
+        app.segmented_control("view").set_value(view).run()
+        assert not clean(app).error and app.title[0].value == "Look inside"
 
 
 def test_rivals_are_the_models_own_and_what_if_goes_on(here):
@@ -229,7 +230,8 @@ def test_a_text_too_long_and_none_are_said(here):
     stage.chat_weights(here / "out", max_seq_len=64)
     app = open_page("look", "zh", view="v_tokens", **{"look_text as_question": "很长" * 100})
     assert "个 token" in app.error[0].value
-    assert "还没有文字" in open_page("look", "zh", view="v_tokens", **{"look_text as_question": " "}).error[0].value
+    app.text_area("look_text as_question").set_value(" ").run()
+    assert "还没有文字" in app.error[0].value
 
 
 # -------------------------------------------------------------------------------------------------------------- watch
@@ -309,14 +311,17 @@ def test_a_preview_is_what_training_learns(tmp_path):
         preview(path, tokenizer, 4)
 
 
-@pytest.mark.parametrize("write", ["write_texts", "write_chats", "write_pairs"])
-def test_a_file_is_shown_with_its_report(here, write):
-    path = getattr(stage, write)(here / "f.jsonl")
-    app = open_page("data", "en", **{"data file": "", "data path": str(path)})
-    assert not app.error and app.metric[0].value in ("60", "40") and len(app.subheader) == 3
+def test_a_file_is_shown_with_its_report(here):
+    paths = [getattr(stage, f"write_{kind}")(here / f"{kind}.jsonl") for kind in ("texts", "chats", "pairs")]
+    app = open_page("data", "en", **{"data file": "", "data path": str(paths[0])})
+    for path in paths:
+        app.text_input("data path").set_value(str(path)).run()
+        assert not clean(app).error and app.metric[0].value in ("60", "40") and len(app.subheader) == 3
 
 
 def test_files_that_are_none_are_said(here):
-    assert "没有 missing" in open_page("data", **{"data file": "", "data path": "missing.jsonl"}).error[0].value
+    app = open_page("data", **{"data file": "", "data path": "missing.jsonl"})
+    assert "没有 missing" in app.error[0].value
     (here / "bad.jsonl").write_text("no json\n")
-    assert "第 1 行" in open_page("data", **{"data file": "", "data path": "bad.jsonl"}).error[0].value
+    app.text_input("data path").set_value("bad.jsonl").run()
+    assert "第 1 行" in app.error[0].value
