@@ -94,7 +94,7 @@ def test_what_the_demo_knows_is_what_was_measured(name):
     assert known == re.findall(r"\| (\d+\.\d%)(?: \([^)]*\))? \|$", table, re.M)[:5]
 
 
-PAPERS = ["README.md", "README_zh.md"] + [f"docs/{stem}{end}.md" for stem in ("tutorial", "data", "devices")
+PAPERS = ["README.md", "README_zh.md"] + [f"docs/{stem}{end}.md" for stem in ("data", "devices")
                                           for end in ("", "_zh")]  # fmt: skip
 
 
