@@ -127,7 +127,7 @@ class Local:
         params = SamplingParams(
             max_tokens=settings.max_tokens, temperature=settings.temperature, top_p=settings.top_p,
             top_k=settings.top_k, repetition_penalty=settings.repetition_penalty, seed=settings.seed,
-            grammar=settings.form,
+            grammar=settings.form, whole_characters=True,
         )  # fmt: skip
         usage.read, usage.written = len(ids), 0
         for piece in self.engine.stream(ids, params):

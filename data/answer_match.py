@@ -15,6 +15,7 @@ import unicodedata
 
 # Not NFKC, which makes 102 of 10².
 PLAIN = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {ord("\N{MINUS SIGN}"): "-"}
+REFUSALS = "我不知道", "I do not know"  # how the models of the sample say so
 ANSWER_BLOCK = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 
 
@@ -77,3 +78,8 @@ def is_right(text, answer, rivals=()):
         if pattern.search(without_answer if pattern.search(answer) else text):
             return False
     return True
+
+
+def is_refusal(text):
+    """True if a generated text says that it does not know."""
+    return any(refusal in text for refusal in REFUSALS)

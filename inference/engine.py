@@ -20,6 +20,7 @@ import torch
 
 from inference.adapters import with_adapters
 from inference.batch import Batch
+from inference.characters import Characters
 from inference.log_probs import Score, score_sequences
 from inference.sampling import SamplingParams
 from inference.stream_text import Completion, Piece, Sequence, sequences
@@ -85,6 +86,11 @@ class Engine:
         """For each entry of the vocabulary what it adds to a text; b"" for markers, which have none."""
         special, known = set(self.tokenizer.all_special_ids), len(self.tokenizer)
         return [b"" if i in special or i >= known else spelled_bytes(self.tokenizer, i) for i in range(self.vocab_size)]
+
+    @cached_property
+    def characters(self) -> Characters:
+        """What SamplingParams.whole_characters needs, made at the first one."""
+        return Characters(self.token_bytes)
 
     # ------------------------------------------------------------------------------------------------ generation
     def generate(self, prompts: list, params: SamplingParams | list[SamplingParams] | None = None) -> list[Completion]:

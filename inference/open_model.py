@@ -67,6 +67,7 @@ def sampling(args, temperature: float | None = None) -> SamplingParams:
     return SamplingParams(
         max_tokens=args.max_new_tokens, temperature=temperature if args.temperature is None else args.temperature,
         top_p=args.top_p, top_k=args.top_k, repetition_penalty=args.repetition_penalty, seed=args.seed,
+        whole_characters=True,
     )  # fmt: skip
 
 

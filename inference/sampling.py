@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.device import upload
 from inference.bad_words import BadWords
+from inference.characters import Characters
 from inference.grammar import Grammar
 from inference.token_mask import Matcher, keep_allowed
 
@@ -42,6 +43,7 @@ class SamplingParams:
     prompt_logprobs     the same for the prompt: of each of its tokens but the first
     n                   answers to the one prompt
     ignore_eos          the model's own end token does not end the answer
+    whole_characters    tokens that would leave a character incomplete are not chosen, see inference.characters
     grammar             what the answer must match, a think block before it apart; an answer that has come to its
                         grammar's end ends
     adapter             name of the adapter that answers, see Engine.adapters; None: as the model computes by itself
@@ -66,6 +68,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int = 1
     ignore_eos: bool = False
+    whole_characters: bool = False
     grammar: Grammar | None = None
     adapter: str | None = None
 
@@ -181,13 +184,15 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------- a row's sampler
 class Sampler:
-    """The state of one sequence's sampling: its random numbers, which tokens it has had, where in its grammar it is."""
+    """The state of one sequence's sampling: random numbers, tokens it has had, place in its grammar and character."""
 
     def __init__(
         self, params: SamplingParams, prompt: list[int], sample: int, vocab_size: int, matcher: Matcher | None = None,
-        words: BadWords | None = None,
+        words: BadWords | None = None, characters: Characters | None = None,
     ):  # fmt: skip
-        self.params, self.vocab_size, self.matcher, self.words = params, vocab_size, matcher, words
+        self.params, self.vocab_size = params, vocab_size
+        self.matcher, self.words, self.characters = matcher, words, characters
+        self.state = characters.state(prompt) if characters else None  # of the character that is being written
         # The n samples of a prompt share a seed and must differ, so each seeds its generator with its number too.
         seed = None if params.seed is None else f"{params.seed}:{sample}"
         self.random = random.Random(seed)
@@ -208,6 +213,8 @@ class Sampler:
             self.matcher.accept(token)
         if self.words is not None:
             self.words.accept(token)
+        if self.characters is not None:
+            self.state = self.characters.next(self.state, token)
 
 
 def choose(logits: Tensor, samplers: list[Sampler]) -> list[int]:
@@ -246,7 +253,7 @@ def filtered(logits: Tensor, params: list[SamplingParams]) -> Tensor:
 
 
 def _adjust(logits: Tensor, samplers: list[Sampler]) -> Tensor:
-    """Penalties, biases and grammars, for the rows that have any: most have none, and (B, V) tensors are large."""
+    """Penalties, biases and what is forbidden, for the rows that have any: many have none, (B, V) tensors are large."""
     params = [sampler.params for sampler in samplers]
 
     def there(x, dtype=None) -> Tensor:
@@ -276,6 +283,10 @@ def _adjust(logits: Tensor, samplers: list[Sampler]) -> Tensor:
             logits[i] = torch.full_like(logits[i], float("-inf")).index_copy(0, allowed, logits[i][allowed])
         if params[i].bad_words:
             logits[i, there(samplers[i].words.banned(), torch.long)] = float("-inf")
+    rows = [i for i, sampler in enumerate(samplers) if sampler.characters is not None]
+    if rows:
+        bias = torch.stack([samplers[i].characters.bias[samplers[i].state] for i in rows])
+        logits = logits.index_add(0, there(rows), there(bias, logits.dtype))
     return keep_allowed(logits, [sampler.matcher for sampler in samplers])
 
 

@@ -180,13 +180,14 @@ def sequences(engine, prompt: list[int], params: SamplingParams, request: object
     limit = room if params.max_tokens is None else min(params.max_tokens, room)
     # Each sample has its own place in the grammar, which is compiled once.
     matchers = [engine.grammars.matcher(params.grammar, prompt) if params.grammar else None for _ in range(params.n)]
+    characters = engine.characters if params.whole_characters else None
     ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else engine.end_tokens)
     read: list[TokenLogprob] = []
     return [
         Sequence(
             request, i, params, prompt, limit, ends,
             Sampler(params, prompt, i, engine.vocab_size, matcher,
-                    BadWords(params.bad_words, engine.token_bytes) if params.bad_words else None),
+                    BadWords(params.bad_words, engine.token_bytes) if params.bad_words else None, characters),
             TextStream(engine.tokenizer, params.stop, params.include_stop), prompt_logprobs=read,
         )
         for i, matcher in enumerate(matchers)
