@@ -2,7 +2,8 @@
 
     python 2-eval.py                                   chat with the newest model in out/
     python 2-eval.py --prompts FILE                    answer each prompt of a file
-    python 2-eval.py --questions FILE.jsonl            score {"question", "answer", "rivals"?, "kind"?} rows
+    python 2-eval.py --questions FILE.jsonl            score {"question", "answer", "rivals"?, "kind"?} rows; the
+                                                       questions of a row's "history" are asked before its own
     python 2-eval.py --prompts FILE --compare A B      answers of several weights side by side, as Markdown
     ... --compare A B --judge http://HOST:PORT/v1      and have a third model score them (key: OPENAI_API_KEY)
     ... --schema FILE.json                             every answer is JSON that a JSON schema allows
@@ -25,7 +26,7 @@ from chat.terminal import note
 from common.errors import UserError, disk_fault, run_main, user_errors
 from common.files import replaced
 from common.flags import Parser
-from data.answer_match import is_right
+from data.answer_match import is_refusal, is_right
 from data.prompts import as_messages, read_prompts
 from exams import judge
 from inference import open_model
@@ -99,11 +100,22 @@ def chat(args):
     terminal.converse(Local(engine), settings, abilities(record), answered=lambda: note(f"[{engine.speed}]"))
 
 
-def answer_all(args, engine, rows):
-    """Generates an answer to every row, side by side, and prints the speed."""
-    prompts = [as_messages(row["prompt"], row.get("system", args.system)) for row in rows]
-    begin = time.perf_counter()
-    answers = engine.generate(prompts, sampling(args, temperature=0))
+def answer_all(args, engine, rows, histories=None):
+    """Generates an answer to every row, side by side, and prints the speed.
+
+    histories: for each row the questions that are asked before its own. The model's own answers stand between them, so
+    the first questions of all rows are answered together, then the second ones, and so on.
+    """
+    params, begin = sampling(args, temperature=0), time.perf_counter()
+    asked = [[*before, row["prompt"]] for before, row in zip(histories or [()] * len(rows), rows, strict=True)]
+    talks, answers = [[] for _ in rows], [None for _ in rows]
+    for turn in range(max(map(len, asked))):
+        asking = [i for i in range(len(rows)) if turn < len(asked[i])]
+        for i in asking:
+            talks[i] = as_messages([*talks[i], *as_messages(asked[i][turn])], rows[i].get("system", args.system))
+        for i, answer in zip(asking, engine.generate([talks[i] for i in asking], params), strict=True):
+            talks[i].append({"role": "assistant", "content": answer.text})
+            answers[i] = answer
     note(f"[{len(rows)} answers in {time.perf_counter() - begin:.1f} s: {engine.speed}]")
     return answers
 
@@ -128,6 +140,9 @@ def check_question(row: dict, where: str) -> None:
     rivals = row.get("rivals") or []
     if not isinstance(rivals, list) or not all(isinstance(rival, str) for rival in rivals):
         raise UserError(f'{where}: "rivals" must be a list of texts')
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(text, str) and text.strip() for text in history):
+        raise UserError(f'{where}: "history" must be a list of questions')
     if not isinstance(row.get("kind"), str | None):
         raise UserError(f'{where}: "kind" must be a text')
 
@@ -137,19 +152,23 @@ def questions(args):
     for row in rows:
         check_question(row, f"{args.questions}:{row['line']}")
     path = open_model.find_weight(args)
-    answers = answer_all(args, open_chat(args, path), rows)
-    kinds, lines = {}, []
+    answers = answer_all(args, open_chat(args, path), rows, [row.get("history") or () for row in rows])
+    kinds, refused, lines = {}, {}, []
     for row, answer in zip(rows, answers, strict=True):
         right = is_right(answer.text, row["answer"], row.get("rivals") or ())
         kinds.setdefault(row.get("kind") or "all", []).append(right)
-        kept = {key: row[key] for key in ("question", "answer", "kind") if key in row}
+        refused.setdefault(row.get("kind") or "all", []).append(is_refusal(answer.text))
+        kept = {key: row[key] for key in ("history", "question", "answer", "kind") if key in row}
         lines.append(json.dumps(kept | {"generated": answer.text, "right": right}, ensure_ascii=False) + "\n")
     for kind, rights in kinds.items():
-        print(f"{kind:<24} {sum(rights):>5} of {len(rights):>5}  {sum(rights) / len(rights):6.1%}")
+        says_no = f"  {sum(refused[kind])} answered by I do not know" if any(refused[kind]) else ""
+        print(f"{kind:<24} {sum(rights):>5} of {len(rights):>5}  {sum(rights) / len(rights):6.1%}{says_no}")
     total = sum(map(sum, kinds.values()))
     print(f"{'together':<24} {total:>5} of {len(rows):>5}  {total / len(rows):6.1%}")
     result = {
         "n": len(rows), "accuracy": total / len(rows), "by_kind": {k: sum(r) / len(r) for k, r in kinds.items()},
+        "refused": {k: sum(r) / len(r) for k, r in refused.items()},
+        "broken": sum("\N{REPLACEMENT CHARACTER}" in answer.text for answer in answers),  # bytes that are no character
         "weights": str(path), "answers_file": str(keep(args, path, args.questions, lines)),
     }  # fmt: skip
     print(json.dumps(result, ensure_ascii=False))

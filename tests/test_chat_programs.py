@@ -81,6 +81,27 @@ def test_right_answers_count(capsys, monkeypatch):
     assert result["by_kind"]["x"] == 1.0 and result["answers_file"] == "a/b.jsonl"
 
 
+def test_questions_before_a_question_are_answered_by_the_model_itself(capsys):
+    """The answer equals that to the whole conversation, in which the model's own answers were written down."""
+    said, turns = [], []
+    for text in ("你好", "那里呢？", "再说说。"):
+        turns = [*turns, {"role": "user", "content": text}]
+        chat.main(["--prompts", write("whole.jsonl", json.dumps({"messages": turns})), *SHORT])
+        with open(json.loads(capsys.readouterr().out.splitlines()[-1])["answers_file"], encoding="utf-8") as file:
+            said.append(json.loads(file.readline())["generated"])
+        turns = [*turns, {"role": "assistant", "content": said[-1]}]
+    rows = [
+        {"question": "你好", "answer": "x"},
+        {"question": "再说说。", "answer": "x", "history": ["你好", "那里呢？"]},
+    ]
+    chat.main(["--questions", write("talk.jsonl", "\n".join(map(json.dumps, rows))), *SHORT])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    with open(result["answers_file"], encoding="utf-8") as file:
+        kept = [json.loads(line)["generated"] for line in file]
+    assert kept == [said[0], said[2]] and result["broken"] == sum("\ufffd" in text for text in kept)
+    assert result["refused"] == {"all": 0}
+
+
 def test_compare_writes_a_table(capsys):
     turns = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "x"}]
     file = write("p.jsonl", json.dumps({"prompt": "a|b"}) + "\n" + json.dumps({"conversations": turns}))
@@ -203,6 +224,7 @@ def test_mistakes_are_one_line(program, arguments, message, monkeypatch):
         ('{"question": "x", "answer": "y", "rivals": "abc"}\n', ':1: "rivals" must be a list of texts'),
         ('{"question": "x", "answer": "y", "rivals": [5]}\n', ':1: "rivals" must be a list of texts'),
         ('{"question": "x", "answer": "y", "kind": ["a"]}\n', ':1: "kind" must be a text'),
+        ('{"question": "x", "answer": "y", "history": [1]}\n', ':1: "history" must be a list of questions'),
         ('{"conversations": [1], "answer": "y"}\n', ':1: "conversations" must be a list of messages'),
         ('{"conversations": [{"role": "assistant"}], "answer": "y"}\n', ":1: the conversation asks nothing"),
         ("[" * 100_000, ":1: not JSON"),
