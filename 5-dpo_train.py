@@ -7,8 +7,8 @@
 
 Direct preference optimisation (Rafailov et al. 2023): raise the log-probability of the chosen answer above that of the
 rejected one, relative to the reference, whose log-probabilities are computed once, before training, and kept in
-out/cache. This loss alone lowers the probability of both answers, and the model forgets. So the cross-entropy of the
-chosen answer is added (--sft_weight, Pang et al. 2024, arXiv 2404.19733).
+out/cache. This loss sees the difference alone: both answers may become less likely, and the model forgets. So the
+cross-entropy of the chosen answer is added (--sft_weight, Pang et al. 2024, arXiv 2404.19733).
 
 Printed, each a mean over pairs: loss (without the added part); accuracy (share of pairs whose chosen answer is more
 likely; per token: by the mean over its tokens); margin (beta times how much more than the reference the policy prefers
