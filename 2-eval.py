@@ -26,9 +26,9 @@ from chat.terminal import note
 from common.errors import UserError, disk_fault, run_main, user_errors
 from common.files import replaced
 from common.flags import Parser
-from data.answer_match import is_refusal, is_right
-from data.prompts import as_messages, read_prompts
+from data.prompts import read_prompts
 from exams import judge
+from exams.questions import answer_rows, check_question, scored
 from inference import open_model
 from inference.grammar import Grammar, compiled
 from inference.sampling import SamplingParams
@@ -101,23 +101,11 @@ def chat(args):
 
 
 def answer_all(args, engine, rows, histories=None):
-    """Generates an answer to every row, side by side, and prints the speed.
-
-    histories: for each row the questions that are asked before its own. The model's own answers stand between them, so
-    the first questions of all rows are answered together, then the second ones, and so on.
-    """
-    params, begin = sampling(args, temperature=0), time.perf_counter()
-    asked = [[*before, row["prompt"]] for before, row in zip(histories or [()] * len(rows), rows, strict=True)]
-    talks, answers = [[] for _ in rows], [None for _ in rows]
-    for turn in range(max(map(len, asked))):
-        asking = [i for i in range(len(rows)) if turn < len(asked[i])]
-        for i in asking:
-            talks[i] = as_messages([*talks[i], *as_messages(asked[i][turn])], rows[i].get("system", args.system))
-        for i, answer in zip(asking, engine.generate([talks[i] for i in asking], params), strict=True):
-            talks[i].append({"role": "assistant", "content": answer.text})
-            answers[i] = answer
+    """Generates an answer to every row and prints the speed."""
+    begin = time.perf_counter()
+    answers = answer_rows(engine, rows, sampling(args, temperature=0), args.system, histories)
     note(f"[{len(rows)} answers in {time.perf_counter() - begin:.1f} s: {engine.speed}]")
-    return answers
+    return [answer.text for answer in answers]
 
 
 def keep(args, path, file, lines) -> Path:
@@ -133,44 +121,16 @@ def keep(args, path, file, lines) -> Path:
     return target
 
 
-def check_question(row: dict, where: str) -> None:
-    """Raises UserError for a row that cannot be scored, before anything is generated."""
-    if not isinstance(row.get("answer"), str) or not row["answer"].strip():
-        raise UserError(f'{where}: no "answer", or an empty one')
-    rivals = row.get("rivals") or []
-    if not isinstance(rivals, list) or not all(isinstance(rival, str) for rival in rivals):
-        raise UserError(f'{where}: "rivals" must be a list of texts')
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(text, str) and text.strip() for text in history):
-        raise UserError(f'{where}: "history" must be a list of questions')
-    if not isinstance(row.get("kind"), str | None):
-        raise UserError(f'{where}: "kind" must be a text')
-
-
 def questions(args):
     rows = read_prompts(args.questions)
     for row in rows:
         check_question(row, f"{args.questions}:{row['line']}")
     path = open_model.find_weight(args)
-    answers = answer_all(args, open_chat(args, path), rows, [row.get("history") or () for row in rows])
-    kinds, refused, lines = {}, {}, []
-    for row, answer in zip(rows, answers, strict=True):
-        right = is_right(answer.text, row["answer"], row.get("rivals") or ())
-        kinds.setdefault(row.get("kind") or "all", []).append(right)
-        refused.setdefault(row.get("kind") or "all", []).append(is_refusal(answer.text))
-        kept = {key: row[key] for key in ("history", "question", "answer", "kind") if key in row}
-        lines.append(json.dumps(kept | {"generated": answer.text, "right": right}, ensure_ascii=False) + "\n")
-    for kind, rights in kinds.items():
-        says_no = f"  {sum(refused[kind])} answered by I do not know" if any(refused[kind]) else ""
-        print(f"{kind:<24} {sum(rights):>5} of {len(rights):>5}  {sum(rights) / len(rights):6.1%}{says_no}")
-    total = sum(map(sum, kinds.values()))
-    print(f"{'together':<24} {total:>5} of {len(rows):>5}  {total / len(rows):6.1%}")
-    result = {
-        "n": len(rows), "accuracy": total / len(rows), "by_kind": {k: sum(r) / len(r) for k, r in kinds.items()},
-        "refused": {k: sum(r) / len(r) for k, r in refused.items()},
-        "broken": sum("\N{REPLACEMENT CHARACTER}" in answer.text for answer in answers),  # bytes that are no character
-        "weights": str(path), "answers_file": str(keep(args, path, args.questions, lines)),
-    }  # fmt: skip
+    texts = answer_all(args, open_chat(args, path), rows, [row.get("history") or () for row in rows])
+    kept, table, figures = scored(rows, texts)
+    print("\n".join(table))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+    result = figures | {"weights": str(path), "answers_file": str(keep(args, path, args.questions, lines))}
     print(json.dumps(result, ensure_ascii=False))
 
 
@@ -181,11 +141,10 @@ def asked(row: dict) -> str:
 
 def prompts(args):
     rows, path = read_prompts(args.prompts), open_model.find_weight(args)
-    answers = answer_all(args, open_chat(args, path), rows)
     lines = []
-    for row, answer in zip(rows, answers, strict=True):
-        print(f"> {asked(row)}\n{answer.text}\n")
-        lines.append(json.dumps({"prompt": row["prompt"], "generated": answer.text}, ensure_ascii=False) + "\n")
+    for row, text in zip(rows, answer_all(args, open_chat(args, path), rows), strict=True):
+        print(f"> {asked(row)}\n{text}\n")
+        lines.append(json.dumps({"prompt": row["prompt"], "generated": text}, ensure_ascii=False) + "\n")
     kept = keep(args, path, args.prompts, lines)
     print(json.dumps({"n": len(rows), "weights": str(path), "answers_file": str(kept)}, ensure_ascii=False))
 
@@ -194,7 +153,7 @@ def compare(args):
     rows, columns = read_prompts(args.prompts), []
     judging = judge.connect(args.judge, args.judge_model, os.environ.get("OPENAI_API_KEY", "")) if args.judge else None
     for path in map(Path, args.compare):
-        columns.append([answer.text for answer in answer_all(args, open_chat(args, path), rows)])
+        columns.append(answer_all(args, open_chat(args, path), rows))
     print("| prompt | " + " | ".join(f"`{path}`" for path in args.compare) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for texts in zip(map(asked, rows), *columns, strict=True):

@@ -1,1 +1,1 @@
-"""What a model knows: exams, contamination, a judge. Imports common/, model/, data/ and inference/."""
+"""What a model knows: exams, scored questions, contamination, a judge. Imports common/, model/, data/ and inference/."""
